@@ -1,0 +1,75 @@
+# Everything runs in .venv, which the first target that needs it creates: with uv where that works, else with venv and pip.
+# Options: ARGS="..." goes to the command of demo, test, fast and bench; PYTHON=... is the Python that .venv is made from.
+
+# Emptied, so that settings of another environment do not leak into this one.
+RUN = PYTHONPATH= PYTHONHOME= .venv/bin/python
+READY = .venv/.installed
+ARGS =
+PYTHON ?=
+
+.PHONY: help demo test fast check nbs bench clean
+
+help:
+	@echo "minifast: make <target>"
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-6s %s\n", $$1, $$2 }' Makefile
+
+demo: $(READY) ## train on real digits, print the results and write the plots (ARGS="--help": options)
+	@$(RUN) -m minifast $(ARGS)
+
+test: check ## all that must pass: lint, types, quick tests, slow tests
+	@$(RUN) -m pytest $(ARGS)
+
+fast: $(READY) ## lint and the quick tests, in seconds: while coding
+	@$(RUN) -m ruff check --quiet .
+	@$(RUN) -m pytest -q -x -m "not slow" $(ARGS)
+
+check: $(READY) ## ruff and mypy --strict
+	@$(RUN) -m ruff check .
+	@$(RUN) -m mypy --strict minifast
+
+# Timings are left out of the files, so that a run which changes no output changes no notebook.
+nbs: $(READY) ## run every notebook in nbs/ in place
+	@for nb in nbs/*.ipynb; do \
+	  if [ ! -e "$$nb" ]; then echo "nbs: no notebook in nbs/"; break; fi; \
+	  echo "nbs: $$nb"; \
+	  $(RUN) -c 'import sys, nbclient, nbformat; \
+	    path = sys.argv[1]; nb = nbformat.read(path, 4); \
+	    nbclient.NotebookClient(nb, timeout=600, kernel_name="python3", record_timing=False, \
+	      skip_cells_with_tag="", resources={"metadata": {"path": "nbs"}}).execute(); \
+	    nbformat.write(nb, path)' "$$nb" || exit 1; \
+	done
+
+bench: $(READY) ## compare with the hand-written loop
+	@$(RUN) tests/benchmarks/run.py $(ARGS)
+
+clean: ## remove .venv, caches and build results
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
+	find minifast tests nbs -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+
+# Written last, so an installation that was interrupted is taken up again.
+$(READY): pyproject.toml
+	@set -e; unset VIRTUAL_ENV CONDA_PREFIX PYTHONPATH PYTHONHOME; \
+	new_enough='import sys; sys.exit(sys.version_info < (3, 11))'; \
+	uv=; if uv --version >/dev/null 2>&1; then uv=uv; fi; \
+	if ! .venv/bin/python -c "$$new_enough" 2>/dev/null; then \
+	  set -- "$(PYTHON)"; \
+	  if [ -z "$(PYTHON)" ]; then set -- python3 python3.13 python3.12 python3.11 python3.14 python; fi; \
+	  python=; for p do \
+	    if "$$p" -c "$$new_enough" >/dev/null 2>&1; then python=$$p; break; fi; \
+	  done; \
+	  if [ -z "$$python" ]; then \
+	    echo "minifast needs Python 3.11 or newer, and this is not it or not there: $$*" >&2; \
+	    echo "Install one, or say where it is: make PYTHON=/path/to/python3" >&2; \
+	    exit 1; \
+	  fi; \
+	  echo "Setting up .venv (once; PyTorch is large, so this can take minutes)"; \
+	  rm -rf .venv; \
+	  if [ -n "$$uv" ]; then uv venv --quiet --python "$$python" .venv; else "$$python" -m venv .venv; fi; \
+	fi; \
+	if [ -n "$$uv" ]; then \
+	  uv pip install --python .venv/bin/python -e '.[dev]'; \
+	else \
+	  .venv/bin/python -m pip --version >/dev/null 2>&1 || .venv/bin/python -m ensurepip; \
+	  .venv/bin/python -m pip install -e '.[dev]'; \
+	fi; \
+	touch $@

@@ -1,0 +1,71 @@
+"""minifast: callback-based training for PyTorch that can be read in an evening."""
+from . import schedules, suggest
+from .batches import split_batch
+from .callback import Callback, CancelBatch, CancelEpoch, CancelFit, Order
+from .data import DataLoaders, TensorLoader, digits
+from .groups import LayerGroup, LayerGroups
+from .learner import Learner
+from .lr import (
+    CircularLR,
+    CircularLRBeta,
+    ConstantLR,
+    CosineAnnealing,
+    ExponentialLR,
+    FlatCos,
+    LinearLR,
+    OneCycle,
+    PiecewiseLR,
+    PolynomialLR,
+    Schedule,
+)
+from .lr_find import LRFind, LRFinder
+from .metrics import Metrics, accuracy, error_rate, rmse, top_k_accuracy
+from .plan import Plan
+from .progress import Progress
+from .record import FitRecord
+from .recorder import Recorder
+from .scheduler import Scheduler
+from .state import State
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Callback",
+    "CancelBatch",
+    "CancelEpoch",
+    "CancelFit",
+    "CircularLR",
+    "CircularLRBeta",
+    "ConstantLR",
+    "CosineAnnealing",
+    "DataLoaders",
+    "ExponentialLR",
+    "FitRecord",
+    "FlatCos",
+    "LRFind",
+    "LRFinder",
+    "LayerGroup",
+    "LayerGroups",
+    "Learner",
+    "LinearLR",
+    "Metrics",
+    "OneCycle",
+    "Order",
+    "PiecewiseLR",
+    "Plan",
+    "PolynomialLR",
+    "Progress",
+    "Recorder",
+    "Schedule",
+    "Scheduler",
+    "State",
+    "TensorLoader",
+    "accuracy",
+    "digits",
+    "error_rate",
+    "rmse",
+    "schedules",
+    "split_batch",
+    "suggest",
+    "top_k_accuracy",
+]

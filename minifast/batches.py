@@ -1,0 +1,118 @@
+"""Batches of any shape: taking them apart, moving them, counting their samples."""
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Batch = Any  # any nest of tensors: tuple, list, dict, namedtuple, dataclass
+UnpackBatch = Callable[[Batch], tuple[Any, Any]]
+
+
+def split_batch(batch: Batch) -> tuple[Any, Any]:
+    """(inputs, target) of a batch: the last element is the target; of a mapping, `labels` is, if there is one.
+
+    `(x, y)` gives x, y; `(x1, x2, y)` gives (x1, x2), y; `((x1, x2), y)` likewise. A mapping goes to the model whole,
+    as keywords. Dataclasses are read like tuples. Raises TypeError for anything else: pass `unpack=` to the Learner.
+
+    >>> split_batch(("x1", "x2", "y"))
+    (('x1', 'x2'), 'y')
+    >>> split_batch({"input_ids": "x", "labels": "y"})
+    ({'input_ids': 'x', 'labels': 'y'}, 'y')
+    """
+    if isinstance(batch, Mapping):
+        return batch, batch.get("labels")
+    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        batch = tuple(getattr(batch, field.name) for field in dataclasses.fields(batch))
+    if isinstance(batch, (tuple, list)) and len(batch) >= 2:
+        return batch[0] if len(batch) == 2 else tuple(batch[:-1]), batch[-1]
+    what = f"one bare tensor of shape {tuple(batch.shape)}" if isinstance(batch, Tensor) else (
+        f"a {type(batch).__name__} of {len(batch)} element(s)" if isinstance(batch, (tuple, list))
+        else f"a {type(batch).__name__}")
+    raise TypeError(f"a batch must hold inputs and a target, got {what}. Yield (inputs, target), or pass "
+                    "Learner(..., unpack=lambda batch: (inputs, target)).")
+
+
+def call_model(model: Callable[..., Any], inputs: Any) -> Any:
+    """`model(*inputs)` for a tuple, `model(**inputs)` for a mapping, `model(inputs)` for anything else."""
+    if isinstance(inputs, Tensor):
+        return model(inputs)
+    if isinstance(inputs, (tuple, list)):
+        return model(*inputs)
+    return model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
+
+
+def output_loss(pred: Any, target: Any) -> Tensor:
+    """The loss that the model's output carries: its `.loss`, or its "loss" if it is a mapping."""
+    loss = pred.get("loss") if isinstance(pred, Mapping) else getattr(pred, "loss", None)
+    if loss is None:
+        raise TypeError(f"loss_func=None needs a model whose output has `.loss`, but it returned a "
+                        f"{type(pred).__name__}. Pass a loss_func, or labels in the batch.")
+    return loss  # type: ignore[no-any-return]
+
+
+def scores(pred: Any) -> Any:
+    """What metrics compare with the target: the `.logits` of an output that has them, else the output itself."""
+    if isinstance(pred, Mapping):
+        return pred.get("logits", pred)
+    return getattr(pred, "logits", pred)
+
+
+def n_samples(target: Any, inputs: Any = None) -> int:
+    """How many samples a batch holds: the first dimension of its first tensor, in the target if it has one.
+
+    >>> n_samples(torch.zeros(64)), n_samples(None, {"x": torch.zeros(3, 5)}), n_samples(None)
+    (64, 3, 1)
+    """
+    if isinstance(target, Tensor):
+        return target.shape[0] if target.ndim else 1
+    tensor = next((leaf for leaf in tensors((target, inputs)) if leaf.ndim), None)
+    return 1 if tensor is None else tensor.shape[0]
+
+
+def tensors(nest: Any) -> Iterator[Tensor]:
+    """The tensors of a nest, in order."""
+    if isinstance(nest, Tensor):
+        yield nest
+    elif isinstance(nest, Mapping):
+        for value in nest.values():
+            yield from tensors(value)
+    elif isinstance(nest, (tuple, list)):
+        for value in nest:
+            yield from tensors(value)
+    elif dataclasses.is_dataclass(nest) and not isinstance(nest, type):
+        for field in dataclasses.fields(nest):
+            yield from tensors(getattr(nest, field.name))
+
+
+def to_device(nest: Any, device: torch.device | str) -> Any:
+    """The same nest with its tensors on `device`; whatever has a `.to(device)` of its own is moved by that."""
+    if isinstance(nest, Tensor):
+        return nest.to(device, non_blocking=True)
+    if isinstance(nest, Mapping):
+        moved = {key: to_device(value, device) for key, value in nest.items()}
+        return moved if type(nest) is dict else type(nest)(moved)  # type: ignore[call-arg]
+    if isinstance(nest, tuple) and hasattr(nest, "_fields"):
+        return type(nest)(*(to_device(value, device) for value in nest))
+    if isinstance(nest, (tuple, list)):
+        return type(nest)(to_device(value, device) for value in nest)
+    if dataclasses.is_dataclass(nest) and not isinstance(nest, type):
+        return dataclasses.replace(nest, **{f.name: to_device(getattr(nest, f.name), device)
+                                            for f in dataclasses.fields(nest) if f.init})
+    return nest.to(device) if hasattr(nest, "to") else nest
+
+
+def describe(nest: Any) -> str:
+    """A nest in words, for error messages.
+
+    >>> describe((torch.zeros(64, 3), {"y": torch.zeros(64, dtype=torch.int64)}))
+    '(float32 (64, 3), {y: int64 (64,)})'
+    """
+    if isinstance(nest, Tensor):
+        return f"{str(nest.dtype).removeprefix('torch.')} {tuple(nest.shape)}"
+    if isinstance(nest, Mapping):
+        return "{" + ", ".join(f"{key}: {describe(value)}" for key, value in nest.items()) + "}"
+    if isinstance(nest, (tuple, list)):
+        return "(" + ", ".join(map(describe, nest)) + ")"
+    return type(nest).__name__

@@ -1,0 +1,163 @@
+"""The callback protocol: the events in their order, who hears them, and how a callback ends things early."""
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from difflib import get_close_matches
+from enum import IntEnum
+from typing import Any, ClassVar
+
+from .state import State
+
+
+class Cancel(Exception):
+    """A request, not an error: skip to the matching `after_` event."""
+
+
+class CancelBatch(Cancel):
+    """Drop this batch: no step, and its gradients reach no other. Inside an accumulation window: drop the window."""
+
+
+class CancelEpoch(Cancel):
+    """End this epoch: no more batches, no validation."""
+
+
+class CancelFit(Cancel):
+    """End the fit."""
+
+
+class Order(IntEnum):
+    """When a callback hears an event: lower first, list order within a band. `after_fit` runs in reverse."""
+
+    SETUP = 0  # recording and metrics: what others read in the same event
+    HYPER = 100  # schedules
+    USER = 200  # the default
+    RECORD = 300  # progress and loggers: what looks at the result
+
+
+class Callback:
+    """Override any event; the others cost nothing. The events, in the order they happen:
+
+    >>> class Stop(Callback):
+    ...     def after_bacth(self, state): ...
+    Traceback (most recent call last):
+    TypeError: Stop.after_bacth is not an event: did you mean after_batch?
+    """
+
+    order: int = Order.USER
+    sets: tuple[str, ...] = ()  # the hyper-parameters it writes ("lr", "momentum", ...): one owner each in a fit
+    in_lr_find: ClassVar[bool] = False  # whether it also runs inside `lr_find`
+
+    def before_fit(self, state: State) -> None: """Check settings, take snapshots."""
+    def before_epoch(self, state: State) -> None: """`state.epoch` is new."""
+    def before_batch(self, state: State) -> None: """Write hyper-parameters; may replace `state.batch`."""
+    def after_pred(self, state: State) -> None: """`state.pred` is new."""
+    def after_loss(self, state: State) -> None: """`state.loss` is new and still has its graph."""
+    def after_backward(self, state: State) -> None: """The gradients of this micro-batch were added."""
+    def before_step(self, state: State) -> None: """Once per update, gradients averaged over its window: clip here."""
+    def after_step(self, state: State) -> None: """Once per update: the weights have moved, `step_loss` is new."""
+    def after_batch(self, state: State) -> None: """Every training batch, cancelled ones too."""
+    def before_validate(self, state: State) -> None: """The model is in eval mode."""
+    def before_valid_batch(self, state: State) -> None: """May replace `state.batch`."""
+    def after_valid_batch(self, state: State) -> None: """`pred`, `target` and `loss` of one validation batch."""
+    def after_validate(self, state: State) -> None: """`state.metrics` is complete."""
+    def after_epoch(self, state: State) -> None: """Every epoch, cancelled ones too."""
+    def after_fit(self, state: State) -> None: """However the fit ended, last callback first: undo `before_fit`."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        for name, member in vars(cls).items():
+            if callable(member):
+                _check_event(cls.__name__, name, member)
+
+
+Event = Callable[[Callback, State], None]
+EVENTS: dict[str, Event] = {name: f for name, f in vars(Callback).items() if name.startswith(("before_", "after_"))}
+
+# Where each cancel has a meaning: between the event that its scope begins with and the one that it ends with.
+_BATCH = ("before_batch", "after_pred", "after_loss", "after_backward", "before_step")
+_EPOCH = (*_BATCH, "before_epoch", "after_step", "after_batch", "before_validate", "before_valid_batch",
+          "after_valid_batch", "after_validate")
+_MEANT_FOR = {CancelBatch: _BATCH, CancelEpoch: _EPOCH, CancelFit: (*_EPOCH, "before_fit", "after_epoch")}
+
+
+class Emitter:
+    """`emit(Callback.after_loss)` calls the callbacks that override it: found once per fit, in their order."""
+
+    def __init__(self, callbacks: Iterable[Callback], state: State) -> None:
+        self.state, self.callbacks = state, sorted(callbacks, key=lambda cb: cb.order)
+        self.hooks = {event: tuple(getattr(cb, name) for cb in self.callbacks if _overrides(cb, name))
+                      for name, event in EVENTS.items()}
+
+    def __call__(self, event: Event) -> None:
+        """Call every hook of `event`. An exception keeps its type and gains a note that says where it came from."""
+        for hook in self.hooks[event]:
+            try:
+                hook(self.state)
+            except Exception as error:
+                self._explain(event, hook, error)
+                raise
+
+    @contextmanager
+    def fit(self) -> Iterator[None]:
+        """`before_fit` of all on entering; `after_fit`, last first, of those that came so far, however it ends.
+
+        Every `after_fit` runs, even if another fails; the first failure is the one that is raised.
+        """
+        opened: list[Callback] = []
+        failure: BaseException | None = None
+        try:
+            for cb in self.callbacks:
+                self._call(Callback.before_fit, cb)
+                opened.append(cb)
+            yield
+        except BaseException as error:
+            failure = error
+        for cb in reversed(opened):
+            try:
+                self._call(Callback.after_fit, cb)
+            except BaseException as error:
+                if failure is None or isinstance(failure, Cancel):
+                    failure = error
+                else:
+                    failure.add_note(f"and then {type(cb).__name__}.after_fit failed: {error!r}")
+        if failure is not None:
+            raise failure
+
+    def _call(self, event: Event, cb: Callback) -> None:
+        hook = getattr(cb, event.__name__)
+        try:
+            hook(self.state)
+        except Exception as error:
+            self._explain(event, hook, error)
+            raise
+
+    def _explain(self, event: Event, hook: Any, error: Exception) -> None:
+        owner = type(getattr(hook, "__self__", hook)).__name__
+        where = f"in {owner}.{event.__name__}: epoch {self.state.epoch}, step {self.state.step}"
+        if isinstance(error, Cancel):
+            kind = next(kind for kind in (CancelBatch, CancelEpoch, CancelFit, Cancel) if isinstance(error, kind))
+            meant_for = _MEANT_FOR.get(kind, ())
+            if event.__name__ in meant_for:
+                return
+            wrong = RuntimeError(f"{type(error).__name__} has no meaning in {event.__name__}: raise it in one of "
+                                 f"{', '.join(name for name in EVENTS if name in meant_for)}.")
+            wrong.add_note(where)
+            raise wrong from error
+        error.add_note(where)
+
+
+def _overrides(cb: Callback, name: str) -> bool:
+    hook = getattr(cb, name)
+    return getattr(hook, "__func__", hook) is not EVENTS[name]
+
+
+def _check_event(owner: str, name: str, member: Any) -> None:
+    if name in EVENTS:
+        try:
+            inspect.signature(member).bind("self", "state")
+        except TypeError:
+            raise TypeError(f"{owner}.{name}{inspect.signature(member)} must take (self, state).") from None
+    elif name.startswith(("before_", "after_")) or get_close_matches(name, EVENTS, 1, cutoff=0.9):
+        near = get_close_matches(name, EVENTS, 1)
+        hint = f"did you mean {near[0]}?" if near else f"the events are {', '.join(EVENTS)}."
+        raise TypeError(f"{owner}.{name} is not an event: {hint}")

@@ -1,0 +1,80 @@
+"""What can be seen to be wrong with the data before, or at, the first batch."""
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .batches import Batch, describe
+from .data import is_one_shot, n_batches, size_of_last_batch
+
+ELEMENTWISE = (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss)
+ELEMENTWISE_FUNCTIONS = (nn.functional.mse_loss, nn.functional.l1_loss, nn.functional.smooth_l1_loss,
+                         nn.functional.huber_loss)
+
+
+def check_loader(loader: Iterable[Batch], model: nn.Module, n_epochs: int) -> None:
+    """Raise ValueError if `loader` cannot feed `n_epochs` epochs of training of `model`."""
+    if is_one_shot(loader) and n_epochs > 1:
+        raise ValueError(f"the training data is an iterator ({type(loader).__name__}), good for one pass, but "
+                         f"{n_epochs} epochs are asked for. Pass a DataLoader, a list, or an object whose __iter__ "
+                         "starts a new pass.")
+    if n_batches(loader) == 0:
+        samples = _n_samples(loader)
+        has = f"{samples} samples, " if samples is not None else ""
+        raise ValueError(f"the training data yields 0 batches: {has}batch_size {getattr(loader, 'batch_size', None)}, "
+                         f"drop_last={getattr(loader, 'drop_last', False)}. Lower batch_size or set drop_last=False.")
+    if size_of_last_batch(loader) == 1 and any(isinstance(m, _BatchNorm) for m in model.modules()):
+        raise ValueError(f"the last training batch has 1 sample ({_n_samples(loader)} samples, batch_size "
+                         f"{getattr(loader, 'batch_size', None)}), and the model's BatchNorm cannot take statistics "
+                         "of one. Set drop_last=True or another batch_size.")
+
+
+def check_target(pred: Any, target: Any, loss_func: Any) -> None:
+    """Raise ValueError where a loss of torch's would be silently wrong, or fail far from the cause."""
+    if not (isinstance(pred, Tensor) and isinstance(target, Tensor)):
+        return
+    elementwise = isinstance(loss_func, ELEMENTWISE) or any(loss_func is f for f in ELEMENTWISE_FUNCTIONS)
+    if elementwise and pred.shape != target.shape:
+        raise ValueError(f"the model's output {tuple(pred.shape)} and the target {tuple(target.shape)} would be "
+                         "broadcast against each other by the loss. Give both one shape, e.g. by "
+                         "target.unsqueeze(1) or output.squeeze(1).")
+    cross_entropy = isinstance(loss_func, nn.CrossEntropyLoss) or loss_func is nn.functional.cross_entropy
+    if cross_entropy and pred.ndim >= 2 and not target.is_floating_point():
+        labels = target[target != getattr(loss_func, "ignore_index", -100)]
+        if labels.numel() and not (labels.min() >= 0 and labels.max() < pred.shape[1]):
+            raise ValueError(f"labels must be 0..{pred.shape[1] - 1} for the model's {pred.shape[1]} outputs, got "
+                             f"{int(labels.min())}..{int(labels.max())}. Give the model one output per class, or "
+                             "number the labels from 0.")
+
+
+def check_loss(loss: Any) -> None:
+    """Raise ValueError or TypeError if `loss` cannot be trained on."""
+    given = describe(loss) if isinstance(loss, Tensor) else f"{loss!r:.80} ({type(loss).__name__})"
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"loss_func must return a scalar tensor with grad, got {given}.")
+    if loss.ndim:
+        raise ValueError(f"loss_func must return a scalar tensor with grad, got {given}. "
+                         "Did you leave reduction='none'?")
+    if not loss.requires_grad:
+        raise ValueError(f"loss_func must return a scalar tensor with grad, got {given} without. Was the model's "
+                         "output detached, or does the loss go through .item(), .argmax() or integers?")
+
+
+def check_passes(n_seen: int, n_expected: int | None) -> None:
+    """Raise ValueError after an epoch without a batch; warn after one with another number than was said."""
+    if n_seen == 0:
+        raise ValueError("the training data yielded 0 batches in this epoch. Was its iterator used up before?")
+    if n_expected not in (None, n_seen):
+        warnings.warn(f"the training data yielded {n_seen} batches, but {n_expected} were announced (len() or "
+                      "steps_per_epoch): the schedule is off by that.", stacklevel=2)
+
+
+def _n_samples(loader: Any) -> int | None:
+    for owner in (getattr(loader, "sampler", None), getattr(loader, "dataset", None), getattr(loader, "tensors", None)):
+        try:
+            return len(owner[0]) if isinstance(owner, tuple) else len(owner)  # type: ignore[arg-type]
+        except TypeError:
+            continue
+    return None

@@ -1,0 +1,213 @@
+"""Loaders: the pair that a Learner trains on, one for tensors in memory, and what can be asked of any of them."""
+import copy
+import math
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler
+
+from .batches import Batch, n_samples, to_device
+from .errors import check_flag, check_int
+from .signals import DeferredInterrupt
+
+
+@dataclass
+class DataLoaders:
+    """The training data and, if there is any, the validation data: iterables of batches.
+
+    A torch `DataLoader`, a `TensorLoader`, a list of batches, or any object whose `__iter__` starts a new pass.
+
+    >>> dls = DataLoaders([(torch.zeros(2, 3), torch.zeros(2))])
+    >>> dls.valid is None
+    True
+    """
+
+    train: Iterable[Batch]
+    valid: Iterable[Batch] | None = None
+
+    def __post_init__(self) -> None:
+        for name, loader in (("train", self.train), ("valid", self.valid)):
+            if not (isinstance(loader, Iterable) or (loader is None and name == "valid")):
+                raise TypeError(f"{name} must be an iterable of batches, got {type(loader).__name__}. "
+                                "Pass e.g. a torch DataLoader.")
+
+
+class TensorLoader:
+    """Batches of tensors that already sit in memory, gathered whole: no worker, no collating sample by sample.
+
+    tensors: each of shape (n, ...), on one device. batch_size: samples a batch, >= 1. shuffle: a new permutation each
+    epoch, a function of the global torch generator (or of `generator`) at the moment the epoch starts. transform:
+    called with the tuple of tensors of each batch, returns the batch. device: moved there once, when constructed.
+    drop_last: leave out the last, smaller batch. Raises ValueError for tensors of different lengths.
+
+    >>> loader = TensorLoader(torch.arange(5), torch.arange(5) * 10, batch_size=2)
+    >>> len(loader), [y.tolist() for x, y in loader]
+    (3, [[0, 10], [20, 30], [40]])
+    """
+
+    def __init__(self, *tensors: Tensor, batch_size: int = 64, shuffle: bool = False,
+                 transform: Callable[[tuple[Tensor, ...]], Batch] | None = None,
+                 device: torch.device | str | None = None, drop_last: bool = False,
+                 generator: torch.Generator | None = None) -> None:
+        if not tensors or not all(isinstance(tensor, Tensor) and tensor.ndim for tensor in tensors):
+            raise TypeError(f"TensorLoader takes tensors of shape (n, ...), got "
+                            f"{', '.join(type(tensor).__name__ for tensor in tensors) or 'none'}.")
+        lengths = [len(tensor) for tensor in tensors]
+        if len(set(lengths)) > 1:
+            raise ValueError(f"tensors must have one length, got {lengths}. Each row is one sample.")
+        self.tensors = tensors if device is None else tuple(tensor.to(device) for tensor in tensors)
+        self.batch_size = check_int("batch_size", batch_size)
+        self.shuffle = check_flag("shuffle", shuffle)
+        self.drop_last = check_flag("drop_last", drop_last)
+        self.transform, self.generator = transform, generator
+
+    def __len__(self) -> int:
+        n = len(self.tensors[0])
+        return n // self.batch_size if self.drop_last else math.ceil(n / self.batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        order = self._order()
+        for i in range(len(self)):
+            rows = slice(i * self.batch_size, (i + 1) * self.batch_size)
+            batch = tuple(tensor[rows] if order is None else tensor.index_select(0, order[rows])
+                          for tensor in self.tensors)
+            yield batch if self.transform is None else self.transform(batch)
+
+    def _order(self) -> Tensor | None:
+        if not self.shuffle:
+            return None
+        generator = self.generator
+        if generator is None:  # as torch's RandomSampler: one draw from the global generator seeds the epoch's own
+            generator = torch.Generator()
+            generator.manual_seed(int(torch.empty((), dtype=torch.int64).random_()))
+        return torch.randperm(len(self.tensors[0]), generator=generator).to(self.tensors[0].device)
+
+    def __repr__(self) -> str:
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in self.tensors)
+        return f"TensorLoader({shapes}, batch_size={self.batch_size}, shuffle={self.shuffle})"
+
+
+def digits(batch_size: int = 64) -> DataLoaders:
+    """1,797 real handwritten digits, 8x8, embedded in the package: a first data set that needs no download.
+
+    Images float32 (n, 1, 8, 8) in 0..1, labels int64 (n,) in 0..9. Every fifth image is held back for validation
+    (360), the other 1,437 are the shuffled training data. Source: UCI, Alpaydin and Kaynak 1998, CC BY 4.0.
+
+    >>> x, y = next(iter(digits().valid))
+    >>> x.shape, y.shape
+    (torch.Size([64, 1, 8, 8]), torch.Size([64]))
+    """
+    with resources.files(__package__).joinpath("digits.npz").open("rb") as file, np.load(file) as data:
+        images = torch.from_numpy(data["images"]).unsqueeze(1).float() / 16
+        labels = torch.from_numpy(data["labels"]).long()
+    held_back = torch.arange(len(labels)) % 5 == 0
+    return DataLoaders(TensorLoader(images[~held_back], labels[~held_back], batch_size=batch_size, shuffle=True),
+                       TensorLoader(images[held_back], labels[held_back], batch_size=batch_size))
+
+
+def n_batches(loader: Iterable[Batch]) -> int | None:
+    """How many batches one pass yields, or None if the loader does not know.
+
+    >>> n_batches([1, 2, 3]), n_batches(iter([1, 2, 3]))
+    (3, None)
+    """
+    try:
+        return len(loader)  # type: ignore[arg-type]
+    except (TypeError, NotImplementedError):
+        return None
+
+
+def is_one_shot(loader: Iterable[Batch]) -> bool:
+    """Whether `loader` is an iterator, which a second pass would find empty."""
+    return isinstance(loader, Iterator)
+
+
+def size_of_last_batch(loader: Iterable[Batch]) -> int | None:
+    """How many samples the last batch holds, as far as that can be told without drawing one."""
+    if isinstance(loader, TensorLoader):
+        samples, batch_size, drop_last = len(loader.tensors[0]), loader.batch_size, loader.drop_last
+    elif isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset) and loader.batch_size:
+        samples, batch_size, drop_last = len(loader.sampler), loader.batch_size, loader.drop_last  # type: ignore[arg-type]
+    elif isinstance(loader, Sequence) and loader:
+        return min(n_samples(None, batch) for batch in loader)
+    else:
+        return None
+    return batch_size if drop_last else samples % batch_size or batch_size
+
+
+def in_order(loader: Iterable[Batch]) -> Iterable[Batch]:
+    """The same samples in the order of the data set, all of them: without torch's shuffling, without drop_last.
+
+    A loader with a sampler of its own is returned as it is.
+    """
+    if isinstance(loader, TensorLoader) and (loader.shuffle or loader.drop_last):
+        ordered = copy.copy(loader)
+        ordered.shuffle = ordered.drop_last = False
+        return ordered
+    if isinstance(loader, DataLoader) and loader.batch_size and (
+            type(loader.sampler) is RandomSampler or (type(loader.sampler) is SequentialSampler and loader.drop_last)):
+        return _rebuilt(loader)
+    return loader
+
+
+def _rebuilt(loader: "DataLoader[Any]") -> "DataLoader[Any]":
+    return DataLoader(loader.dataset, batch_size=loader.batch_size, num_workers=loader.num_workers,
+                      collate_fn=loader.collate_fn, pin_memory=loader.pin_memory, timeout=loader.timeout,
+                      worker_init_fn=loader.worker_init_fn, multiprocessing_context=loader.multiprocessing_context,
+                      generator=loader.generator)
+
+
+def second_copy(loader: Iterable[Batch]) -> Iterable[Batch]:
+    """A loader over the same data that leaves the first one's running workers alone.
+
+    Raises ValueError for an iterator: what is read from it cannot be put back.
+    """
+    if is_one_shot(loader):
+        raise ValueError(f"the data is an iterator ({type(loader).__name__}), good for one pass: what is tried out on "
+                         "it would be missing from training. Pass a DataLoader, a list, or an object whose __iter__ "
+                         "starts a new pass.")
+    if isinstance(loader, DataLoader):
+        twin = copy.copy(loader)
+        twin._iterator = None
+        return twin
+    return loader
+
+
+def generators(loader: Any) -> list[Any]:
+    """The random generators that a loader, its samplers and its data set carry."""
+    owners = [loader]
+    for name in ("sampler", "batch_sampler", "dataset"):
+        owner = getattr(loader, name, None)
+        owners += [owner, getattr(owner, "sampler", None), getattr(owner, "dataset", None)]
+    found = {id(value): value for owner in owners for value in getattr(owner, "__dict__", {}).values()
+             if isinstance(value, (torch.Generator, np.random.Generator, np.random.RandomState, random.Random))}
+    return list(found.values())
+
+
+def feed(loader: Iterable[Batch], device: torch.device, limit: int | None,
+         interrupt: DeferredInterrupt) -> Iterator[Batch]:
+    """The batches of one pass over `loader`, at most `limit`, on `device`.
+
+    An error of the loader gains a note that counts the batch. One that comes after Ctrl-C is the interrupt itself:
+    worker processes get the signal too and die of it.
+    """
+    iterator, count = iter(loader), 0
+    on_cpu = device.type == "cpu"  # batches come from loaders on the CPU: nothing to walk through
+    while limit is None or count < limit:
+        try:
+            batch = next(iterator)
+        except StopIteration:
+            return
+        except Exception as error:
+            if interrupt.pending:
+                raise KeyboardInterrupt from error
+            error.add_note(f"while loading batch {count} of {type(loader).__name__}")
+            raise
+        yield batch if on_cpu else to_device(batch, device)
+        count += 1

@@ -1,0 +1,64 @@
+"""Checks of what users pass in: each failure says what was given, what is expected and what to do."""
+import math
+import numbers
+from typing import Any
+
+
+def check_int(name: str, value: Any, minimum: int = 1, example: str = "") -> int:
+    """`value` as an int >= `minimum`.
+
+    Raises ValueError for a bool, a float (even 2.0), text or a smaller number.
+
+    >>> check_int("n_cycle", 3)
+    3
+    >>> check_int("n_cycle", 1.5, example="fit(0.1, 2)")
+    Traceback (most recent call last):
+    ValueError: n_cycle must be an int >= 1, got 1.5 (float). Pass e.g. fit(0.1, 2).
+    """
+    if isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= minimum:
+        return int(value)
+    raise ValueError(f"{name} must be an int >= {minimum}, got {_shown(value)}.{_hint(example)}")
+
+
+def check_number(name: str, value: Any, *, above: float | None = None, minimum: float | None = None,
+                 maximum: float | None = None, below: float | None = None, example: str = "") -> float:
+    """`value` as a finite float within the bounds; 0-dimensional arrays and tensors without gradient count as numbers.
+
+    Raises ValueError otherwise.
+
+    >>> check_number("lr", 1, above=0)
+    1.0
+    >>> check_number("lr", float("nan"), above=0, example="lr=1e-3")
+    Traceback (most recent call last):
+    ValueError: lr must be a finite number > 0, got nan (float). Pass e.g. lr=1e-3.
+    """
+    number = value
+    if getattr(value, "ndim", None) == 0 and not getattr(value, "requires_grad", False) and hasattr(value, "item"):
+        number = value.item()
+    ok = isinstance(number, numbers.Real) and not isinstance(number, bool) and math.isfinite(number)
+    if ok and (above is None or number > above) and (minimum is None or number >= minimum) \
+            and (maximum is None or number <= maximum) and (below is None or number < below):
+        return float(number)
+    bounds = [f"{sign} {bound:g}" for sign, bound in ((">", above), (">=", minimum), ("<=", maximum), ("<", below))
+              if bound is not None]
+    wanted = " ".join(["a finite number", " and ".join(bounds)]).strip()
+    raise ValueError(f"{name} must be {wanted}, got {_shown(value)}.{_hint(example)}")
+
+
+def check_flag(name: str, value: Any) -> bool:
+    """`value` if it is True or False; raises TypeError otherwise.
+
+    >>> check_flag("stop_div", True)
+    True
+    """
+    if isinstance(value, bool):
+        return value
+    raise TypeError(f"{name} must be True or False, got {_shown(value)}.")
+
+
+def _shown(value: Any) -> str:
+    return f"{value!r:.200} ({type(value).__name__})"
+
+
+def _hint(example: str) -> str:
+    return f" Pass e.g. {example}." if example else ""

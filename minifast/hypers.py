@@ -1,0 +1,223 @@
+"""Hyper-parameters: reading learning rates in every form, and reading and writing them in an optimizer."""
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from .errors import check_number
+
+if TYPE_CHECKING:
+    from .groups import LayerGroup, LayerGroups
+
+LR = float | slice | Sequence[float]  # slices hold floats
+
+
+def check_lr(name: str, lr: Any) -> Any:
+    """`lr` in one of its forms, checked and plain: a float, a slice, or a tuple of floats.
+
+    Raises ValueError for anything that is not finite and > 0, and for a slice that falls.
+
+    >>> check_lr("lr", [1, 2])
+    (1.0, 2.0)
+    >>> check_lr("lr", slice(1e-2, 1e-5))
+    Traceback (most recent call last):
+    ValueError: lr=slice(lo, hi) must rise from the first layers to the last, got slice(0.01, 1e-05). Swap the two.
+    """
+    if isinstance(lr, slice):
+        if lr.step is not None or lr.stop is None:
+            raise ValueError(f"{name} must be slice(hi) or slice(lo, hi), got {lr!r}.")
+        hi = check_number(f"{name}=slice(...) end", lr.stop, above=0)
+        if lr.start is None:
+            return slice(hi)
+        lo = check_number(f"{name}=slice(...) start", lr.start, above=0)
+        if lo > hi:
+            raise ValueError(f"{name}=slice(lo, hi) must rise from the first layers to the last, got "
+                             f"slice({lo:g}, {hi:g}). Swap the two.")
+        return slice(lo, hi)
+    if isinstance(lr, (list, tuple)) or getattr(lr, "ndim", 0) == 1:
+        values = tuple(check_number(f"{name}[{i}]", value, above=0) for i, value in enumerate(lr))
+        if values:
+            return values
+        raise ValueError(f"{name} must hold at least one learning rate, got none.")
+    return check_number(name, lr, above=0, example=f"{name}=1e-3 or slice(1e-5, 1e-3)")
+
+
+def spread_lrs(lr: Any, groups: int | Sequence[str], name: str = "lr") -> tuple[float, ...]:
+    """One learning rate per layer group, first layers first.
+
+    lr: a float for all groups; slice(hi): hi for the last, hi/10 for the others; slice(lo, hi): geometric from lo to
+    hi; a sequence of one value per group. groups: their number or names. Raises ValueError as `check_lr` does, and for
+    a sequence of another length.
+
+    >>> [round(lr, 6) for lr in spread_lrs(slice(1e-4, 1e-2), 3)]
+    [0.0001, 0.001, 0.01]
+    >>> spread_lrs([0.1, 0.2], ["body", "neck", "head"])
+    Traceback (most recent call last):
+    ValueError: 2 learning rates for 3 layer groups (body, neck, head): pass one float, slice(lo, hi) or 3 values.
+    """
+    lr, n = check_lr(name, lr), groups if isinstance(groups, int) else len(groups)
+    if isinstance(lr, slice):
+        if lr.start is None:
+            return (lr.stop / 10,) * (n - 1) + (lr.stop,)
+        ratio = lr.stop / lr.start
+        return (*(lr.start * ratio ** (k / (n - 1)) for k in range(n - 1)), lr.stop)
+    if isinstance(lr, float):
+        return (lr,) * n
+    if len(lr) == 1:
+        return (lr[0],) * n
+    if len(lr) != n:
+        names = "" if isinstance(groups, int) else f" ({', '.join(groups)})"
+        raise ValueError(f"{len(lr)} learning rates for {n} layer group{'s' * (n > 1)}{names}: pass one float, "
+                         f"slice(lo, hi) or {n} value{'s' * (n > 1)}.")
+    return tuple(lr)
+
+
+def make_optimizer(opt_func: Callable[..., Optimizer], groups: "LayerGroups", lrs: Sequence[float], wd: float | None,
+                   wd_norm_bias: bool) -> Optimizer:
+    """`opt_func` over all parameters of `groups`, fused where optimizer and device can do that.
+
+    Each layer group becomes one or two of the optimizer's param_groups (weights; norms and biases), which carry the
+    index of their layer group under "layer_group".
+    """
+    param_groups = [{"params": list(params), "lr": lr, "layer_group": i}
+                    for i, (group, lr) in enumerate(zip(groups, lrs, strict=True))
+                    for params in (group.decayed, group.undecayed) if params]
+    opt = _call(opt_func, param_groups, lrs[-1], groups)
+    if not isinstance(opt, Optimizer):
+        raise TypeError(f"opt_func must make a torch optimizer, got {type(opt).__name__}. Pass a class such as "
+                        "torch.optim.AdamW, or functools.partial(torch.optim.SGD, momentum=0.9).")
+    set_weight_decay(opt, groups, wd, wd_norm_bias)
+    return opt
+
+
+def _call(opt_func: Callable[..., Optimizer], param_groups: list[dict[str, Any]], lr: float,
+          groups: "LayerGroups") -> Any:
+    if _can_fuse(opt_func, groups):
+        try:
+            return opt_func(param_groups, lr=lr, fused=True)
+        except (RuntimeError, TypeError):
+            pass  # this optimizer, device or dtype has no fused kernel: the plain one does the same
+    try:
+        return opt_func(param_groups, lr=lr)
+    except TypeError as error:
+        error.add_note("opt_func is called as opt_func(param_groups, lr=...): pass an optimizer class or a partial")
+        raise
+
+
+def _can_fuse(opt_func: Callable[..., Optimizer], groups: "LayerGroups") -> bool:
+    given = opt_func.keywords if isinstance(opt_func, partial) else {}
+    if given.keys() & {"fused", "foreach", "capturable", "differentiable"}:
+        return False  # the user has chosen
+    try:
+        known = inspect.signature(opt_func).parameters
+    except (TypeError, ValueError):
+        return False
+    return "fused" in known and all(p.is_floating_point() for group in groups for p in group.params)
+
+
+def label_groups(opt: Optimizer, n_groups: int) -> None:
+    """Give the param_groups of an optimizer that a user made the index of their layer group.
+
+    Raises ValueError if there is no telling which is which.
+    """
+    if all("layer_group" in group for group in opt.param_groups):
+        return
+    if n_groups not in (1, len(opt.param_groups)):
+        raise ValueError(f"learn.opt has {len(opt.param_groups)} param_groups for {n_groups} layer groups: give it one "
+                         "per layer group, or mark each with its index, {'params': ..., 'layer_group': 0}.")
+    for i, group in enumerate(opt.param_groups):
+        group["layer_group"] = 0 if n_groups == 1 else i
+
+
+def set_lrs(opt: Optimizer, lrs: Sequence[float]) -> None:
+    """Write one learning rate per layer group."""
+    for group in opt.param_groups:
+        group["lr"] = lrs[group["layer_group"]]
+
+
+def group_lrs(opt: Optimizer, n_groups: int) -> list[float]:
+    """The learning rate of each layer group."""
+    lrs = [float("nan")] * n_groups
+    for group in opt.param_groups:
+        lrs[group["layer_group"]] = float(group["lr"])
+    return lrs
+
+
+def has_momentum(opt: Optimizer) -> bool:
+    """Whether the optimizer has a momentum: `momentum` as in SGD, or `betas` as in Adam."""
+    return all("momentum" in group or "betas" in group for group in opt.param_groups)
+
+
+def set_momentum(opt: Optimizer, momentum: float) -> None:
+    """Write `momentum` (SGD) or `betas[0]` (Adam) of all groups."""
+    for group in opt.param_groups:
+        if "betas" in group:
+            group["betas"] = (momentum, *group["betas"][1:])
+        else:
+            group["momentum"] = momentum
+
+
+def get_momentum(opt: Optimizer) -> float:
+    """`momentum` (SGD) or `betas[0]` (Adam) of the last group; nan for an optimizer that has neither."""
+    group = opt.param_groups[-1]
+    return float(group["betas"][0] if "betas" in group else group.get("momentum", float("nan")))
+
+
+def set_weight_decay(opt: Optimizer, groups: "LayerGroups", wd: float | None, wd_norm_bias: bool) -> None:
+    """Write the optimizer's own weight decay (None: its default), and 0 for norms and biases unless `wd_norm_bias`."""
+    if "weight_decay" not in opt.defaults:
+        if wd is not None:
+            raise ValueError(f"wd={wd:g}, but {type(opt).__name__} has no weight_decay. Pass wd=None.")
+        return
+    undecayed = {id(p) for group in groups for p in group.undecayed}
+    for group in opt.param_groups:
+        plain = wd_norm_bias or not all(id(p) in undecayed for p in group["params"])
+        group["weight_decay"] = (opt.defaults["weight_decay"] if wd is None else wd) if plain else 0.0
+
+
+def keep_hypers(opt: Optimizer, names: Iterable[str]) -> Callable[[], None]:
+    """Note the hyper-parameters `names` of every param_group ("momentum": of SGD or Adam); returns what restores them.
+    """
+    keys = {key for name in names for key in (("momentum", "betas") if name == "momentum" else (name,))}
+    noted = [(group, {key: group[key] for key in keys if key in group}) for group in opt.param_groups]
+
+    def restore() -> None:
+        for group, values in noted:
+            group.update(values)
+    return restore
+
+
+def freeze(groups: "LayerGroups", n: int, opt: Optimizer, train_bn: bool) -> None:
+    """Freeze groups[:n] and unfreeze groups[n:]; with `train_bn` the norm layers of frozen groups stay trainable.
+
+    A frozen parameter has no gradient, and its optimizer state is dropped: years later it would be a stale momentum.
+    """
+    for i, group in enumerate(groups):
+        kept = {id(p) for norm in group.norms for p in norm.parameters(recurse=False)} if train_bn else set()
+        for p in group.params:
+            p.requires_grad_(i >= n or id(p) in kept)
+            if not p.requires_grad:
+                p.grad = None
+                opt.state.pop(p, None)
+
+
+def norms_in_eval(groups: "Iterable[LayerGroup]", train_bn: bool) -> tuple[nn.Module, ...]:
+    """The norm layers that stay in eval mode while the rest trains: those of frozen groups, unless `train_bn`."""
+    return () if train_bn else tuple(norm for group in groups if group.is_frozen for norm in group.norms)
+
+
+def as_device(device: torch.device | str | None, model: nn.Module) -> torch.device:
+    """Where to train: `device`, else where the model already sits if that is no CPU, else the accelerator if any."""
+    if device is not None:
+        try:
+            return torch.empty(0, device=device).device
+        except (RuntimeError, AssertionError, TypeError) as error:
+            raise ValueError(f"device={device!r} cannot be used: {error}. Pass e.g. 'cpu' or 'cuda'.") from error
+    current = next((p.device for p in model.parameters()), torch.device("cpu"))
+    if current.type != "cpu" or not torch.accelerator.is_available():
+        return current
+    return torch.accelerator.current_accelerator() or current

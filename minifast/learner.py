@@ -1,0 +1,507 @@
+"""The Learner: owns model, data and optimizer, and makes the `State` of each fit."""
+import math
+import os
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypedDict, Unpack, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from . import loop, snapshot
+from .batches import Batch, UnpackBatch, call_model, output_loss, scores, split_batch, to_device
+from .callback import Callback, Emitter
+from .checks import check_loader
+from .cycles import check_not_swapped, epochs_and_schedule
+from .data import DataLoaders, feed, generators, in_order, n_batches, second_copy
+from .errors import check_flag, check_int, check_number
+from .groups import LayerGroups, Splitter, split
+from .hypers import (
+    LR,
+    as_device,
+    check_lr,
+    freeze,
+    group_lrs,
+    keep_hypers,
+    label_groups,
+    make_optimizer,
+    norms_in_eval,
+    set_weight_decay,
+    spread_lrs,
+)
+from .lr import ConstantLR, CosineAnnealing, FlatCos, OneCycle
+from .lr_find import LRFind, LRFinder
+from .metrics import Metrics
+from .ownership import check_callbacks, owner_of, resolve
+from .plan import Plan
+from .predict import concatenate, predictions, sample_losses
+from .progress import Progress, say
+from .recorder import Recorder
+from .scheduler import Scheduler
+from .signals import DeferredInterrupt
+from .state import State
+from .weights import load_weights, save_weights
+
+Data = DataLoaders | tuple[Iterable[Batch], Iterable[Batch] | None]
+
+
+class FitOptions(TypedDict, total=False):
+    """What every `fit*` method takes, as described in `Learner.fit`."""
+
+    wd: float | None
+    callbacks: Iterable[Callback]
+    steps_per_epoch: int | None
+    accumulate: int
+    resume: bool
+    verbose: bool | None
+
+
+class Learner:
+    """Trains `model` on `dls` and remembers how it went.
+
+    model: any `nn.Module`; moved to `device`. dls: `DataLoaders(train, valid)` or a tuple (train, valid) of iterables
+    of batches. loss_func: (output, target) -> scalar; None: the output carries `.loss`. opt_func: a torch optimizer
+    class or partial, called once with all parameters in their layer groups; its state persists across fits. lr: the
+    default peak, in every form: float, slice(hi), slice(lo, hi), one value per layer group. splitter: None for one
+    layer group, a callable model -> list of modules or parameter lists, or a dict of name -> glob over parameter names.
+    wd: weight decay, None for the optimizer's own default; norms and biases have none unless `wd_norm_bias`. train_bn:
+    whether norm layers of frozen groups go on training. metrics: functions (pred, target) or objects with update,
+    compute and reset. callbacks: run in every fit. device: None for the accelerator, if there is one. seed: seeds
+    Python, numpy and torch now; None: nothing is seeded. unpack: batch -> (inputs, target). verbose: print and show
+    progress.
+
+    `model, dls, loss_func, metrics, callbacks, opt, recorder` may be read, and assigned between fits.
+
+    Raises ValueError or TypeError for what cannot work, before anything is changed.
+
+    >>> learn = Learner(nn.Linear(4, 1), ([(torch.ones(8, 4), torch.ones(8, 1))], None), nn.MSELoss(), verbose=False)
+    >>> learn.fit(0.1, 3)
+    >>> learn.recorder.lrs
+    array([0.1, 0.1, 0.1])
+    """
+
+    def __init__(self, model: nn.Module, dls: Data, loss_func: Callable[[Any, Any], Tensor] | None = None, *,
+                 opt_func: Callable[..., Optimizer] = torch.optim.AdamW, lr: LR = 1e-3, splitter: Splitter = None,
+                 wd: float | None = None, wd_norm_bias: bool = False, train_bn: bool = True,
+                 metrics: Iterable[Any] = (), callbacks: Iterable[Callback] = (),
+                 device: torch.device | str | None = None, seed: int | None = None, compile: bool = False,
+                 graph: bool = False, unpack: UnpackBatch = split_batch, verbose: bool = True) -> None:
+        self.dls = _as_dls(model, dls)
+        if (loss_func is not None and not callable(loss_func)) or isinstance(loss_func, type):
+            raise TypeError(f"loss_func must be a function (output, target) -> loss, got {loss_func!r:.80}. "
+                            "Pass e.g. nn.CrossEntropyLoss().")
+        for name, flag in (("compile", compile), ("graph", graph)):
+            if check_flag(name, flag):
+                raise ValueError(f"{name}=True is not available in this version. Leave it out.")
+        self.train_bn, self.wd_norm_bias = check_flag("train_bn", train_bn), check_flag("wd_norm_bias", wd_norm_bias)
+        self.verbose = check_flag("verbose", verbose)
+        self.callbacks = check_callbacks(callbacks, "callbacks")
+        self.metrics = _as_metrics(metrics)
+        if not callable(unpack):
+            raise TypeError(f"unpack must be a function batch -> (inputs, target), got {unpack!r:.80}.")
+        wd = None if wd is None else check_number("wd", wd, minimum=0)
+        device = as_device(device, model)
+        groups = split(model, splitter)
+        lrs = spread_lrs(lr, groups.names)
+        if seed is not None:
+            _seed_all(seed)
+        self.model, self.device, self.loss_func, self.unpack = model.to(device), device, loss_func, unpack
+        self.lr = check_lr("lr", lr)
+        self.opt = make_optimizer(opt_func, groups, lrs, wd, self.wd_norm_bias)
+        self.recorder = Recorder()
+        self._groups = groups
+        self._is_fitting = False
+
+    @property
+    def groups(self) -> LayerGroups:
+        """The layer groups, first layers first; printed, a table of what they hold and how they are trained."""
+        self._groups.lrs = group_lrs(self.opt, len(self._groups))
+        decays = [[group.get("weight_decay") for group in self.opt.param_groups if group["layer_group"] == i]
+                  for i in range(len(self._groups))]
+        self._groups.wds = [max((wd for wd in of_group if wd is not None), default=None) for of_group in decays]
+        return self._groups
+
+    @property
+    def sched(self) -> Recorder:
+        """fastai 0.7's name of `recorder`."""
+        return self.recorder
+
+    # ---- training
+
+    def fit(self, lr: LR, n_cycle: int = 1, *, cycle_len: int | None = None, cycle_mult: int = 1,
+            use_clr: Sequence[float] | None = None, use_clr_beta: Sequence[float] | None = None,
+            wd: float | None = None, callbacks: Iterable[Callback] = (), steps_per_epoch: int | None = None,
+            accumulate: int = 1, resume: bool = False, verbose: bool | None = None) -> None:
+        """Train for `n_cycle` cycles with peak learning rate `lr`.
+
+        lr: float, slice(hi), slice(lo, hi) or one value per layer group. Without `cycle_len` a cycle is an epoch and
+        the learning rate is constant, unless a callback owns it. cycle_len: epochs in the first cycle, each of which
+        anneals by a cosine, or with use_clr=(div, cut_div[, mom_max, mom_min]) is a `CircularLR`, or with
+        use_clr_beta=(div, pct[, mom_max, mom_min]) a `CircularLRBeta`; cycle c is cycle_mult**c times as long.
+
+        wd: weight decay of this fit. callbacks: of this fit; one that owns a hyper-parameter replaces the learner's.
+        steps_per_epoch: weight updates per epoch, for a loader without len() or to shorten epochs. accumulate:
+        batches per weight update. verbose: None for the learner's.
+
+        Raises ValueError or TypeError before anything is changed.
+        """
+        check_not_swapped(lr, n_cycle)
+        n_epochs, schedule = epochs_and_schedule(n_cycle, cycle_len, cycle_mult, use_clr, use_clr_beta)
+        self._fit(n_epochs, lr, schedule, wd=wd, callbacks=callbacks, steps_per_epoch=steps_per_epoch,
+                  accumulate=accumulate, resume=resume, verbose=verbose)
+
+    def fit_one_cycle(self, cycle_len: int | None = None, max_lr: LR | None = None, *, div_factor: float = 25.0,
+                      pct_start: float = 0.3, final_div: float | None = None,
+                      moms: Sequence[float] | None = (0.95, 0.85), cyc_len: int | None = None,
+                      lr_max: LR | None = None, **options: Unpack[FitOptions]) -> None:
+        """Train for `cycle_len` epochs by one cycle of `OneCycle`, whose arguments these are.
+
+        max_lr: the peak, None for the learner's `lr`. cyc_len, lr_max: fastai's names of the first two. options: wd,
+        callbacks, steps_per_epoch, accumulate, resume, verbose, as in `fit`.
+        """
+        n_epochs = check_int("cycle_len", _one_of("cycle_len", cycle_len, "cyc_len", cyc_len),
+                             example="fit_one_cycle(3, 0.1)")
+        max_lr = _one_of("max_lr", max_lr, "lr_max", lr_max)
+        schedule = OneCycle(None, div_factor, pct_start, final_div=final_div, moms=moms)
+        self._fit(n_epochs, self.lr if max_lr is None else max_lr, schedule, **options)
+
+    def fit_flat_cos(self, n_epoch: int, lr: LR | None = None, *, pct_start: float = 0.75, div_final: float = 1e5,
+                     **options: Unpack[FitOptions]) -> None:
+        """Train for `n_epoch` epochs by `FlatCos`: constant, then a half-cosine down. options: as in `fit`."""
+        n_epochs = check_int("n_epoch", n_epoch, example="fit_flat_cos(3, 0.01)")
+        self._fit(n_epochs, self.lr if lr is None else lr, FlatCos(pct_start, div_final), **options)
+
+    def fit_sgdr(self, n_cycles: int, cycle_len: int, lr_max: LR | None = None, *, cycle_mult: int = 2,
+                 **options: Unpack[FitOptions]) -> None:
+        """Train for `n_cycles` cosine cycles, cycle c `cycle_len * cycle_mult**c` epochs long. options: as in `fit`.
+
+        Source: SGDR (arXiv 1608.03983); no warm-up, as in fastai 2.
+        """
+        n_cycles, cycle_len = check_int("n_cycles", n_cycles), check_int("cycle_len", cycle_len)
+        schedule = CosineAnnealing(n_cycles, cycle_mult, warmup_frac=0.0)
+        n_epochs = cycle_len * sum(cycle_mult**c for c in range(n_cycles))
+        self._fit(n_epochs, self.lr if lr_max is None else lr_max, schedule, **options)
+
+    def fine_tune(self, epochs: int, base_lr: float = 2e-3, *, freeze_epochs: int = 1, lr_mult: float = 100,
+                  pct_start: float = 0.3, div: float = 5.0, **options: Unpack[FitOptions]) -> None:
+        """Train the last layer group for `freeze_epochs`, then all of them for `epochs`, both by one cycle.
+
+        First with peak base_lr (frozen, pct_start 0.99), then with slice(base_lr/2/lr_mult, base_lr/2), `pct_start`
+        and div_factor=`div`. options: as in `fit`, for both. Source: fastai 2's fine_tune.
+        """
+        epochs, freeze_epochs = check_int("epochs", epochs), check_int("freeze_epochs", freeze_epochs)
+        base_lr = check_number("base_lr", base_lr, above=0, example="fine_tune(3, 2e-3)")
+        lr_mult = check_number("lr_mult", lr_mult, minimum=1)
+        second = OneCycle(None, div, pct_start)  # checked before the first of the two fits begins
+        self.freeze()
+        self.fit_one_cycle(freeze_epochs, slice(base_lr), pct_start=0.99, **options)
+        self.unfreeze()
+        self._fit(epochs, slice(base_lr / 2 / lr_mult, base_lr / 2), second, **options)
+
+    def lr_find(self, start_lr: LR = 1e-7, end_lr: LR = 10.0, num_it: int = 100, *, stop_div: bool = True,
+                callbacks: Iterable[Callback] = ()) -> LRFind:
+        """Train with a growing learning rate until the loss explodes, and undo all of it.
+
+        The arguments are those of `LRFinder`. Only callbacks with `in_lr_find = True` run, and no validation. The
+        result is returned, and drawn by `recorder.plot()`. However it ends, model, optimizer, random generators and
+        Recorder are bit for bit what they were: a fit after it equals a fit without it.
+
+        Raises ValueError for values out of range and for data that is good for one pass only.
+        """
+        finder = LRFinder(start_lr, end_lr, num_it, stop_div=stop_div)
+        self._find(finder, check_callbacks(callbacks, "callbacks"), 1, self.verbose)
+        return cast(LRFind, self.recorder.lr_find)
+
+    @contextmanager
+    def sandbox(self) -> Iterator["Learner"]:
+        """A block that leaves no trace: whatever happens inside is undone, however it ends.
+
+        Restored bit for bit: parameters, buffers, gradients, requires_grad, modes; optimizer state and
+        hyper-parameters; all global random generators and those of the loaders; the Recorder; the learner's own
+        attributes. Inside, workers of a DataLoader are new ones. What callbacks keep for themselves is theirs to undo.
+        Costs a copy of model and optimizer state in memory and no file. Raises ValueError for one-pass data.
+
+        >>> learn = Learner(nn.Linear(1, 1), ([(torch.ones(2, 1), torch.ones(2, 1))], None), nn.MSELoss(),
+        ...                 verbose=False)
+        >>> before = learn.model.weight.item()
+        >>> with learn.sandbox():
+        ...     learn.fit(1.0, 5)
+        >>> learn.model.weight.item() == before
+        True
+        """
+        train, valid = self.dls.train, self.dls.valid
+        twins = DataLoaders(second_copy(train), None if valid is None else second_copy(valid))
+        attributes, lists = dict(vars(self)), (list(self.callbacks), list(self.metrics))
+        restore_recorder = self.recorder.keep()
+        restore = snapshot.capture(self.model, self.opt, (*generators(train), *generators(valid)))
+        self.dls = twins
+        try:
+            yield self
+        finally:
+            with DeferredInterrupt():  # Ctrl-C must not stop this half way
+                vars(self).clear()
+                vars(self).update(attributes)
+                self.callbacks[:], self.metrics[:] = lists
+                restore_recorder()
+                restore()
+
+    # ---- layer groups
+
+    def freeze(self) -> None:
+        """Train the last layer group only (and, with `train_bn`, all norm layers)."""
+        self.freeze_to(-1)
+
+    def freeze_to(self, n: int) -> None:
+        """Freeze layer groups [:n] and train [n:]; -g <= n < g for g groups.
+
+        A frozen parameter has requires_grad False and no gradient, is not decayed, and loses its optimizer state.
+        Raises ValueError for another n.
+        """
+        g = len(self._groups)
+        if isinstance(n, bool) or not isinstance(n, int) or not -g <= n < g:
+            raise ValueError(f"freeze_to(n) needs an int {-g} <= n < {g} for {g} layer group{'s' * (g > 1)} "
+                             f"({', '.join(self._groups.names)}), got {n!r}.")
+        freeze(self._groups, n % g, self.opt, self.train_bn)
+
+    def unfreeze(self) -> None:
+        """Train all layer groups."""
+        self.freeze_to(0)
+
+    # ---- looking ahead and looking back
+
+    def plan(self, n_epochs: int, schedule: Scheduler | None = None, *, lr: LR | None = None,
+             steps_per_epoch: int | None = None, accumulate: int = 1) -> Plan:
+        """What a fit of `n_epochs` with `schedule` would do to each layer group, without doing it.
+
+        lr: the peak where the schedule has none, None for the learner's. Prints as a table, `.plot()` draws it.
+
+        >>> learn = Learner(nn.Linear(1, 1), ([(torch.ones(2, 1), torch.ones(2, 1))] * 50, None), nn.MSELoss())
+        >>> learn.plan(2, OneCycle(0.1)).table()
+        epoch  step         lr  momentum
+            0     0     0.0040    0.9500
+            1    50     0.0812    0.8688
+            1    99  5.075e-05    0.9499
+        """
+        schedule = ConstantLR() if schedule is None else schedule
+        if not isinstance(schedule, Scheduler):
+            raise TypeError(f"schedule must be a schedule such as OneCycle(0.1), got {schedule!r:.80}.")
+        n_epochs = check_int("n_epochs", n_epochs, example="plan(3, OneCycle(0.1))")
+        _, per_epoch, _ = self._steps(steps_per_epoch, accumulate)
+        peak = self.lr if lr is None else lr
+        lrs = np.array(spread_lrs(peak if schedule.max_lr is None else schedule.max_lr, self._groups.names))
+        values = {hyper: np.array(column) for hyper, column in schedule.values(n_epochs * per_epoch, 1.0).items()}
+        if "lr" in values:
+            values["lr"] = values["lr"][:, None] * lrs
+        return Plan(n_epochs, per_epoch, self._groups.names, values, repr(schedule))
+
+    def validate(self, dl: Iterable[Batch] | None = None) -> dict[str, float]:
+        """The validation loss and the metrics over `dl`, None for the validation data: keys as in an epoch row.
+
+        Random generators are left as they were. Raises ValueError if there is no data.
+        """
+        with self._looking():
+            state = self._state(valid_dl=self._data(dl))
+            state.metrics = {}
+            loop.validate(state, Emitter([Metrics(self.metrics)], state))
+        return state.metrics
+
+    def get_preds(self, dl: Iterable[Batch] | None = None, *, with_loss: bool = False) -> tuple[Any, ...]:
+        """(predictions, targets), or (predictions, targets, losses), over `dl`, None for the validation data.
+
+        Raw outputs (the `.logits` of one that has them) of all samples, in the order of the data set even if `dl`
+        shuffles, on the CPU; nests of tensors stay nests. losses: one per sample, (n,). Random generators are left as
+        they were.
+        """
+        loss_func = self.loss_func
+        if with_loss and loss_func is None:
+            raise ValueError("with_loss=True needs a loss_func on the Learner.")
+        columns: list[list[Any]] = [[], [], []]
+        with self._looking():
+            batches = feed(in_order(self._data(dl)), self.device, None, DeferredInterrupt())
+            for pred, target, _ in predictions(self.model, batches, self.unpack):
+                columns[0].append(pred)
+                columns[1].append(target)
+                if with_loss:
+                    columns[2].append(sample_losses(loss_func, pred, target))
+            if not columns[0]:
+                raise ValueError("there is nothing to predict: the data yielded 0 batches.")
+            return tuple(concatenate(column) for column in columns[:3 if with_loss else 2])
+
+    @torch.no_grad()
+    def predict(self, x: Any) -> Any:
+        """The model's output for one batch of inputs `x` (without targets), in eval mode, on the CPU."""
+        with self._looking():
+            return concatenate([scores(call_model(self.model, to_device(x, self.device)))])
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the weights, plain tensors, to `path`; gives the path. Raises FileNotFoundError without the folder."""
+        return save_weights(self.model, path)
+
+    def load(self, path: str | os.PathLike[str]) -> "Learner":
+        """Load weights that `save` wrote. Raises ValueError that names what does not fit, and then changes nothing."""
+        load_weights(self.model, path)
+        return self
+
+    # ---- one fit
+
+    def _fit(self, n_epochs: int, lr: Any, schedule: Scheduler | None, *, wd: float | None = None,
+             callbacks: Iterable[Callback] = (), steps_per_epoch: int | None = None, accumulate: int = 1,
+             resume: bool = False, verbose: bool | None = None) -> None:
+        given = check_callbacks(callbacks, "callbacks")
+        verbose = self.verbose if verbose is None else check_flag("verbose", verbose)
+        if check_flag("resume", resume):
+            raise ValueError("resume=True is not available in this version. Leave it out.")
+        wd = None if wd is None else check_number("wd", wd, minimum=0)
+        finder = next((cb for cb in given if isinstance(cb, LRFinder)), None)
+        if finder is not None:
+            return self._find(finder, [cb for cb in given if cb is not finder], accumulate, verbose)
+        lrs = spread_lrs(lr, self._groups.names)
+        self._check_ready(n_epochs)
+        callbacks = self._callbacks([*given, *([schedule] if schedule else [])])
+        if owner_of("lr", callbacks) is None:
+            callbacks.append(ConstantLR())
+        limit, per_epoch, batches = self._steps(steps_per_epoch, accumulate)
+        state = self._state(
+            lrs=lrs, n_epochs=n_epochs, steps_per_epoch=per_epoch, n_steps=n_epochs * per_epoch,
+            accumulate=accumulate, n_batches=batches, max_batches=limit,
+            callbacks=[self.recorder, Metrics(self.metrics), *callbacks, *([Progress()] if verbose else [])])
+        with self._fitting({hyper for callback in callbacks for hyper in callback.sets}):
+            if wd is not None:
+                set_weight_decay(self.opt, self._groups, wd, self.wd_norm_bias)
+            state.weight_decays = tuple(group.get("weight_decay", 0.0) for group in self.opt.param_groups)
+            loop.run(state)
+
+    def _find(self, finder: LRFinder, given: list[Callback], accumulate: int, verbose: bool) -> None:
+        finder.ramps(self._groups.names)  # bad ones are refused here, before anything begins
+        self._check_ready(n_epochs=1)
+        accumulate, batches, recorder = check_int("accumulate", accumulate), n_batches(self.dls.train), Recorder()
+        callbacks = [cb for cb in self._callbacks([finder, *given]) if cb.in_lr_find or cb is finder]
+        with self.sandbox():
+            state = self._state(
+                n_epochs=finder.num_it, n_steps=finder.num_it, accumulate=accumulate, n_batches=batches,
+                steps_per_epoch=None if batches is None else math.ceil(batches / accumulate), valid_dl=None,
+                recorder=recorder, callbacks=[recorder, *callbacks, *([Progress("lr_find")] if verbose else [])])
+            with self._fitting(set()):
+                loop.run(state)
+        self.recorder.lr_find = finder.result()
+        if verbose:
+            say(str(self.recorder.lr_find))
+
+    def _callbacks(self, given: list[Callback]) -> list[Callback]:
+        """The learner's callbacks and those of one fit, one owner for each hyper-parameter."""
+        callbacks = resolve(check_callbacks(self.callbacks, "learn.callbacks"), given)
+        if any(isinstance(callback, Recorder) for callback in callbacks):
+            raise ValueError("a Learner has its own Recorder: read learn.recorder instead of passing another one.")
+        return callbacks
+
+    @contextmanager
+    def _fitting(self, scheduled: set[str]) -> Iterator[None]:
+        """One fit at a time; what it scheduled, other than the learning rate, is put back afterwards."""
+        self._is_fitting = True
+        restore = keep_hypers(self.opt, {*scheduled, "weight_decay"} - {"lr"})
+        try:
+            yield
+        finally:
+            self._is_fitting = False
+            restore()
+
+    @contextmanager
+    def _looking(self) -> Iterator[None]:
+        """Eval mode; modes and random generators are put back afterwards."""
+        restore_modes, restore_rng = snapshot.modes(self.model), snapshot.rng()
+        self.model.eval()
+        try:
+            yield
+        finally:
+            restore_modes()
+            restore_rng()
+
+    def _check_ready(self, n_epochs: int) -> None:
+        if self._is_fitting:
+            raise RuntimeError("this Learner is already fitting: a callback, or another thread, called it again.")
+        label_groups(self.opt, len(self._groups))
+        own = {id(p) for p in self.model.parameters()}
+        held = {id(p) for group in self.opt.param_groups for p in group["params"]}
+        if own != held:
+            raise ValueError(f"learn.opt and learn.model do not belong together: {len(own - held)} parameters of the "
+                             f"model are not in the optimizer, {len(held - own)} of the optimizer not in the model. "
+                             "Make a new Learner for a new model.")
+        if not any(p.requires_grad for p in self.model.parameters()):
+            raise ValueError(f"there is no trainable parameter: all {len(self._groups)} layer groups "
+                             f"({', '.join(self._groups.names)}) are frozen. Call unfreeze() or freeze_to(n).")
+        check_loader(self.dls.train, self.model, n_epochs)
+
+    def _steps(self, steps_per_epoch: int | None, accumulate: int) -> tuple[int | None, int, int]:
+        """(batches per epoch at most, None for no limit; weight updates per epoch; batches per epoch)."""
+        accumulate = check_int("accumulate", accumulate)
+        batches = n_batches(self.dls.train)
+        if steps_per_epoch is None:
+            if batches is None:
+                raise ValueError(f"the training data ({type(self.dls.train).__name__}) has no len(), and a schedule "
+                                 "has to know how long it is. Pass steps_per_epoch=, the weight updates per epoch.")
+            return None, math.ceil(batches / accumulate), batches
+        steps = check_int("steps_per_epoch", steps_per_epoch)
+        if batches is None:
+            return steps * accumulate, steps, steps * accumulate
+        if steps > math.ceil(batches / accumulate):
+            raise ValueError(f"steps_per_epoch={steps} is more than the {math.ceil(batches / accumulate)} updates that "
+                             f"one pass over {batches} batches makes. Train more epochs instead.")
+        limit = min(steps * accumulate, batches)
+        return limit, steps, limit
+
+    def _state(self, **fields: Any) -> State:
+        defaults: dict[str, Any] = {
+            "model": self.model, "loss_func": self.loss_func or output_loss, "opt": self.opt, "device": self.device,
+            "unpack": self.unpack, "group_names": self._groups.names,
+            "lrs": tuple(group_lrs(self.opt, len(self._groups))), "n_epochs": 1, "steps_per_epoch": None, "n_steps": 1,
+            "train_dl": self.dls.train, "valid_dl": self.dls.valid, "callbacks": (), "recorder": self.recorder,
+            "norms_in_eval": norms_in_eval(self._groups, self.train_bn)}
+        return State(**defaults | fields)
+
+    def _data(self, dl: Iterable[Batch] | None) -> Iterable[Batch]:
+        data = self.dls.valid if dl is None else dl
+        if data is None:
+            raise ValueError("there is no validation data. Pass a loader, or make the Learner with "
+                             "DataLoaders(train, valid).")
+        if not isinstance(data, Iterable):
+            raise TypeError(f"dl must be an iterable of batches, got {dl!r:.80}.")
+        return data
+
+
+def _as_dls(model: Any, dls: Any) -> DataLoaders:
+    if not isinstance(model, nn.Module):
+        if isinstance(dls, nn.Module):
+            raise TypeError(f"model and data are swapped: got Learner({type(model).__name__}, {type(dls).__name__}). "
+                            "The call is Learner(model, dls, loss_func).")
+        raise TypeError(f"model must be an nn.Module, got {model!r:.80} ({type(model).__name__}).")
+    if isinstance(dls, DataLoaders):
+        return dls
+    if isinstance(dls, tuple) and len(dls) == 2:
+        return DataLoaders(*dls)
+    raise TypeError(f"dls must be DataLoaders(train, valid) or a tuple (train, valid), got a {type(dls).__name__}. "
+                    "Without validation data pass DataLoaders(train).")
+
+
+def _as_metrics(metrics: Any) -> list[Any]:
+    listed = list(metrics) if isinstance(metrics, (list, tuple)) else [metrics]
+    Metrics(listed)  # refuses what is no metric, and two of one name
+    return listed
+
+
+def _seed_all(seed: Any) -> None:
+    seed = check_int("seed", seed, minimum=0)
+    if seed >= 2**32:
+        raise ValueError(f"seed must be below 2**32 (numpy's limit), got {seed}.")
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def _one_of(name: str, value: Any, alias: str, aliased: Any) -> Any:
+    if value is not None and aliased is not None:
+        raise ValueError(f"{name}={value!r} and {alias}={aliased!r} are the same argument: pass one of them.")
+    return aliased if value is None else value

@@ -1,0 +1,161 @@
+"""The learning-rate finder: a ramp of learning rates, one per weight update, until the loss explodes."""
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import plots
+from .callback import Callback, CancelFit, Order
+from .errors import check_flag, check_int
+from .hypers import check_lr, set_lrs, spread_lrs
+from .scalars import Ema
+from .state import State
+from .suggest import suggestions
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Column = NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class LRFind:
+    """What a run of the LR finder found. Arrays are float64, one entry per weight update, the last one included."""
+
+    lrs: Column  # learning rate of the last layer group, (n,)
+    losses: Column  # training loss before the update at that rate, (n,)
+    smooth_losses: Column  # the same as an exponential moving average (0.98, bias-corrected), (n,)
+    suggestions: dict[str, float | None]  # rule -> learning rate, or None where it gives none
+    suggestion: float | None  # the valley's: a peak to train with
+    stopped: str  # why it ended
+    reason: str = ""  # why there is no suggestion
+    num_it: int = 0  # learning rates asked for
+    pass_length: int | None = None  # updates in one pass over the data; None: the data was not seen to its end
+
+    def __str__(self) -> str:
+        """The run in words: what people ask about it."""
+        n = len(self.lrs)
+        passes = f" = {n / self.pass_length:.1f} epochs of {self.pass_length} batches" if self.pass_length else ""
+        ended = f"stopped at {self.lrs[-1]:.2g} because {self.stopped}" if n else f"stopped because {self.stopped}"
+        found = ", ".join(f"{rule} {lr:.2e}" for rule, lr in self.suggestions.items() if lr is not None)
+        return (f"{n} learning rates{passes}; training loss; {ended}\n"
+                f"suggestions: {found or 'none, ' + self.reason}")
+
+    __repr__ = __str__
+
+    def plot(self, skip_start: int = 10, skip_end: int = 5, suggestions: bool = True, *,
+             ax: "Axes | None" = None) -> "Axes":
+        """Draw the smoothed training loss against the learning rate, the suggestions marked.
+
+        skip_start, skip_end: points left out at the ends, >= 0; fewer where there are few.
+        """
+        skip_start = check_int("skip_start", skip_start, minimum=0)
+        skip_end = check_int("skip_end", skip_end, minimum=0)
+        n = len(self.lrs)
+        share = min(1.0, n / 2 / max(1, skip_start + skip_end))  # at least half of the points stay
+        shown = slice(int(skip_start * share), n - int(skip_end * share))
+        lrs, losses = self.lrs[shown], self.smooth_losses[shown]
+        ax = plots.axes(ax)
+        ax.plot(lrs, losses, color="C0")
+        ax.set(xscale="log", xlabel="learning rate", ylabel="training loss (smoothed)")
+        marked = [(rule, lr) for rule, lr in self.suggestions.items() if lr is not None] if suggestions else []
+        for i, (rule, lr) in enumerate(marked):
+            ax.plot(lr, np.interp(math.log(lr), np.log(self.lrs), self.smooth_losses), "o", color=f"C{i + 1}",
+                    label=f"{rule}: {lr:.2e}")
+        if marked:
+            ax.legend()
+        return ax
+
+
+@dataclass(eq=False)
+class LRFinder(Callback):
+    """Trains with a learning rate that grows from `start_lr` by a constant factor, and ends the fit.
+
+    start_lr, end_lr: in every form of a learning rate; of a slice or sequence each layer group has its own ramp.
+    num_it: how many learning rates are tried, one weight update each, over as many passes as that takes; >= 2.
+    stop_div: stop once the smoothed loss exceeds its best by 3 times the best (a loss that is not finite always stops).
+    In `learn.fit(callbacks=[LRFinder()])` it runs like `learn.lr_find()`: in a sandbox, its result in
+    `learn.recorder.lr_find`. Raises ValueError for values out of range.
+
+    Source: Smith 2015 (arXiv 1506.01186, section 3.3) in fastai's exponential form.
+
+    >>> LRFinder(num_it=200)
+    LRFinder(start_lr=1e-07, end_lr=10.0, num_it=200, stop_div=True)
+    """
+
+    start_lr: Any = 1e-7
+    end_lr: Any = 10.0
+    num_it: int = 100
+    stop_div: bool = field(default=True, kw_only=True)
+
+    order = Order.HYPER
+    sets = ("lr",)
+
+    def __post_init__(self) -> None:
+        self.start_lr, self.end_lr = check_lr("start_lr", self.start_lr), check_lr("end_lr", self.end_lr)
+        self.num_it = check_int("num_it", self.num_it, minimum=2, example="num_it=100")
+        check_flag("stop_div", self.stop_div)
+        if isinstance(self.start_lr, float) and isinstance(self.end_lr, float):
+            _check_ramp((self.start_lr,), (self.end_lr,))
+        self._forget()
+
+    def _forget(self) -> None:
+        self._lrs: list[float] = []
+        self._losses: list[float] = []
+        self._smooth: list[float] = []
+        self._ema, self._best, self._stopped = Ema(), math.inf, "it was cut short"
+        self._pass_length: int | None = None
+
+    def ramps(self, group_names: Sequence[str]) -> tuple[tuple[float, float], ...]:
+        """(start, end / start) of each layer group. Raises ValueError for a ramp that does not rise."""
+        starts = spread_lrs(self.start_lr, group_names, "start_lr")
+        ends = spread_lrs(self.end_lr, group_names, "end_lr")
+        _check_ramp(starts, ends)
+        return tuple((start, end / start) for start, end in zip(starts, ends, strict=True))
+
+    def before_fit(self, state: State) -> None:
+        self._forget()
+        self._ramps = self.ramps(state.group_names)
+        self._pass_length = state.steps_per_epoch
+
+    def before_batch(self, state: State) -> None:
+        progress = state.step / self.num_it
+        self._newest = [start * ratio**progress for start, ratio in self._ramps]
+        set_lrs(state.opt, self._newest)
+
+    def after_step(self, state: State) -> None:
+        loss = float(state.step_loss)  # the one place that waits for the device: it has to know when to stop
+        smooth = self._ema.add(loss)
+        self._lrs.append(self._newest[-1])
+        self._losses.append(loss)
+        self._smooth.append(smooth)
+        self._best = min(self._best, smooth)
+        if not math.isfinite(loss):
+            self._stopped = f"the loss is {loss}"
+        elif self.stop_div and state.step >= self.num_it // 10 and smooth > self._best + 3 * abs(self._best):
+            self._stopped = "the loss diverged"
+        elif len(self._lrs) == self.num_it:
+            self._stopped = "all were tried"
+        else:
+            return
+        raise CancelFit
+
+    def after_epoch(self, state: State) -> None:
+        self._pass_length = self._pass_length or state.step
+
+    def result(self) -> LRFind:
+        """What was found. Fewer than about 10 usable points, or no descent: no suggestions, and the reason."""
+        lrs, smooth = np.array(self._lrs), np.array(self._smooth)
+        found, reason = suggestions(lrs, smooth, self.num_it)
+        return LRFind(lrs, np.array(self._losses), smooth, found, found.get("valley"), self._stopped, reason,
+                      self.num_it, self._pass_length)
+
+
+def _check_ramp(starts: Sequence[float], ends: Sequence[float]) -> None:
+    for start, end in zip(starts, ends, strict=True):
+        if start >= end:
+            raise ValueError(f"start_lr must be below end_lr, got {start:g} and {end:g}. "
+                             "Pass e.g. lr_find(1e-7, 10).")

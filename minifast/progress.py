@@ -1,0 +1,181 @@
+"""What a person sees while training: a bar where there is a screen, and one line per epoch everywhere."""
+import logging
+import sys
+import time
+from typing import Any
+
+from .callback import Callback, Order
+from .state import State
+from .tables import shown
+
+REFRESH = 0.25  # seconds between two looks at the loss, which wait for the device
+log = logging.getLogger("minifast")
+
+
+class Progress(Callback):
+    """One bar for the whole fit and a table of its epochs.
+
+    A terminal gets a bar that vanishes at the end, a notebook the same as text in one cell output, a pipe or file one
+    plain line per epoch. Output that cannot be written (a closed pipe) is given up with one log message; training goes
+    on. `title`: in front of the bar instead of the epoch.
+    """
+
+    order = Order.RECORD
+    in_lr_find = True
+
+    def __init__(self, title: str = "") -> None:
+        self.title = title
+
+    def before_fit(self, state: State) -> None:
+        self._columns: list[str] = []
+        self._began = time.perf_counter()
+        self._screen = _screen(state.n_steps)
+        self._next_look = 0.0
+        self._look(state)
+
+    def after_batch(self, state: State) -> None:
+        if time.perf_counter() >= self._next_look:
+            self._look(state)
+
+    def after_valid_batch(self, state: State) -> None:
+        if time.perf_counter() >= self._next_look:
+            self._look(state)
+
+    def after_epoch(self, state: State) -> None:
+        names = list(state.metrics)
+        if self.title:
+            return
+        if not set(names) <= set(self._columns):
+            self._columns = names
+            self._screen.line("  ".join(name.rjust(_width(name)) for name in names))
+        self._screen.line("  ".join(_cell(name, state.metrics.get(name)).rjust(_width(name))
+                                    for name in self._columns))
+
+    def after_fit(self, state: State) -> None:
+        self._screen.close()
+
+    def _look(self, state: State) -> None:
+        if self._screen.has_bar:
+            loss, lr = state.recorder.newest.smooth_loss(), state.opt.param_groups[-1]["lr"]
+            self._screen.bar(state.step, self.title or f"epoch {state.epoch + 1}/{state.n_epochs}",
+                             f"loss {shown(loss)}, lr {float(lr):.2e}" if state.step else "")
+        self._next_look = time.perf_counter() + REFRESH
+
+
+def say(text: str) -> None:
+    """Print, unless standard output is closed: then log that once and go on."""
+    _Lines().line(text)
+
+
+class _Lines:
+    """A pipe, a file: lines only."""
+
+    has_bar = False
+
+    def __init__(self) -> None:
+        self.is_broken = False
+
+    def line(self, text: str) -> None:
+        """Print one line."""
+        self._try(lambda: print(text, flush=True))
+
+    def bar(self, step: int, title: str, note: str) -> None:
+        """Show how far the fit has come."""
+
+    def close(self) -> None:
+        """Take the bar away; the lines stay."""
+
+    def _try(self, write: Any) -> None:
+        if self.is_broken:
+            return
+        try:
+            write()
+        except (OSError, ValueError) as error:  # a closed pipe, a closed file
+            self.is_broken = True
+            log.warning("cannot write to standard output (%s): training goes on in silence", error)
+
+
+class _Terminal(_Lines):
+    """A terminal: tqdm's bar under the lines."""
+
+    has_bar = True
+
+    def __init__(self, n_steps: int) -> None:
+        super().__init__()
+        from tqdm import tqdm
+
+        class Bar(tqdm):  # type: ignore[misc]
+            monitor_interval = 0  # no watching thread: we refresh by the clock ourselves
+
+        self._bar = Bar(total=n_steps, file=sys.stdout, leave=False, dynamic_ncols=True, unit="step")
+
+    def line(self, text: str) -> None:
+        self._try(lambda: self._bar.write(text, file=sys.stdout))
+
+    def bar(self, step: int, title: str, note: str) -> None:
+        self._bar.n = step
+        self._try(lambda: (self._bar.set_description_str(title, refresh=False),
+                           self._bar.set_postfix_str(note, refresh=False), self._bar.refresh()))
+
+    def close(self) -> None:
+        self._try(self._bar.close)
+
+
+class _Notebook(_Lines):
+    """A notebook: the lines and tqdm's bar as text in one output, which ends as the lines alone."""
+
+    has_bar = True
+
+    def __init__(self, n_steps: int) -> None:
+        super().__init__()
+        from IPython.display import display
+
+        self._n_steps, self._began = n_steps, time.perf_counter()
+        self._lines: list[str] = []
+        self._output: Any = display(_Text(""), display_id=True)  # type: ignore[no-untyped-call]
+
+    def line(self, text: str) -> None:
+        self._lines.append(text)
+        self._show()
+
+    def bar(self, step: int, title: str, note: str) -> None:
+        from tqdm import tqdm
+
+        self._show(tqdm.format_meter(step, self._n_steps, time.perf_counter() - self._began, ncols=100, prefix=title,
+                                     unit="step", postfix=note))
+
+    def close(self) -> None:
+        self._show()
+
+    def _show(self, bar: str = "") -> None:
+        self._output.update(_Text("\n".join([*self._lines, *([bar] if bar else [])])))
+
+
+class _Text:
+    """Plain text whose repr is itself: a notebook shows and saves it as it is."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def __repr__(self) -> str:
+        return self.text
+
+
+def _screen(n_steps: int) -> _Lines:
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython else None
+    if shell is not None and hasattr(shell, "kernel"):
+        return _Notebook(n_steps)
+    try:
+        in_terminal = sys.stdout.isatty()
+    except (AttributeError, ValueError):  # no standard output, or a closed one
+        in_terminal = False
+    return _Terminal(n_steps) if in_terminal else _Lines()
+
+
+def _width(name: str) -> int:
+    return len(name) if name == "epoch" else max(len(name), 10)
+
+
+def _cell(name: str, value: Any) -> str:
+    return f"{value:.2f}s" if name == "time" and value is not None else shown(value)

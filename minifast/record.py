@@ -1,0 +1,123 @@
+"""What one fit did: a row per weight update, a row per epoch, and their plots."""
+import csv
+import os
+from array import array
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import plots, tables
+from .scalars import Ema, ScalarColumn
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Column = NDArray[np.float64]
+
+
+class FitRecord:
+    """The columns and epoch rows of one fit. Steps are weight updates; arrays are float64 copies."""
+
+    def __init__(self, group_names: Sequence[str] = ("model",)) -> None:
+        self.group_names = tuple(group_names)
+        self.epochs: list[dict[str, Any]] = []  # epoch, train_loss, valid_loss, metrics, time in seconds
+        self.epoch_ends: list[int] = []  # steps done when each epoch ended
+        self.lr_columns = [array("d") for _ in self.group_names]
+        self.mom_column = array("d")
+        self.loss_column = ScalarColumn()
+        self.sample_column = array("q")
+        self._smooth = array("d")
+        self._ema = Ema()
+
+    def __len__(self) -> int:
+        return len(self.mom_column)
+
+    @property
+    def lrs(self) -> Column:
+        """Learning rate of the last layer group at each step, (steps,)."""
+        return np.array(self.lr_columns[-1])
+
+    @property
+    def lr_groups(self) -> Column:
+        """Learning rate of every layer group at each step, (steps, layer groups)."""
+        return np.array(self.lr_columns).reshape(len(self.lr_columns), -1).T
+
+    @property
+    def moms(self) -> Column:
+        """Momentum (SGD) or beta1 (Adam) at each step, (steps,); nan where the optimizer has neither."""
+        return np.array(self.mom_column)
+
+    @property
+    def losses(self) -> Column:
+        """Training loss of each step, the mean over its samples, before its update, (steps,)."""
+        return self.loss_column.read()
+
+    @property
+    def smooth_losses(self) -> Column:
+        """`losses` as an exponential moving average (0.98, bias-corrected; non-finite values skipped), (steps,)."""
+        self._catch_up()
+        return np.array(self._smooth)
+
+    def smooth_loss(self) -> float:
+        """The newest smoothed loss; nan before the first step."""
+        self._catch_up()
+        return self._smooth[-1] if self._smooth else float("nan")
+
+    def _catch_up(self) -> None:
+        self._smooth.extend(self._ema.add(loss) for loss in self.loss_column.tail(len(self._smooth)))
+
+    def mean_loss(self, start: int) -> float:
+        """The mean loss over all samples of the steps from `start` on."""
+        return float(np.average(self.loss_column.tail(start), weights=self.sample_column[start:]))
+
+    def plot_lr(self, show_moms: bool = False, *, ax: "Axes | None" = None) -> "Axes":
+        """Draw the learning rate of every layer group at each step and, if asked, the momentum on a second axis."""
+        columns = {"lr": self.lr_groups}
+        if show_moms and np.isfinite(self.moms).any():
+            columns["momentum"] = self.moms
+        return plots.plot_hypers(columns, self.group_names, ax=ax)
+
+    def plot_losses(self, *, ax: "Axes | None" = None) -> "Axes":
+        """Draw the training loss of each step, raw and smoothed, and the validation loss where epochs ended."""
+        ax = plots.axes(ax)
+        ax.plot(self.losses, color="C0", alpha=0.25, linewidth=1, label="training, each step")
+        ax.plot(self.smooth_losses, color="C0", label="training, smoothed")
+        points = [(end - 1, row["valid_loss"]) for end, row in zip(self.epoch_ends, self.epochs, strict=True)
+                  if "valid_loss" in row]
+        if points:
+            ax.plot(*zip(*points, strict=True), color="C1", marker="o", label="validation")
+        ax.set(xlabel="step (weight updates)", ylabel="loss")
+        ax.legend()
+        return ax
+
+    def plot_metrics(self, *, ax: "Axes | None" = None) -> "Axes":
+        """Draw every metric against the epoch. Raises RuntimeError if there is none."""
+        names = [name for name in tables.columns(self.epochs)
+                 if name not in ("epoch", "train_loss", "valid_loss", "time")]
+        if not names:
+            raise RuntimeError("no metric was recorded. Pass e.g. Learner(..., metrics=[accuracy]) and validation "
+                               "data, then fit.")
+        from matplotlib.ticker import MaxNLocator
+        ax = plots.axes(ax)
+        for name in names:
+            rows = [(row["epoch"], row[name]) for row in self.epochs if name in row]
+            ax.plot(*zip(*rows, strict=True), marker="o", label=name)
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        ax.set(xlabel="epoch", ylabel=names[0] if len(names) == 1 else "metric")
+        ax.legend()
+        return ax
+
+    def to_csv(self, path: str | os.PathLike[str], *, epochs: bool = False) -> None:
+        """Write one line per step (step, lr of each layer group, momentum, loss, smooth_loss), or per epoch."""
+        if epochs:
+            names = tables.columns(self.epochs)
+            rows = [[row.get(name, "") for name in names] for row in self.epochs]
+        else:
+            lrs = ["lr"] if len(self.group_names) == 1 else [f"lr_{name}" for name in self.group_names]
+            names = ["step", *lrs, "momentum", "loss", "smooth_loss"]
+            columns = (*self.lr_columns, self.mom_column, self.losses.tolist(), self.smooth_losses.tolist())
+            rows = [[step, *values] for step, values in enumerate(zip(*columns, strict=True))]
+        with open(path, "w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([names, *rows])

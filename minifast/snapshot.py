@@ -1,0 +1,118 @@
+"""Everything a fit touches, kept in memory and put back bit for bit."""
+import copy
+import random
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+Restore = Callable[[], object]
+
+
+def capture(model: nn.Module, opt: Optimizer, generators: Iterable[Any] = ()) -> Restore:
+    """Copy the state of `model`, `opt`, all global random generators and `generators`; returns what puts it back.
+
+    Kept: parameters, buffers (persistent or not), gradients, `requires_grad`, the train/eval mode of every module,
+    optimizer state and hyper-parameters; Python's, numpy's and torch's generators, those of the accelerators in use,
+    and those passed (torch, numpy or Python ones). Parameters and buffers are restored in place: they stay the same
+    objects. Costs one copy of model and optimizer state; writes no file.
+
+    >>> model = nn.Linear(2, 1); opt = torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> before = model.weight.detach().clone()
+    >>> restore = capture(model, opt)
+    >>> _ = model.weight.data.zero_(); opt.param_groups[0]["lr"] = 9.0
+    >>> restore()
+    >>> torch.equal(model.weight, before), opt.param_groups[0]["lr"]
+    (True, 0.1)
+    """
+    parts = [_model(model), _optimizer(opt), rng(), *(_generator(generator) for generator in generators)]
+
+    def restore() -> None:
+        for put_back in parts:
+            put_back()
+    return restore
+
+
+def rng() -> Restore:
+    """Copy the state of all global random generators; returns what puts it back."""
+    of_python, of_numpy, of_torch = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    of_cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    of_mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
+
+    def restore() -> None:
+        random.setstate(of_python)
+        np.random.set_state(of_numpy)
+        torch.set_rng_state(of_torch)
+        if of_cuda is not None:
+            torch.cuda.set_rng_state_all(of_cuda)
+        if of_mps is not None:
+            torch.mps.set_rng_state(of_mps)
+    return restore
+
+
+def modes(model: nn.Module) -> Restore:
+    """Note the train/eval mode of every module; returns what puts it back."""
+    noted = [(module, module.training) for module in model.modules()]
+
+    def restore() -> None:
+        for module, training in noted:
+            module.training = training
+    return restore
+
+
+def _model(model: nn.Module) -> Restore:
+    params = [(p, p.detach().clone(), p.requires_grad, _clone(p.grad)) for p in model.parameters()]
+    buffers = [(module, name, buffer, _clone(buffer)) for module in model.modules()
+               for name, buffer in module._buffers.items()]
+    restore_modes = modes(model)
+
+    @torch.no_grad()
+    def restore() -> None:
+        for p, value, requires_grad, grad in params:
+            p.copy_(value)
+            p.requires_grad_(requires_grad)
+            p.grad = _clone(grad)
+        for module, name, buffer, value in buffers:
+            if buffer is not None:
+                buffer.copy_(value)
+            module._buffers[name] = buffer  # a module may have put another tensor there
+        restore_modes()
+    return restore
+
+
+def _optimizer(opt: Optimizer) -> Restore:
+    state = {p: _clone(values) for p, values in opt.state.items()}
+    groups = [{key: copy.copy(value) for key, value in group.items()} for group in opt.param_groups]
+
+    def restore() -> None:
+        opt.state.clear()
+        opt.state.update({p: _clone(values) for p, values in state.items()})
+        opt.param_groups[len(groups):] = []
+        for group, kept in zip(opt.param_groups, groups, strict=True):
+            group.clear()
+            group.update({key: copy.copy(value) for key, value in kept.items()})
+    return restore
+
+
+def _generator(generator: Any) -> Restore:
+    if isinstance(generator, torch.Generator):
+        return partial(generator.set_state, generator.get_state())
+    if isinstance(generator, np.random.Generator):
+        return partial(setattr, generator.bit_generator, "state", generator.bit_generator.state)
+    if isinstance(generator, np.random.RandomState):
+        return partial(generator.set_state, generator.get_state())
+    return partial(generator.setstate, generator.getstate())  # random.Random
+
+
+def _clone(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, dict):
+        return {key: _clone(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_clone(inner) for inner in value)
+    return copy.deepcopy(value)

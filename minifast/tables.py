@@ -1,0 +1,60 @@
+"""Plain text tables: aligned columns, numbers to the right."""
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+
+def shown(value: Any) -> str:
+    """A cell as people read it: four decimals, or an exponent where those would hide the number.
+
+    >>> [shown(v) for v in (0.5, 4e-7, 3, "head", None)]
+    ['0.5000', '4.000e-07', '3', 'head', '']
+    """
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        plain = value == 0 or 1e-3 <= abs(value) < 1e5 or value != value
+        return f"{value:.4f}" if plain else f"{value:.3e}"
+    return str(value)
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """`rows` under `header`, each column as wide as its widest cell.
+
+    >>> print(table(["name", "lr"], [["body", 1e-3], ["head", 0.01]]))
+    name      lr
+    body  0.0010
+    head  0.0100
+    """
+    body = [list(row) for row in rows]
+    lines = [list(header), *([shown(cell) for cell in row] for row in body)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    is_text = [all(isinstance(row[i], str) for row in body) for i in range(len(header))]
+    return "\n".join("  ".join(cell.ljust(width) if left else cell.rjust(width)
+                               for cell, width, left in zip(line, widths, is_text, strict=True)).rstrip()
+                     for line in lines)
+
+
+class Table(list[dict[str, Any]]):
+    """A list of rows (dicts with the same keys) that prints as an aligned table.
+
+    >>> Table([{"epoch": 0, "lr": 0.004}, {"epoch": 1, "lr": 0.1}])
+    epoch      lr
+        0  0.0040
+        1  0.1000
+    """
+
+    def __repr__(self) -> str:
+        if not self:
+            return "(no rows)"
+        return table(list(self[0]), [list(row.values()) for row in self])
+
+    __str__ = __repr__
+
+
+def columns(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The keys of all rows, in the order of their first appearance.
+
+    >>> columns([{"epoch": 0}, {"epoch": 1, "valid_loss": 0.1}])
+    ['epoch', 'valid_loss']
+    """
+    return list(dict.fromkeys(key for row in rows for key in row))

@@ -1,0 +1,56 @@
+"""The weights of a model in a file."""
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .batches import describe
+
+
+def save_weights(model: nn.Module, path: str | os.PathLike[str]) -> Path:
+    """Write the state dict of `model`, plain tensors, to `path`: whole, or not at all."""
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"cannot save to {path}: there is no folder {path.parent}. Make it first.")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        torch.save({name: _plain(value) for name, value in model.state_dict().items()}, temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Load what `save_weights` wrote. Nothing in the file is executed, and all of it fits or nothing is changed.
+
+    Raises ValueError that names what is missing, unexpected or of another shape.
+    """
+    loaded = torch.load(path, map_location="cpu", weights_only=True)
+    own = model.state_dict()
+    if not isinstance(loaded, Mapping):
+        raise ValueError(f"{path} holds a {type(loaded).__name__}, not the weights of a model.")
+    problems = [f"{kind} {_first(names)}" for kind, names in (
+        ("missing", [name for name in own if name not in loaded]),
+        ("unexpected", [name for name in loaded if name not in own]),
+        ("of another shape", [f"{name} {_shape(loaded[name])} for {_shape(own[name])}" for name in own
+                              if name in loaded and _shape(loaded[name]) != _shape(own[name])])) if names]
+    if problems:
+        raise ValueError(f"{path} does not fit the model ({type(model).__name__}): {'; '.join(problems)}. "
+                         "Nothing was loaded.")
+    model.load_state_dict(loaded)
+
+
+def _plain(value: Any) -> Any:
+    return value.detach().cpu() if isinstance(value, Tensor) else value
+
+
+def _shape(value: Any) -> Any:
+    return tuple(value.shape) if isinstance(value, Tensor) else describe(value)
+
+
+def _first(names: list[str], n: int = 5) -> str:
+    return ", ".join(names[:n]) + (f" and {len(names) - n} more" if len(names) > n else "")

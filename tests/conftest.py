@@ -1,0 +1,53 @@
+"""What every test may rely on: no global state left over from the test before it, and no window that opens."""
+import os
+import random
+import signal
+import sys
+
+os.environ["MPLBACKEND"] = "Agg"  # before anything imports matplotlib, and for the processes that tests start
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+
+collect_ignore = ["benchmarks"]  # programs, not tests; they may import peers that are not installed
+
+# The same examples on every machine, and no time limit for a single one: a busy machine is no failure.
+settings.register_profile("minifast", derandomize=True, deadline=None, database=None)
+settings.load_profile("minifast")
+
+
+def pytest_collection_modifyitems(items):
+    """Quick tests first: what fails fails soon."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+
+
+def open_figures():
+    return sys.modules["matplotlib.pyplot"].get_fignums() if "matplotlib.pyplot" in sys.modules else []
+
+
+@pytest.fixture(autouse=True)
+def leaves_no_trace():
+    """Restore the RNGs and the thread count; fail a test that leaves a signal handler or a pyplot figure behind."""
+    python, numpy, threads = random.getstate(), np.random.get_state(), torch.get_num_threads()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    figures = open_figures()
+    with torch.random.fork_rng(range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []):
+        yield
+    random.setstate(python)
+    np.random.set_state(numpy)
+    torch.set_num_threads(threads)
+    changed = [number.name for number, handler in handlers.items() if signal.getsignal(number) is not handler]
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    left = set(open_figures()) - set(figures)
+    for number in left:
+        sys.modules["matplotlib.pyplot"].close(number)
+    assert not changed, f"the test left its own handler for {', '.join(changed)}"
+    assert not left, f"the test left pyplot figures open: {sorted(left)}"
