@@ -2,6 +2,7 @@
 from . import schedules, suggest
 from .batches import split_batch
 from .callback import Callback, CancelBatch, CancelEpoch, CancelFit, Order
+from .composed import PiecewiseLR, Schedule
 from .data import DataLoaders, TensorLoader, digits
 from .groups import LayerGroup, LayerGroups
 from .learner import Learner
@@ -14,9 +15,7 @@ from .lr import (
     FlatCos,
     LinearLR,
     OneCycle,
-    PiecewiseLR,
     PolynomialLR,
-    Schedule,
 )
 from .lr_find import LRFind, LRFinder
 from .metrics import Metrics, accuracy, error_rate, rmse, top_k_accuracy

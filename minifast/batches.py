@@ -89,7 +89,7 @@ def tensors(nest: Any) -> Iterator[Tensor]:
 def to_device(nest: Any, device: torch.device | str) -> Any:
     """The same nest with its tensors on `device`; whatever has a `.to(device)` of its own is moved by that."""
     if isinstance(nest, Tensor):
-        return nest.to(device, non_blocking=True)
+        return nest.to(device, non_blocking=str(device) != "cpu")  # a copy to the host must be waited for
     if isinstance(nest, Mapping):
         moved = {key: to_device(value, device) for key, value in nest.items()}
         return moved if type(nest) is dict else type(nest)(moved)  # type: ignore[call-arg]

@@ -121,7 +121,10 @@ class Emitter:
                 else:
                     failure.add_note(f"and then {type(cb).__name__}.after_fit failed: {error!r}")
         if failure is not None:
-            raise failure
+            try:
+                raise failure
+            finally:
+                del failure  # its traceback holds this frame: a cycle, in which the state would live on
 
     def _call(self, event: Event, cb: Callback) -> None:
         hook = getattr(cb, event.__name__)
@@ -157,7 +160,7 @@ def _check_event(owner: str, name: str, member: Any) -> None:
             inspect.signature(member).bind("self", "state")
         except TypeError:
             raise TypeError(f"{owner}.{name}{inspect.signature(member)} must take (self, state).") from None
-    elif name.startswith(("before_", "after_")) or get_close_matches(name, EVENTS, 1, cutoff=0.9):
+    elif name.startswith(("before_", "after_")) or (name[0] != "_" and get_close_matches(name, EVENTS, 1, cutoff=0.9)):
         near = get_close_matches(name, EVENTS, 1)
         hint = f"did you mean {near[0]}?" if near else f"the events are {', '.join(EVENTS)}."
         raise TypeError(f"{owner}.{name} is not an event: {hint}")

@@ -1,10 +1,11 @@
 """What can be seen to be wrong with the data before, or at, the first batch."""
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim import Optimizer
 
 from .batches import Batch, describe
 from .data import is_one_shot, n_batches, size_of_last_batch
@@ -29,6 +30,19 @@ def check_loader(loader: Iterable[Batch], model: nn.Module, n_epochs: int) -> No
         raise ValueError(f"the last training batch has 1 sample ({_n_samples(loader)} samples, batch_size "
                          f"{getattr(loader, 'batch_size', None)}), and the model's BatchNorm cannot take statistics "
                          "of one. Set drop_last=True or another batch_size.")
+
+
+def check_parameters(model: nn.Module, opt: Optimizer, group_names: Sequence[str]) -> None:
+    """Raise ValueError if there is nothing to train, or if `opt` is not an optimizer of `model`."""
+    own = {id(p) for p in model.parameters()}
+    held = {id(p) for group in opt.param_groups for p in group["params"]}
+    if own != held:
+        raise ValueError(f"learn.opt and learn.model do not belong together: {len(own - held)} parameters of the "
+                         f"model are not in the optimizer, {len(held - own)} of the optimizer not in the model. "
+                         "Make a new Learner for a new model.")
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError(f"there is no trainable parameter: all {len(group_names)} layer groups "
+                         f"({', '.join(group_names)}) are frozen. Call unfreeze() or freeze_to(n).")
 
 
 def check_target(pred: Any, target: Any, loss_func: Any) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler
 
 from .batches import Batch, n_samples, to_device
@@ -36,6 +36,21 @@ class DataLoaders:
             if not (isinstance(loader, Iterable) or (loader is None and name == "valid")):
                 raise TypeError(f"{name} must be an iterable of batches, got {type(loader).__name__}. "
                                 "Pass e.g. a torch DataLoader.")
+
+
+def as_dataloaders(model: Any, dls: Any) -> DataLoaders:
+    """`dls` as `DataLoaders`. Raises TypeError for what is no data, or for model and data swapped."""
+    if isinstance(dls, nn.Module) and not isinstance(model, nn.Module):
+        raise TypeError(f"model and data are swapped: got Learner({type(model).__name__}, {type(dls).__name__}). "
+                        "The call is Learner(model, dls, loss_func).")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {model!r:.80} ({type(model).__name__}).")
+    if isinstance(dls, DataLoaders):
+        return dls
+    if isinstance(dls, tuple) and len(dls) == 2:
+        return DataLoaders(*dls)
+    raise TypeError(f"dls must be DataLoaders(train, valid) or a tuple (train, valid), got a {type(dls).__name__}. "
+                    "Without validation data pass DataLoaders(train).")
 
 
 class TensorLoader:
@@ -121,6 +136,30 @@ def n_batches(loader: Iterable[Batch]) -> int | None:
         return len(loader)  # type: ignore[arg-type]
     except (TypeError, NotImplementedError):
         return None
+
+
+def count_steps(loader: Iterable[Batch], steps_per_epoch: int | None, accumulate: int) -> tuple[int, int, int | None]:
+    """How long an epoch is: (weight updates, batches, batches to stop after or None for all that the loader has).
+
+    Raises ValueError for a loader that does not know its length, without `steps_per_epoch`, and for more steps than
+    one pass makes.
+
+    >>> count_steps([1, 2, 3, 4, 5], None, accumulate=2)
+    (3, 5, None)
+    """
+    accumulate, batches = check_int("accumulate", accumulate), n_batches(loader)
+    if steps_per_epoch is None:
+        if batches is None:
+            raise ValueError(f"the training data ({type(loader).__name__}) has no len(), and a schedule has to know "
+                             "how long it is. Pass steps_per_epoch=, the weight updates per epoch.")
+        return math.ceil(batches / accumulate), batches, None
+    steps = check_int("steps_per_epoch", steps_per_epoch)
+    if batches is None:
+        return steps, steps * accumulate, steps * accumulate
+    if steps > math.ceil(batches / accumulate):
+        raise ValueError(f"steps_per_epoch={steps} is more than the {math.ceil(batches / accumulate)} updates that one "
+                         f"pass over {batches} batches makes. Train more epochs instead.")
+    return steps, min(steps * accumulate, batches), min(steps * accumulate, batches)
 
 
 def is_one_shot(loader: Iterable[Batch]) -> bool:

@@ -80,12 +80,12 @@ def make_optimizer(opt_func: Callable[..., Optimizer], groups: "LayerGroups", lr
                    wd_norm_bias: bool) -> Optimizer:
     """`opt_func` over all parameters of `groups`, fused where optimizer and device can do that.
 
-    Each layer group becomes one or two of the optimizer's param_groups (weights; norms and biases), which carry the
-    index of their layer group under "layer_group".
+    Each layer group becomes one of the optimizer's param_groups, or two where norms and biases are not decayed. They
+    carry the index of their layer group under "layer_group".
     """
     param_groups = [{"params": list(params), "lr": lr, "layer_group": i}
                     for i, (group, lr) in enumerate(zip(groups, lrs, strict=True))
-                    for params in (group.decayed, group.undecayed) if params]
+                    for params in ((group.params,) if wd_norm_bias else (group.decayed, group.undecayed)) if params]
     opt = _call(opt_func, param_groups, lrs[-1], groups)
     if not isinstance(opt, Optimizer):
         raise TypeError(f"opt_func must make a torch optimizer, got {type(opt).__name__}. Pass a class such as "

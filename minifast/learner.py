@@ -1,7 +1,6 @@
 """The Learner: owns model, data and optimizer, and makes the `State` of each fit."""
 import math
 import os
-import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,9 +14,9 @@ from torch.optim import Optimizer
 from . import loop, snapshot
 from .batches import Batch, UnpackBatch, call_model, output_loss, scores, split_batch, to_device
 from .callback import Callback, Emitter
-from .checks import check_loader
+from .checks import check_loader, check_parameters
 from .cycles import check_not_swapped, epochs_and_schedule
-from .data import DataLoaders, feed, generators, in_order, n_batches, second_copy
+from .data import DataLoaders, as_dataloaders, count_steps, feed, generators, in_order, n_batches, second_copy
 from .errors import check_flag, check_int, check_number
 from .groups import LayerGroups, Splitter, split
 from .hypers import (
@@ -38,7 +37,7 @@ from .lr_find import LRFind, LRFinder
 from .metrics import Metrics
 from .ownership import check_callbacks, owner_of, resolve
 from .plan import Plan
-from .predict import concatenate, predictions, sample_losses
+from .predict import predict_all
 from .progress import Progress, say
 from .recorder import Recorder
 from .scheduler import Scheduler
@@ -90,7 +89,7 @@ class Learner:
                  metrics: Iterable[Any] = (), callbacks: Iterable[Callback] = (),
                  device: torch.device | str | None = None, seed: int | None = None, compile: bool = False,
                  graph: bool = False, unpack: UnpackBatch = split_batch, verbose: bool = True) -> None:
-        self.dls = _as_dls(model, dls)
+        self.dls = as_dataloaders(model, dls)
         if (loss_func is not None and not callable(loss_func)) or isinstance(loss_func, type):
             raise TypeError(f"loss_func must be a function (output, target) -> loss, got {loss_func!r:.80}. "
                             "Pass e.g. nn.CrossEntropyLoss().")
@@ -100,21 +99,22 @@ class Learner:
         self.train_bn, self.wd_norm_bias = check_flag("train_bn", train_bn), check_flag("wd_norm_bias", wd_norm_bias)
         self.verbose = check_flag("verbose", verbose)
         self.callbacks = check_callbacks(callbacks, "callbacks")
-        self.metrics = _as_metrics(metrics)
+        self.metrics = list(metrics) if isinstance(metrics, (list, tuple)) else [metrics]
+        Metrics(self.metrics)  # refuses what is no metric, and two of one name
         if not callable(unpack):
             raise TypeError(f"unpack must be a function batch -> (inputs, target), got {unpack!r:.80}.")
         wd = None if wd is None else check_number("wd", wd, minimum=0)
         device = as_device(device, model)
         groups = split(model, splitter)
         lrs = spread_lrs(lr, groups.names)
-        if seed is not None:
-            _seed_all(seed)
         self.model, self.device, self.loss_func, self.unpack = model.to(device), device, loss_func, unpack
         self.lr = check_lr("lr", lr)
         self.opt = make_optimizer(opt_func, groups, lrs, wd, self.wd_norm_bias)
         self.recorder = Recorder()
         self._groups = groups
         self._is_fitting = False
+        if seed is not None:
+            snapshot.seed_all(seed)
 
     @property
     def groups(self) -> LayerGroups:
@@ -290,7 +290,7 @@ class Learner:
         if not isinstance(schedule, Scheduler):
             raise TypeError(f"schedule must be a schedule such as OneCycle(0.1), got {schedule!r:.80}.")
         n_epochs = check_int("n_epochs", n_epochs, example="plan(3, OneCycle(0.1))")
-        _, per_epoch, _ = self._steps(steps_per_epoch, accumulate)
+        per_epoch, _, _ = count_steps(self.dls.train, steps_per_epoch, accumulate)
         peak = self.lr if lr is None else lr
         lrs = np.array(spread_lrs(peak if schedule.max_lr is None else schedule.max_lr, self._groups.names))
         values = {hyper: np.array(column) for hyper, column in schedule.values(n_epochs * per_epoch, 1.0).items()}
@@ -317,25 +317,17 @@ class Learner:
         they were.
         """
         loss_func = self.loss_func
-        if with_loss and loss_func is None:
+        if check_flag("with_loss", with_loss) and loss_func is None:
             raise ValueError("with_loss=True needs a loss_func on the Learner.")
-        columns: list[list[Any]] = [[], [], []]
         with self._looking():
             batches = feed(in_order(self._data(dl)), self.device, None, DeferredInterrupt())
-            for pred, target, _ in predictions(self.model, batches, self.unpack):
-                columns[0].append(pred)
-                columns[1].append(target)
-                if with_loss:
-                    columns[2].append(sample_losses(loss_func, pred, target))
-            if not columns[0]:
-                raise ValueError("there is nothing to predict: the data yielded 0 batches.")
-            return tuple(concatenate(column) for column in columns[:3 if with_loss else 2])
+            return predict_all(self.model, batches, self.unpack, loss_func if with_loss else None)
 
     @torch.no_grad()
     def predict(self, x: Any) -> Any:
         """The model's output for one batch of inputs `x` (without targets), in eval mode, on the CPU."""
         with self._looking():
-            return concatenate([scores(call_model(self.model, to_device(x, self.device)))])
+            return to_device(scores(call_model(self.model, to_device(x, self.device))), "cpu")
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the weights, plain tensors, to `path`; gives the path. Raises FileNotFoundError without the folder."""
@@ -360,11 +352,12 @@ class Learner:
         if finder is not None:
             return self._find(finder, [cb for cb in given if cb is not finder], accumulate, verbose)
         lrs = spread_lrs(lr, self._groups.names)
-        self._check_ready(n_epochs)
+        self._check_ready()
+        check_loader(self.dls.train, self.model, n_epochs)
         callbacks = self._callbacks([*given, *([schedule] if schedule else [])])
         if owner_of("lr", callbacks) is None:
             callbacks.append(ConstantLR())
-        limit, per_epoch, batches = self._steps(steps_per_epoch, accumulate)
+        per_epoch, batches, limit = count_steps(self.dls.train, steps_per_epoch, accumulate)
         state = self._state(
             lrs=lrs, n_epochs=n_epochs, steps_per_epoch=per_epoch, n_steps=n_epochs * per_epoch,
             accumulate=accumulate, n_batches=batches, max_batches=limit,
@@ -377,7 +370,8 @@ class Learner:
 
     def _find(self, finder: LRFinder, given: list[Callback], accumulate: int, verbose: bool) -> None:
         finder.ramps(self._groups.names)  # bad ones are refused here, before anything begins
-        self._check_ready(n_epochs=1)
+        self._check_ready()
+        check_loader(self.dls.train, self.model, n_epochs=1)
         accumulate, batches, recorder = check_int("accumulate", accumulate), n_batches(self.dls.train), Recorder()
         callbacks = [cb for cb in self._callbacks([finder, *given]) if cb.in_lr_find or cb is finder]
         with self.sandbox():
@@ -420,38 +414,11 @@ class Learner:
             restore_modes()
             restore_rng()
 
-    def _check_ready(self, n_epochs: int) -> None:
+    def _check_ready(self) -> None:
         if self._is_fitting:
             raise RuntimeError("this Learner is already fitting: a callback, or another thread, called it again.")
         label_groups(self.opt, len(self._groups))
-        own = {id(p) for p in self.model.parameters()}
-        held = {id(p) for group in self.opt.param_groups for p in group["params"]}
-        if own != held:
-            raise ValueError(f"learn.opt and learn.model do not belong together: {len(own - held)} parameters of the "
-                             f"model are not in the optimizer, {len(held - own)} of the optimizer not in the model. "
-                             "Make a new Learner for a new model.")
-        if not any(p.requires_grad for p in self.model.parameters()):
-            raise ValueError(f"there is no trainable parameter: all {len(self._groups)} layer groups "
-                             f"({', '.join(self._groups.names)}) are frozen. Call unfreeze() or freeze_to(n).")
-        check_loader(self.dls.train, self.model, n_epochs)
-
-    def _steps(self, steps_per_epoch: int | None, accumulate: int) -> tuple[int | None, int, int]:
-        """(batches per epoch at most, None for no limit; weight updates per epoch; batches per epoch)."""
-        accumulate = check_int("accumulate", accumulate)
-        batches = n_batches(self.dls.train)
-        if steps_per_epoch is None:
-            if batches is None:
-                raise ValueError(f"the training data ({type(self.dls.train).__name__}) has no len(), and a schedule "
-                                 "has to know how long it is. Pass steps_per_epoch=, the weight updates per epoch.")
-            return None, math.ceil(batches / accumulate), batches
-        steps = check_int("steps_per_epoch", steps_per_epoch)
-        if batches is None:
-            return steps * accumulate, steps, steps * accumulate
-        if steps > math.ceil(batches / accumulate):
-            raise ValueError(f"steps_per_epoch={steps} is more than the {math.ceil(batches / accumulate)} updates that "
-                             f"one pass over {batches} batches makes. Train more epochs instead.")
-        limit = min(steps * accumulate, batches)
-        return limit, steps, limit
+        check_parameters(self.model, self.opt, self._groups.names)
 
     def _state(self, **fields: Any) -> State:
         defaults: dict[str, Any] = {
@@ -470,35 +437,6 @@ class Learner:
         if not isinstance(data, Iterable):
             raise TypeError(f"dl must be an iterable of batches, got {dl!r:.80}.")
         return data
-
-
-def _as_dls(model: Any, dls: Any) -> DataLoaders:
-    if not isinstance(model, nn.Module):
-        if isinstance(dls, nn.Module):
-            raise TypeError(f"model and data are swapped: got Learner({type(model).__name__}, {type(dls).__name__}). "
-                            "The call is Learner(model, dls, loss_func).")
-        raise TypeError(f"model must be an nn.Module, got {model!r:.80} ({type(model).__name__}).")
-    if isinstance(dls, DataLoaders):
-        return dls
-    if isinstance(dls, tuple) and len(dls) == 2:
-        return DataLoaders(*dls)
-    raise TypeError(f"dls must be DataLoaders(train, valid) or a tuple (train, valid), got a {type(dls).__name__}. "
-                    "Without validation data pass DataLoaders(train).")
-
-
-def _as_metrics(metrics: Any) -> list[Any]:
-    listed = list(metrics) if isinstance(metrics, (list, tuple)) else [metrics]
-    Metrics(listed)  # refuses what is no metric, and two of one name
-    return listed
-
-
-def _seed_all(seed: Any) -> None:
-    seed = check_int("seed", seed, minimum=0)
-    if seed >= 2**32:
-        raise ValueError(f"seed must be below 2**32 (numpy's limit), got {seed}.")
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
 
 
 def _one_of(name: str, value: Any, alias: str, aliased: Any) -> Any:

@@ -24,6 +24,7 @@ def run(state: State) -> None:
         try:
             with suppress(CancelFit), emit.fit():  # before_fit ... after_fit
                 for epoch in range(state.n_epochs):
+                    state.interrupt.check()
                     state.epoch = epoch
                     with suppress(CancelEpoch):
                         emit(Callback.before_epoch)
@@ -99,9 +100,11 @@ def step(state: State, emit: Emitter, window: Window) -> None:
     state.step_loss, state.step_samples = window.close(), window.n_samples
     emit(Callback.before_step)
     state.opt.step()
-    emit(Callback.after_step)
-    window.end()
-    state.step += 1
+    try:
+        emit(Callback.after_step)
+    finally:  # the weights have moved, even if a callback ends the epoch here
+        window.end()
+        state.step += 1
 
 
 @torch.no_grad()

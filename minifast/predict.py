@@ -1,28 +1,40 @@
 """Predictions over a whole loader."""
 import copy
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .batches import Batch, UnpackBatch, call_model, n_samples, scores
+from .batches import Batch, UnpackBatch, call_model, n_samples, scores, to_device
 
 
 @torch.no_grad()
-def predictions(model: nn.Module, batches: Iterable[Batch], unpack: UnpackBatch) -> Iterator[tuple[Any, Any, Any]]:
-    """(output, target, inputs) of each batch; the output is the `.logits` of one that has them."""
+def predict_all(model: Callable[..., Any], batches: Iterable[Batch], unpack: UnpackBatch,
+                loss_func: Any = None) -> tuple[Any, ...]:
+    """(outputs, targets) of all batches, each concatenated on the CPU; with `loss_func` also the loss of each sample.
+
+    The outputs are the `.logits` of those that have them. Raises ValueError if there is no batch.
+    """
+    columns: list[list[Any]] = [[], [], []]
     for batch in batches:
         inputs, target = unpack(batch)
-        yield scores(call_model(model, inputs)), target, inputs
+        output = call_model(model, inputs)
+        columns[0].append(to_device(scores(output), "cpu"))
+        columns[1].append(to_device(target, "cpu"))
+        if loss_func is not None:
+            columns[2].append(sample_losses(loss_func, output, target).cpu())
+    if not columns[0]:
+        raise ValueError("there is nothing to predict: the data yielded 0 batches.")
+    return tuple(concatenate(column) for column in columns[:2 if loss_func is None else 3])
 
 
 def concatenate(parts: list[Any]) -> Any:
-    """Batches of a nest of tensors as one: concatenated along the first dimension, on the CPU."""
+    """Batches of a nest of tensors as one: concatenated along the first dimension."""
     first = parts[0]
     if isinstance(first, Tensor):
-        return torch.cat([part.cpu().reshape(-1) if part.ndim == 0 else part.cpu() for part in parts])
+        return torch.cat([part.reshape(-1) if part.ndim == 0 else part for part in parts])
     if isinstance(first, Mapping):
         return {key: concatenate([part[key] for part in parts]) for key in first}
     if isinstance(first, (tuple, list)):

@@ -9,6 +9,7 @@ from .state import State
 from .tables import shown
 
 REFRESH = 0.25  # seconds between two looks at the loss, which wait for the device
+BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"  # fits in 80 columns
 log = logging.getLogger("minifast")
 
 
@@ -28,7 +29,6 @@ class Progress(Callback):
 
     def before_fit(self, state: State) -> None:
         self._columns: list[str] = []
-        self._began = time.perf_counter()
         self._screen = _screen(state.n_steps)
         self._next_look = 0.0
         self._look(state)
@@ -39,25 +39,25 @@ class Progress(Callback):
 
     def after_valid_batch(self, state: State) -> None:
         if time.perf_counter() >= self._next_look:
-            self._look(state)
+            self._look(state, f", validation batch {state.batch_index + 1}")
 
     def after_epoch(self, state: State) -> None:
-        names = list(state.metrics)
         if self.title:
             return
-        if not set(names) <= set(self._columns):
+        lines, names = [], list(state.metrics)
+        if not set(names) <= set(self._columns):  # the first row, or one with a metric that is new
             self._columns = names
-            self._screen.line("  ".join(name.rjust(_width(name)) for name in names))
-        self._screen.line("  ".join(_cell(name, state.metrics.get(name)).rjust(_width(name))
-                                    for name in self._columns))
+            lines.append("  ".join(name.rjust(_width(name)) for name in names))
+        lines.append("  ".join(_cell(name, state.metrics.get(name)).rjust(_width(name)) for name in self._columns))
+        self._screen.line("\n".join(lines))
 
     def after_fit(self, state: State) -> None:
         self._screen.close()
 
-    def _look(self, state: State) -> None:
+    def _look(self, state: State, doing: str = "") -> None:
         if self._screen.has_bar:
             loss, lr = state.recorder.newest.smooth_loss(), state.opt.param_groups[-1]["lr"]
-            self._screen.bar(state.step, self.title or f"epoch {state.epoch + 1}/{state.n_epochs}",
+            self._screen.bar(state.step, self.title or f"epoch {state.epoch + 1}/{state.n_epochs}{doing}",
                              f"loss {shown(loss)}, lr {float(lr):.2e}" if state.step else "")
         self._next_look = time.perf_counter() + REFRESH
 
@@ -107,7 +107,8 @@ class _Terminal(_Lines):
         class Bar(tqdm):  # type: ignore[misc]
             monitor_interval = 0  # no watching thread: we refresh by the clock ourselves
 
-        self._bar = Bar(total=n_steps, file=sys.stdout, leave=False, dynamic_ncols=True, unit="step")
+        # delay: the first drawing is ours, with a title
+        self._bar = Bar(total=n_steps, file=sys.stdout, leave=False, dynamic_ncols=True, bar_format=BAR, delay=1e-9)
 
     def line(self, text: str) -> None:
         self._try(lambda: self._bar.write(text, file=sys.stdout))
@@ -130,9 +131,9 @@ class _Notebook(_Lines):
         super().__init__()
         from IPython.display import display
 
+        self._display, self._output = display, None
         self._n_steps, self._began = n_steps, time.perf_counter()
         self._lines: list[str] = []
-        self._output: Any = display(_Text(""), display_id=True)  # type: ignore[no-untyped-call]
 
     def line(self, text: str) -> None:
         self._lines.append(text)
@@ -142,13 +143,20 @@ class _Notebook(_Lines):
         from tqdm import tqdm
 
         self._show(tqdm.format_meter(step, self._n_steps, time.perf_counter() - self._began, ncols=100, prefix=title,
-                                     unit="step", postfix=note))
+                                     postfix=note, bar_format=BAR))
 
     def close(self) -> None:
-        self._show()
+        if self._lines:
+            self._show()
+        elif self._output is not None:
+            self._output.update({}, raw=True)  # there was only a bar: an output without content shows nothing
 
     def _show(self, bar: str = "") -> None:
-        self._output.update(_Text("\n".join([*self._lines, *([bar] if bar else [])])))
+        text = _Text("\n".join([*self._lines, *([bar] if bar else [])]))
+        if self._output is None:
+            self._output = self._display(text, display_id=True)
+        else:
+            self._output.update(text)
 
 
 class _Text:
@@ -178,4 +186,15 @@ def _width(name: str) -> int:
 
 
 def _cell(name: str, value: Any) -> str:
-    return f"{value:.2f}s" if name == "time" and value is not None else shown(value)
+    return _duration(value) if name == "time" and value is not None else shown(value)
+
+
+def _duration(seconds: float) -> str:
+    """
+    >>> _duration(7.126), _duration(75), _duration(3675)
+    ('7.13s', '1:15', '1:01:15')
+    """
+    if seconds < 59.995:
+        return f"{seconds:.2f}s"
+    minutes, whole = divmod(round(seconds), 60)
+    return f"{minutes}:{whole:02}" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02}:{whole:02}"

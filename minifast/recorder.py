@@ -30,13 +30,16 @@ class Recorder(Callback):
         self.newest = FitRecord()
 
     def before_fit(self, state: State) -> None:
-        if len(self.newest) or self.newest.epochs:
-            self.fits.append(self.newest)
-        self.newest = FitRecord(state.group_names)
+        self._is_new = True
         heads = {group["layer_group"]: group for group in reversed(state.opt.param_groups)}
         self._heads = [heads[i] for i in range(len(state.group_names))]
 
     def before_epoch(self, state: State) -> None:
+        if self._is_new:  # not before: a fit that another callback refuses to begin leaves the record as it was
+            self._is_new = False
+            if len(self.newest) or self.newest.epochs:
+                self.fits.append(self.newest)
+            self.newest = FitRecord(state.group_names)
         self._began, self._first_step = time.perf_counter(), len(self.newest)
         state.metrics = {"epoch": state.epoch}
 

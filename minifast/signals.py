@@ -23,8 +23,7 @@ class DeferredInterrupt:
 
     def check(self) -> None:
         """Raise KeyboardInterrupt if Ctrl-C was pressed since the block began."""
-        if self.pending:
-            self.pending = False
+        if self.pending:  # and it stays so: one more Ctrl-C, in a cleanup that hangs, is a second one
             raise KeyboardInterrupt
 
     def __enter__(self) -> "DeferredInterrupt":
@@ -42,6 +41,8 @@ class DeferredInterrupt:
             self.check()
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
-        if self.pending and callable(self._previous):
+        outer = getattr(self._previous, "__self__", None)
+        is_nested = isinstance(outer, DeferredInterrupt)  # a fit inside a fit: both count
+        if callable(self._previous) and (self.pending or is_nested):
             self._previous(signum, frame)
         self.pending = True

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .errors import check_int
+
 Restore = Callable[[], object]
 
 
@@ -52,6 +54,16 @@ def rng() -> Restore:
         if of_mps is not None:
             torch.mps.set_rng_state(of_mps)
     return restore
+
+
+def seed_all(seed: Any) -> None:
+    """Seed Python's, numpy's and torch's global generators with an int in 0 .. 2**32 - 1; ValueError otherwise."""
+    seed = check_int("seed", seed, minimum=0)
+    if seed >= 2**32:
+        raise ValueError(f"seed must be below 2**32 (numpy's limit), got {seed}.")
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
 
 
 def modes(model: nn.Module) -> Restore:

@@ -8,8 +8,6 @@ rules are those of fastai 2.8 (`fastai.callback.schedule`), computed in float64 
 The rules by themselves do not trim, and raise `ValueError` where they cannot be applied.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 
 import numpy as np

@@ -29,6 +29,7 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
     Raises ValueError that names what is missing, unexpected or of another shape.
     """
+    path = Path(path)  # torch would take an open file too, and fail on anything else without naming it
     loaded = torch.load(path, map_location="cpu", weights_only=True)
     own = model.state_dict()
     if not isinstance(loaded, Mapping):

@@ -5,6 +5,7 @@ import signal
 import sys
 
 os.environ["MPLBACKEND"] = "Agg"  # before anything imports matplotlib, and for the processes that tests start
+os.environ["OMP_NUM_THREADS"] = "1"  # tiny models: on a busy machine threads that wait for each other cost seconds
 
 import numpy as np
 import pytest

@@ -1,7 +1,5 @@
 """The recordings in tests/golden: what they are and what may be compared with them stands in the README there."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The finder's rules against the numbers that fastai 2.8 gave for the same curves, and where they do not apply."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from golden_data import floats, load, params

@@ -1,0 +1,114 @@
+"""`python -m minifast`: the demo, on the embedded digits or on a folder of images."""
+import argparse
+import math
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from . import demo
+from .data import digits
+from .image_folder import image_folder
+
+OUT = Path("minifast-demo")
+BATCH_SIZE = 32
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong and exit with status 2."""
+        self.exit(2, f"{self.prog}: {' '.join(message.split())} (--help lists the options)\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the demo with the options `argv`, None for the command line's; gives the exit status.
+
+    0: done; 130: interrupted by Ctrl-C; 1: nobody reads the output any more. A wrong option or path exits with 2
+    (SystemExit), as argparse does.
+    """
+    parser = _parser()
+    options = parser.parse_args(argv)
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_: print(f"{parser.prog}: {message}", file=sys.stderr)
+            _run(options, parser)
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # as in `python -m minifast | head -3`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains when it ends
+        return 1
+    return 0
+
+
+def _run(options: argparse.Namespace, parser: Parser) -> None:
+    _check_device(options.device, parser)
+    _check_out(options.out, parser)
+    if options.data is None:
+        dls, n_classes = digits(BATCH_SIZE), 10
+    else:
+        print(f"reading the images of {options.data}", flush=True)
+        try:
+            dls, classes = image_folder(options.data, BATCH_SIZE, options.device)
+        except (OSError, ValueError) as error:
+            parser.error(f"argument --data: {error}")
+        n_classes = len(classes)
+    options.out.mkdir(parents=True, exist_ok=True)
+    demo.run(dls, n_classes, options.out, lr=options.lr, epochs=options.epochs, device=options.device,
+             seed=options.seed)
+
+
+def _check_device(device: str | None, parser: Parser) -> None:
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        parser.error(f"argument --device: {device!r} cannot be used: {str(error).splitlines()[0]}")
+
+
+def _check_out(out: Path, parser: Parser) -> None:
+    nearest = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        parser.error(f"argument --out: {nearest} is a file, not a folder")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        parser.error(f"argument --out: no permission to write into {nearest}")
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="minifast", allow_abbrev=False, description=(
+        "Find a learning rate, train a small convnet by one cycle and again by a circular one, and draw the curves: "
+        "on 1,797 embedded handwritten digits, or on the images of a folder."))
+    one, circular = demo.EPOCHS.values()
+    parser.add_argument("--data", type=Path, metavar="DIR", help="images: DIR/train/<class>/* and DIR/valid/<class>/*")
+    parser.add_argument("--epochs", type=_number(int, lambda n: n >= 1, "an int >= 1"), metavar="N",
+                        help=f"epochs of each run (default: {one} for one cycle, {circular} for the circular one)")
+    parser.add_argument("--lr", type=_number(float, lambda lr: 0 < lr < math.inf, "a number > 0"),
+                        help="peak learning rate (default: what the finder suggests)")
+    parser.add_argument("--out", type=Path, default=OUT, metavar="DIR",
+                        help=f"folder for the plots, made if it is not there (default: {OUT})")
+    parser.add_argument("--device", help="e.g. cpu or cuda (default: the accelerator, if there is one)")
+    parser.add_argument("--seed", type=_number(int, lambda n: 0 <= n < 2**32, "an int from 0 to 4294967295"),
+                        default=0, metavar="N", help="of weights and data order (default: 0)")
+    return parser
+
+
+def _number(kind: Callable[[str], Any], is_ok: Callable[[Any], bool], wanted: str) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not is_ok(value):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+        return value
+    return parse
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,86 @@
+"""Schedules made of shapes and of other schedules."""
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from . import schedules
+from .errors import check_number
+from .scheduler import Scheduler
+from .schedules import Shape
+from .state import State
+
+
+@dataclass(frozen=True)
+class PiecewiseLR(Scheduler):
+    """Schedules one after the other, each over its share of the steps.
+
+    pieces: (share, schedule) pairs; the shares are > 0 and add up to 1, the schedules own the same hyper-parameters.
+    Raises ValueError otherwise.
+
+    >>> from minifast import CosineAnnealing, LinearLR
+    >>> warm_up_then_cosine = PiecewiseLR([(0.2, LinearLR(0.1, 1.0)), (0.8, CosineAnnealing(warmup_frac=0))])
+    >>> [round(lr, 3) for lr in warm_up_then_cosine.values(10)["lr"]][:4]
+    [0.1, 0.55, 1.0, 0.962]
+    """
+
+    pieces: Sequence[tuple[float, Scheduler]]
+
+    def __post_init__(self) -> None:
+        pieces = tuple((share, piece) for share, piece in self.pieces)
+        for share, piece in pieces:
+            check_number("share", share, above=0, maximum=1)
+            if not isinstance(piece, Scheduler):
+                raise TypeError(f"pieces must be (share, schedule) pairs, got {piece!r:.80} as a schedule.")
+        total = sum(share for share, _ in pieces)
+        if not math.isclose(total, 1, abs_tol=1e-6):
+            raise ValueError(f"the shares of the pieces must add up to 1, got {total:g}.")
+        if len({piece.sets for _, piece in pieces}) > 1:
+            raise ValueError(f"the pieces must own the same hyper-parameters, got "
+                             f"{', '.join('+'.join(piece.sets) for _, piece in pieces)}.")
+        object.__setattr__(self, "pieces", pieces)
+        object.__setattr__(self, "sets", pieces[0][1].sets)
+
+    def value(self, hyper: str, step: int, n_steps: int) -> float:
+        i, start, end = schedules.piece_at(step, n_steps, [share for share, _ in self.pieces])
+        return self.pieces[i][1].value(hyper, step - start, end - start)
+
+
+@dataclass(frozen=True)
+class Schedule(Scheduler):
+    """Any hyper-parameter as a function of (step, n_steps): `Schedule({"lr": cosine, "weight_decay": linear})`.
+
+    shapes: hyper-parameter -> function of the 0-based step and the number of steps, or the name of one, with its
+    function as `shape`. "lr" and "weight_decay" are fractions of each group's own (so norms and biases stay without
+    decay); "momentum", and any other key of the optimizer's param_groups, is the value itself. What is scheduled is
+    restored when the fit ends, but for the learning rate, which every fit sets. Raises TypeError for what cannot be
+    called, and ValueError before the fit for a hyper-parameter that the optimizer does not have.
+
+    >>> from minifast.schedules import cosine
+    >>> [round(wd, 3) for wd in Schedule("weight_decay", cosine).values(4)["weight_decay"]]
+    [1.0, 0.854, 0.5, 0.146]
+    """
+
+    shapes: Mapping[str, Shape] | str
+    shape: Shape | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        shapes = {self.shapes: self.shape} if isinstance(self.shapes, str) else self.shapes
+        if not isinstance(shapes, Mapping) or not shapes:
+            raise TypeError(f"Schedule takes a name and a shape, or a dict of them, got {self.shapes!r:.80}. "
+                            'Pass e.g. Schedule("weight_decay", cosine).')
+        for hyper, shape in shapes.items():
+            if not callable(shape):
+                raise TypeError(f"the shape of {hyper!r} must be a function of (step, n_steps), got {shape!r:.80}.")
+        object.__setattr__(self, "shapes", dict(shapes))
+        object.__setattr__(self, "shape", None)
+        object.__setattr__(self, "sets", tuple(shapes))
+
+    def before_fit(self, state: State) -> None:
+        super().before_fit(state)
+        for hyper in self.sets:
+            if hyper != "momentum" and not all(hyper in group for group in state.opt.param_groups):
+                raise ValueError(f"{type(state.opt).__name__} has no {hyper!r} to schedule. It has "
+                                 f"{', '.join(state.opt.defaults)}.")
+
+    def value(self, hyper: str, step: int, n_steps: int) -> float:
+        return float(self.shapes[hyper](step, n_steps))  # type: ignore[index, operator]

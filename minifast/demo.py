@@ -1,0 +1,123 @@
+"""What `python -m minifast` does: find a learning rate, train by one cycle and by a circular one, draw the curves."""
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .data import DataLoaders, TensorLoader
+from .learner import Learner
+from .metrics import accuracy
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+FALLBACK_LR = 3e-3  # where the finder has no suggestion: a usual peak for AdamW on a small convnet
+EPOCHS = {"one cycle": 5, "circular": 3}
+
+
+def run(dls: DataLoaders, n_classes: int, out: Path, *, lr: float | None = None, epochs: int | None = None,
+        device: torch.device | str | None = None, seed: int = 0) -> dict[str, float]:
+    """Train twice from the same weights on `dls` and write the plots into `out`, an existing folder.
+
+    lr: the peak, None for what the finder suggests. epochs: of each run, None for `EPOCHS`. Prints as it goes; gives
+    the validation accuracy, 0..1, of each run.
+    """
+    torch.manual_seed(seed)
+    model = convnet(tuple(_first(dls).shape[1:]), n_classes)
+
+    def learner() -> Learner:  # the same weights and, by the seed, the same order of the data for each
+        return Learner(copy.deepcopy(model), dls, nn.CrossEntropyLoss(), metrics=[accuracy], device=device, seed=seed)
+
+    learn = learner()
+    _say_what_is_trained(learn)
+    lr = _find(learn, lr, out)
+    n = EPOCHS["one cycle"] if epochs is None else epochs
+    print(f"\nlearn.fit_one_cycle({n}, {lr:.3g})")
+    learn.fit_one_cycle(n, lr)
+    reached = {"one cycle": _show(learn, "one_cycle", out)}
+    learn = learner()
+    n = EPOCHS["circular"] if epochs is None else epochs
+    print(f"\nlearn.fit({lr:.3g}, 1, cycle_len={n}, use_clr=(32, 5))   # again, from the same initial weights")
+    learn.fit(lr, 1, cycle_len=n, use_clr=(32, 5))
+    reached["circular"] = _show(learn, "circular", out)
+    print(f"\nThe plots are in {out}:")
+    print("\n".join(f"  {path.name}" for path in sorted(out.glob("*.png"))), flush=True)
+    return reached
+
+
+def convnet(shape: tuple[int, ...], n_classes: int, width: int = 32) -> nn.Sequential:
+    """A small convnet for images of `shape` (channels, height, width), both sides >= 8 pixels.
+
+    >>> convnet((1, 8, 8), 10)(torch.zeros(2, 1, 8, 8)).shape
+    torch.Size([2, 10])
+    """
+    side = min(shape[1:])
+    stride = 1 if side <= 16 else 2  # at full size the first layers would take most of the time
+    layers = [*_conv(shape[0], width, stride), *_conv(width, width), nn.MaxPool2d(2)]
+    side //= 2 * stride
+    while side > 3:
+        wider = min(2 * width, 256)
+        layers += [*_conv(width, wider), nn.MaxPool2d(2)]
+        width, side = wider, side // 2
+    body = nn.Sequential(*layers, nn.Flatten())
+    with torch.no_grad():
+        n_features = body.eval()(torch.zeros(1, *shape)).shape[1]
+    return body.train().append(nn.Linear(n_features, n_classes))
+
+
+def _conv(n_in: int, n_out: int, stride: int = 1) -> list[nn.Module]:
+    return [nn.Conv2d(n_in, n_out, 3, stride, padding=1, bias=False), nn.BatchNorm2d(n_out), nn.ReLU()]
+
+
+def _first(dls: DataLoaders) -> Tensor:
+    assert isinstance(dls.valid, TensorLoader)  # does not shuffle: no random number is spent on this
+    images: Tensor = next(iter(dls.valid))[0]
+    return images
+
+
+def _say_what_is_trained(learn: Learner) -> None:
+    train, valid = learn.dls.train, learn.dls.valid
+    assert isinstance(train, TensorLoader) and isinstance(valid, TensorLoader)
+    channels, height, width = _first(learn.dls).shape[1:]
+    parameters = sum(p.numel() for p in learn.model.parameters())
+    print(f"{len(train.tensors[0]):,} training and {len(valid.tensors[0]):,} validation images of {width}x{height} "
+          f"pixels, {'grey' if channels == 1 else 'colour'}; a convnet of {parameters:,} parameters on {learn.device}")
+
+
+def _find(learn: Learner, lr: float | None, out: Path) -> float:
+    """The learning rate to train with, after a run of the finder that is printed and drawn."""
+    print("\nlearn.lr_find()", flush=True)
+    found = learn.lr_find()
+    _draw(learn.recorder.plot, "LR finder", out / "lr_find.png")
+    if lr is not None:
+        print(f"training with {lr:.3g}, as given")
+    elif found.suggestion is None:
+        lr = FALLBACK_LR
+        print(f"training with {lr:.3g}, because there is no suggestion")
+    else:
+        lr = found.suggestion
+        print(f"training with the valley's, {lr:.3g} (--lr takes another)")
+    return lr
+
+
+def _show(learn: Learner, name: str, out: Path) -> float:
+    """Print what a run reached and draw its curves; gives the accuracy."""
+    recorder, title = learn.recorder, name.replace("_", " ")
+    _draw(recorder.plot_lr, f"{title}: learning rate and momentum", out / f"{name}_lr.png", show_moms=True)
+    _draw(recorder.plot_losses, f"{title}: loss", out / f"{name}_losses.png")
+    _draw(recorder.plot_metrics, f"{title}: accuracy on the validation images", out / f"{name}_metrics.png")
+    reached = float(recorder.epochs[-1]["accuracy"])
+    seconds = sum(row["time"] for row in recorder.epochs)
+    print(f"{title}: accuracy {reached:.2%} after {len(recorder.epochs)} epochs in {seconds:.1f} s", flush=True)
+    return reached
+
+
+def _draw(plot: "Callable[..., Axes]", title: str, path: Path, **options: Any) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.2), layout="constrained")  # a bare one: on a desktop, pyplot's would open windows
+    plot(**options, ax=figure.subplots()).set_title(title)
+    figure.savefig(path, dpi=120)
