@@ -43,8 +43,8 @@ class LayerGroups(tuple[LayerGroup, ...]):
         return tuple(group.name for group in self)
 
     def __repr__(self) -> str:
-        rows = [[group.name, f"{sum(p.numel() for p in group.params):,}",
-                 f"{sum(p.numel() for p in group.params if p.requires_grad):,}", lr, wd]
+        rows = [[group.name, sum(p.numel() for p in group.params),
+                 sum(p.numel() for p in group.params if p.requires_grad), lr, wd]
                 for group, lr, wd in zip(self, self.lrs, self.wds, strict=True)]
         return table(["layer group", "parameters", "trainable", "lr", "weight decay"], rows)
 
@@ -125,7 +125,7 @@ def _parameters(part: Any) -> list[nn.Parameter]:
         return [part]
     if isinstance(part, nn.Module):
         return list(part.parameters())
-    if isinstance(part, Iterable):
+    if isinstance(part, Iterable) and not isinstance(part, str):
         return [p for inner in part for p in _parameters(inner)]
     raise TypeError(f"a splitter returns modules, parameters or lists of them, got a {type(part).__name__}.")
 

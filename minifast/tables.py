@@ -6,15 +6,15 @@ from typing import Any
 def shown(value: Any) -> str:
     """A cell as people read it: four decimals, or an exponent where those would hide the number.
 
-    >>> [shown(v) for v in (0.5, 4e-7, 3, "head", None)]
-    ['0.5000', '4.000e-07', '3', 'head', '']
+    >>> [shown(v) for v in (0.5, 4e-7, 1797, "head", None)]
+    ['0.5000', '4.000e-07', '1,797', 'head', '']
     """
     if value is None:
         return ""
     if isinstance(value, float):
         plain = value == 0 or 1e-3 <= abs(value) < 1e5 or value != value
         return f"{value:.4f}" if plain else f"{value:.3e}"
-    return str(value)
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
