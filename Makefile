@@ -42,8 +42,8 @@ nbs: $(READY) ## run every notebook in nbs/ in place
 bench: $(READY) ## compare with the hand-written loop
 	@$(RUN) tests/benchmarks/run.py $(ARGS)
 
-clean: ## remove .venv, caches and build results
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
+clean: ## remove .venv, caches, build results and the plots of the demo
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist minifast-demo
 	find minifast tests nbs -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 # Written last, so an installation that was interrupted is taken up again.

@@ -15,15 +15,19 @@ from .data import digits
 from .image_folder import image_folder
 
 OUT = Path("minifast-demo")
-BATCH_SIZE = 32
+BATCH_SIZE = {"digits": 16, "folder": 64}  # 1,437 digits are few: small batches make more steps of them
 
 
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line."""
 
     def error(self, message: str) -> NoReturn:
-        """Say what is wrong and exit with status 2."""
-        self.exit(2, f"{self.prog}: {' '.join(message.split())} (--help lists the options)\n")
+        """Say what is wrong with the command line and exit with status 2."""
+        self.refuse(f"{message} (--help lists the options)")
+
+    def refuse(self, message: str) -> NoReturn:
+        """Say what cannot be used and exit with status 2."""
+        self.exit(2, f"{self.prog}: {' '.join(message.split())}\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,32 +56,30 @@ def _run(options: argparse.Namespace, parser: Parser) -> None:
     _check_device(options.device, parser)
     _check_out(options.out, parser)
     if options.data is None:
-        dls, n_classes = digits(BATCH_SIZE), 10
+        dls = digits(BATCH_SIZE["digits"])
     else:
         print(f"reading the images of {options.data}", flush=True)
         try:
-            dls, classes = image_folder(options.data, BATCH_SIZE, options.device)
+            dls = image_folder(options.data, BATCH_SIZE["folder"], options.device)
         except (OSError, ValueError) as error:
-            parser.error(f"argument --data: {error}")
-        n_classes = len(classes)
+            parser.refuse(f"--data: {error}")
     options.out.mkdir(parents=True, exist_ok=True)
-    demo.run(dls, n_classes, options.out, lr=options.lr, epochs=options.epochs, device=options.device,
-             seed=options.seed)
+    demo.run(dls, options.out, lr=options.lr, epochs=options.epochs, device=options.device, seed=options.seed)
 
 
 def _check_device(device: str | None, parser: Parser) -> None:
     try:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        parser.error(f"argument --device: {device!r} cannot be used: {str(error).splitlines()[0]}")
+        parser.refuse(f"--device: {device!r} cannot be used: {str(error).splitlines()[0]}")
 
 
 def _check_out(out: Path, parser: Parser) -> None:
     nearest = next(path for path in (out, *out.absolute().parents) if path.exists())
     if not nearest.is_dir():
-        parser.error(f"argument --out: {nearest} is a file, not a folder")
+        parser.refuse(f"--out: {nearest} is a file, not a folder")
     if not os.access(nearest, os.W_OK | os.X_OK):
-        parser.error(f"argument --out: no permission to write into {nearest}")
+        parser.refuse(f"--out: no permission to write into {nearest}")
 
 
 def _parser() -> Parser:

@@ -90,6 +90,8 @@ def to_device(nest: Any, device: torch.device | str) -> Any:
     """The same nest with its tensors on `device`; whatever has a `.to(device)` of its own is moved by that."""
     if isinstance(nest, Tensor):
         return nest.to(device, non_blocking=str(device) != "cpu")  # a copy to the host must be waited for
+    if hasattr(nest, "to"):
+        return nest.to(device)
     if isinstance(nest, Mapping):
         moved = {key: to_device(value, device) for key, value in nest.items()}
         return moved if type(nest) is dict else type(nest)(moved)  # type: ignore[call-arg]
@@ -100,7 +102,7 @@ def to_device(nest: Any, device: torch.device | str) -> Any:
     if dataclasses.is_dataclass(nest) and not isinstance(nest, type):
         return dataclasses.replace(nest, **{f.name: to_device(getattr(nest, f.name), device)
                                             for f in dataclasses.fields(nest) if f.init})
-    return nest.to(device) if hasattr(nest, "to") else nest
+    return nest
 
 
 def describe(nest: Any) -> str:

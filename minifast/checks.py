@@ -32,14 +32,24 @@ def check_loader(loader: Iterable[Batch], model: nn.Module, n_epochs: int) -> No
                          "of one. Set drop_last=True or another batch_size.")
 
 
-def check_parameters(model: nn.Module, opt: Optimizer, group_names: Sequence[str]) -> None:
-    """Raise ValueError if there is nothing to train, or if `opt` is not an optimizer of `model`."""
+def check_valid(loader: Iterable[Batch] | None) -> None:
+    """Raise ValueError if there is validation data, but no batch of it."""
+    if loader is not None and n_batches(loader) == 0:
+        raise ValueError("the validation data yields 0 batches. Pass DataLoaders(train) to train without.")
+
+
+def check_optimizer(model: nn.Module, opt: Optimizer) -> None:
+    """Raise ValueError if `opt` is not an optimizer of `model`."""
     own = {id(p) for p in model.parameters()}
     held = {id(p) for group in opt.param_groups for p in group["params"]}
     if own != held:
         raise ValueError(f"learn.opt and learn.model do not belong together: {len(own - held)} parameters of the "
                          f"model are not in the optimizer, {len(held - own)} of the optimizer not in the model. "
                          "Make a new Learner for a new model.")
+
+
+def check_trainable(model: nn.Module, group_names: Sequence[str]) -> None:
+    """Raise ValueError if there is nothing to train."""
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError(f"there is no trainable parameter: all {len(group_names)} layer groups "
                          f"({', '.join(group_names)}) are frozen. Call unfreeze() or freeze_to(n).")
@@ -76,12 +86,12 @@ def check_loss(loss: Any) -> None:
                          "output detached, or does the loss go through .item(), .argmax() or integers?")
 
 
-def check_passes(n_seen: int, n_expected: int | None) -> None:
-    """Raise ValueError after an epoch without a batch; warn after one with another number than was said."""
+def check_passes(what: str, n_seen: int, n_expected: int | None = None) -> None:
+    """Raise ValueError after a pass without a batch; warn after one with another number than was announced."""
     if n_seen == 0:
-        raise ValueError("the training data yielded 0 batches in this epoch. Was its iterator used up before?")
+        raise ValueError(f"the {what} data yielded 0 batches. Is it empty, or was its iterator used up before?")
     if n_expected not in (None, n_seen):
-        warnings.warn(f"the training data yielded {n_seen} batches, but {n_expected} were announced (len() or "
+        warnings.warn(f"the {what} data yielded {n_seen} batches, but {n_expected} were announced (len() or "
                       "steps_per_epoch): the schedule is off by that.", stacklevel=2)
 
 

@@ -2,7 +2,7 @@
 import copy
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
@@ -230,23 +230,28 @@ def generators(loader: Any) -> list[Any]:
 
 
 def feed(loader: Iterable[Batch], device: torch.device, limit: int | None,
-         interrupt: DeferredInterrupt) -> Iterator[Batch]:
-    """The batches of one pass over `loader`, at most `limit`, on `device`.
+         interrupt: DeferredInterrupt) -> Generator[Batch, None, None]:
+    """The batches of one pass over `loader`, at most `limit`, on `device`. Close it: that ends its worker processes.
 
     An error of the loader gains a note that counts the batch. One that comes after Ctrl-C is the interrupt itself:
     worker processes get the signal too and die of it.
     """
     iterator, count = iter(loader), 0
     on_cpu = device.type == "cpu"  # batches come from loaders on the CPU: nothing to walk through
-    while limit is None or count < limit:
-        try:
-            batch = next(iterator)
-        except StopIteration:
-            return
-        except Exception as error:
-            if interrupt.pending:
-                raise KeyboardInterrupt from error
-            error.add_note(f"while loading batch {count} of {type(loader).__name__}")
-            raise
-        yield batch if on_cpu else to_device(batch, device)
-        count += 1
+    try:
+        while limit is None or count < limit:
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+            except Exception as error:
+                if interrupt.pending:
+                    raise KeyboardInterrupt from error
+                error.add_note(f"while loading batch {count} of {type(loader).__name__}")
+                raise
+            yield batch if on_cpu else to_device(batch, device)
+            count += 1
+    finally:
+        # an error's traceback keeps the iterator, and with it the worker processes, alive for as long as it is kept
+        if hasattr(iterator, "_shutdown_workers") and not getattr(loader, "persistent_workers", False):
+            iterator._shutdown_workers()

@@ -1,5 +1,6 @@
 """What `python -m minifast` does: find a learning rate, train by one cycle and by a circular one, draw the curves."""
 import copy
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -7,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .data import DataLoaders, TensorLoader
+from .data import DataLoaders
 from .learner import Learner
 from .metrics import accuracy
 
@@ -16,17 +17,20 @@ if TYPE_CHECKING:
 
 FALLBACK_LR = 3e-3  # where the finder has no suggestion: a usual peak for AdamW on a small convnet
 EPOCHS = {"one cycle": 5, "circular": 3}
+PLOTS = ("lr_find.png", *(f"{name.replace(' ', '_')}_{what}.png" for name in EPOCHS
+                          for what in ("lr", "losses", "metrics")))
 
 
-def run(dls: DataLoaders, n_classes: int, out: Path, *, lr: float | None = None, epochs: int | None = None,
+def run(dls: DataLoaders, out: Path, *, lr: float | None = None, epochs: int | None = None,
         device: torch.device | str | None = None, seed: int = 0) -> dict[str, float]:
     """Train twice from the same weights on `dls` and write the plots into `out`, an existing folder.
 
-    lr: the peak, None for what the finder suggests. epochs: of each run, None for `EPOCHS`. Prints as it goes; gives
-    the validation accuracy, 0..1, of each run.
+    dls: `TensorLoader`s of images (n, channels, height, width) and class indices (n,). lr: the peak, None for what the
+    finder suggests. epochs: of each run, None for `EPOCHS`. Prints as it goes; gives the accuracy, 0..1, of each run.
     """
     torch.manual_seed(seed)
-    model = convnet(tuple(_first(dls).shape[1:]), n_classes)
+    images, labels = _tensors(dls.train)
+    model = convnet(tuple(images.shape[1:]), int(labels.max()) + 1)
 
     def learner() -> Learner:  # the same weights and, by the seed, the same order of the data for each
         return Learner(copy.deepcopy(model), dls, nn.CrossEntropyLoss(), metrics=[accuracy], device=device, seed=seed)
@@ -37,18 +41,17 @@ def run(dls: DataLoaders, n_classes: int, out: Path, *, lr: float | None = None,
     n = EPOCHS["one cycle"] if epochs is None else epochs
     print(f"\nlearn.fit_one_cycle({n}, {lr:.3g})")
     learn.fit_one_cycle(n, lr)
-    reached = {"one cycle": _show(learn, "one_cycle", out)}
+    reached = {"one cycle": _show(learn, "one cycle", out)}
     learn = learner()
     n = EPOCHS["circular"] if epochs is None else epochs
     print(f"\nlearn.fit({lr:.3g}, 1, cycle_len={n}, use_clr=(32, 5))   # again, from the same initial weights")
     learn.fit(lr, 1, cycle_len=n, use_clr=(32, 5))
     reached["circular"] = _show(learn, "circular", out)
-    print(f"\nThe plots are in {out}:")
-    print("\n".join(f"  {path.name}" for path in sorted(out.glob("*.png"))), flush=True)
+    print("\n  ".join([f"\nThe plots are in {out}:", *PLOTS]), flush=True)
     return reached
 
 
-def convnet(shape: tuple[int, ...], n_classes: int, width: int = 32) -> nn.Sequential:
+def convnet(shape: tuple[int, ...], n_classes: int, width: int = 48) -> nn.Sequential:
     """A small convnet for images of `shape` (channels, height, width), both sides >= 8 pixels.
 
     >>> convnet((1, 8, 8), 10)(torch.zeros(2, 1, 8, 8)).shape
@@ -72,26 +75,25 @@ def _conv(n_in: int, n_out: int, stride: int = 1) -> list[nn.Module]:
     return [nn.Conv2d(n_in, n_out, 3, stride, padding=1, bias=False), nn.BatchNorm2d(n_out), nn.ReLU()]
 
 
-def _first(dls: DataLoaders) -> Tensor:
-    assert isinstance(dls.valid, TensorLoader)  # does not shuffle: no random number is spent on this
-    images: Tensor = next(iter(dls.valid))[0]
-    return images
+def _tensors(loader: Any) -> tuple[Tensor, Tensor]:
+    images, labels = loader.tensors
+    return images, labels
 
 
 def _say_what_is_trained(learn: Learner) -> None:
-    train, valid = learn.dls.train, learn.dls.valid
-    assert isinstance(train, TensorLoader) and isinstance(valid, TensorLoader)
-    channels, height, width = _first(learn.dls).shape[1:]
+    images, labels = _tensors(learn.dls.train)
+    n, channels, height, width = images.shape
     parameters = sum(p.numel() for p in learn.model.parameters())
-    print(f"{len(train.tensors[0]):,} training and {len(valid.tensors[0]):,} validation images of {width}x{height} "
-          f"pixels, {'grey' if channels == 1 else 'colour'}; a convnet of {parameters:,} parameters on {learn.device}")
+    print(f"{n:,} training and {len(_tensors(learn.dls.valid)[0]):,} validation images of {int(labels.max()) + 1} "
+          f"classes, {width}x{height} pixels, {'grey' if channels == 1 else 'colour'}\n"
+          f"a convnet of {parameters:,} parameters on {learn.device}")
 
 
 def _find(learn: Learner, lr: float | None, out: Path) -> float:
     """The learning rate to train with, after a run of the finder that is printed and drawn."""
     print("\nlearn.lr_find()", flush=True)
     found = learn.lr_find()
-    _draw(learn.recorder.plot, "LR finder", out / "lr_find.png")
+    _draw(learn.recorder.plot, "LR finder", f"{out / 'lr_find'}.png")
     if lr is not None:
         print(f"training with {lr:.3g}, as given")
     elif found.suggestion is None:
@@ -105,19 +107,22 @@ def _find(learn: Learner, lr: float | None, out: Path) -> float:
 
 def _show(learn: Learner, name: str, out: Path) -> float:
     """Print what a run reached and draw its curves; gives the accuracy."""
-    recorder, title = learn.recorder, name.replace("_", " ")
-    _draw(recorder.plot_lr, f"{title}: learning rate and momentum", out / f"{name}_lr.png", show_moms=True)
-    _draw(recorder.plot_losses, f"{title}: loss", out / f"{name}_losses.png")
-    _draw(recorder.plot_metrics, f"{title}: accuracy on the validation images", out / f"{name}_metrics.png")
-    reached = float(recorder.epochs[-1]["accuracy"])
+    recorder, path = learn.recorder, out / name.replace(" ", "_")
+    _draw(recorder.plot_lr, f"{name}: learning rate and momentum", f"{path}_lr.png", show_moms=True)
+    _draw(recorder.plot_losses, f"{name}: loss", f"{path}_losses.png")
+    _draw(recorder.plot_metrics, f"{name}: accuracy on the validation images", f"{path}_metrics.png")
+    n, last = len(recorder.epochs), recorder.epochs[-1]
     seconds = sum(row["time"] for row in recorder.epochs)
-    print(f"{title}: accuracy {reached:.2%} after {len(recorder.epochs)} epochs in {seconds:.1f} s", flush=True)
-    return reached
+    print(f"{name}: accuracy {last['accuracy']:.2%} after {n} epoch{'s' * (n > 1)} in {seconds:.1f} s", flush=True)
+    if not math.isfinite(last["train_loss"]):
+        print("the loss is not finite: the learning rate is too high, pass a smaller --lr")
+    return float(last["accuracy"])
 
 
-def _draw(plot: "Callable[..., Axes]", title: str, path: Path, **options: Any) -> None:
+def _draw(plot: "Callable[..., Axes]", title: str, path: str, **options: Any) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.2), layout="constrained")  # a bare one: on a desktop, pyplot's would open windows
-    plot(**options, ax=figure.subplots()).set_title(title)
+    plot(**options, ax=figure.subplots())
+    figure.suptitle(title)
     figure.savefig(path, dpi=120)

@@ -19,15 +19,16 @@ SIDES = (8, 64)  # pixels: smaller ones vanish in a convnet, larger ones take mi
 GREY = {"1", "L", "LA", "I", "I;16", "I;16B", "I;16L", "F"}  # Pillow's modes without colour
 
 
-def image_folder(folder: Path, batch_size: int = 64,
-                 device: torch.device | str | None = None) -> tuple[DataLoaders, list[str]]:
-    """The images under `folder` as loaders of (float images (n, c, h, w) in 0..1, class indices (n,)); the classes.
+def image_folder(folder: Path, batch_size: int = 64, device: torch.device | str | None = None) -> DataLoaders:
+    """The images under `folder` as loaders of (float images (n, channels, height, width) in 0..1, class indices (n,)).
 
     Grey if all images are, else RGB. Images of one size keep it if both sides are 8..64 pixels; otherwise all become
     squares, as long as the shorter side of most of them and within these bounds. The classes are the folders of
     `train`, sorted; a class may be missing in `valid`, not the other way round. Raises ValueError or OSError with one
     line that names the folder or file.
     """
+    if not folder.is_dir():
+        raise ValueError(f"there is no folder {folder}")
     train, classes = _samples(folder / "train")
     valid, valid_classes = _samples(folder / "valid")
     for name in valid_classes:
@@ -39,7 +40,7 @@ def image_folder(folder: Path, batch_size: int = 64,
     size, mode = _common_form([path for path, _ in (*train, *valid)])
     loaders = [_loader(samples, classes, size, mode, batch_size, device, is_train)
                for samples, is_train in ((train, True), (valid, False))]
-    return DataLoaders(*loaders), classes
+    return DataLoaders(*loaders)
 
 
 def _samples(folder: Path) -> tuple[list[tuple[Path, str]], list[str]]:
@@ -92,6 +93,8 @@ def _decode(path: Path, size: tuple[int, int], mode: str) -> Tensor:
 
     with _reading(path) as image:
         upright = ImageOps.exif_transpose(image)
+        if upright.mode.startswith("I;16"):  # Pillow would make everything from 255 up white
+            upright = Image.fromarray((np.array(upright) // 256).astype(np.uint8))
         if "transparency" in upright.info:  # a palette's: Pillow wants it spelt out
             upright = upright.convert("RGBA")
         upright = upright.convert(mode)
@@ -103,14 +106,16 @@ def _decode(path: Path, size: tuple[int, int], mode: str) -> Tensor:
 @contextmanager
 def _reading(path: Path) -> "Iterator[Image]":
     """An open image; whatever goes wrong with it is one ValueError that names the file."""
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     try:
         with Image.open(path) as image:
             yield image
+    except UnidentifiedImageError:
+        raise ValueError(f"{path} is not an image") from None
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and others
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"cannot read {path} as an image: {reason or type(error).__name__}") from error
+        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0] or type(error).__name__
+        raise ValueError(f"cannot read the image {path}: {reason}") from error
 
 
 def _as_float(batch: tuple[Tensor, ...]) -> Batch:

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from . import loop, snapshot
 from .batches import Batch, UnpackBatch, call_model, output_loss, scores, split_batch, to_device
 from .callback import Callback, Emitter
-from .checks import check_loader, check_parameters
+from .checks import check_loader, check_optimizer, check_trainable, check_valid
 from .cycles import check_not_swapped, epochs_and_schedule
 from .data import DataLoaders, as_dataloaders, count_steps, feed, generators, in_order, n_batches, second_copy
 from .errors import check_flag, check_int, check_number
@@ -119,6 +119,7 @@ class Learner:
     @property
     def groups(self) -> LayerGroups:
         """The layer groups, first layers first; printed, a table of what they hold and how they are trained."""
+        label_groups(self.opt, len(self._groups))
         self._groups.lrs = group_lrs(self.opt, len(self._groups))
         decays = [[group.get("weight_decay") for group in self.opt.param_groups if group["layer_group"] == i]
                   for i in range(len(self._groups))]
@@ -196,9 +197,11 @@ class Learner:
         epochs, freeze_epochs = check_int("epochs", epochs), check_int("freeze_epochs", freeze_epochs)
         base_lr = check_number("base_lr", base_lr, above=0, example="fine_tune(3, 2e-3)")
         lr_mult = check_number("lr_mult", lr_mult, minimum=1)
-        second = OneCycle(None, div, pct_start)  # checked before the first of the two fits begins
+        options["callbacks"] = check_callbacks(options.get("callbacks", ()), "callbacks")
+        first, second = OneCycle(pct_start=0.99), OneCycle(None, div, pct_start)
+        self._prepare(freeze_epochs, base_lr, first, **options)  # whatever is wrong is said before anything is frozen
         self.freeze()
-        self.fit_one_cycle(freeze_epochs, slice(base_lr), pct_start=0.99, **options)
+        self._fit(freeze_epochs, slice(base_lr), first, **options)
         self.unfreeze()
         self._fit(epochs, slice(base_lr / 2 / lr_mult, base_lr / 2), second, **options)
 
@@ -340,47 +343,60 @@ class Learner:
 
     # ---- one fit
 
-    def _fit(self, n_epochs: int, lr: Any, schedule: Scheduler | None, *, wd: float | None = None,
-             callbacks: Iterable[Callback] = (), steps_per_epoch: int | None = None, accumulate: int = 1,
-             resume: bool = False, verbose: bool | None = None) -> None:
-        given = check_callbacks(callbacks, "callbacks")
-        verbose = self.verbose if verbose is None else check_flag("verbose", verbose)
-        if check_flag("resume", resume):
-            raise ValueError("resume=True is not available in this version. Leave it out.")
-        wd = None if wd is None else check_number("wd", wd, minimum=0)
-        finder = next((cb for cb in given if isinstance(cb, LRFinder)), None)
+    def _fit(self, n_epochs: int, lr: Any, schedule: Scheduler | None, **options: Unpack[FitOptions]) -> None:
+        given = check_callbacks(options.get("callbacks", ()), "callbacks")
+        finder = next((callback for callback in given if isinstance(callback, LRFinder)), None)
         if finder is not None:
-            return self._find(finder, [cb for cb in given if cb is not finder], accumulate, verbose)
-        lrs = spread_lrs(lr, self._groups.names)
-        self._check_ready()
-        check_loader(self.dls.train, self.model, n_epochs)
-        callbacks = self._callbacks([*given, *([schedule] if schedule else [])])
-        if owner_of("lr", callbacks) is None:
-            callbacks.append(ConstantLR())
-        per_epoch, batches, limit = count_steps(self.dls.train, steps_per_epoch, accumulate)
-        state = self._state(
-            lrs=lrs, n_epochs=n_epochs, steps_per_epoch=per_epoch, n_steps=n_epochs * per_epoch,
-            accumulate=accumulate, n_batches=batches, max_batches=limit,
-            callbacks=[self.recorder, Metrics(self.metrics), *callbacks, *([Progress()] if verbose else [])])
-        with self._fitting({hyper for callback in callbacks for hyper in callback.sets}):
-            if wd is not None:
+            return self._find(finder, [callback for callback in given if callback is not finder],
+                              options.get("accumulate", 1), self._is_verbose(options.get("verbose")))
+        options["callbacks"] = given  # an iterator is used up by now
+        state = self._prepare(n_epochs, lr, schedule, **options)
+        check_trainable(self.model, self._groups.names)
+        with self._fitting({hyper for callback in state.callbacks for hyper in callback.sets}):
+            if (wd := options.get("wd")) is not None:
                 set_weight_decay(self.opt, self._groups, wd, self.wd_norm_bias)
             state.weight_decays = tuple(group.get("weight_decay", 0.0) for group in self.opt.param_groups)
             loop.run(state)
 
+    def _prepare(self, n_epochs: int, lr: Any, schedule: Scheduler | None, *, wd: float | None = None,
+                 callbacks: Iterable[Callback] = (), steps_per_epoch: int | None = None, accumulate: int = 1,
+                 resume: bool = False, verbose: bool | None = None) -> State:
+        """The state of a fit that could begin now. Raises whatever is wrong with it; changes nothing."""
+        self._check_idle()
+        if check_flag("resume", resume):
+            raise ValueError("resume=True is not available in this version. Leave it out.")
+        if wd is not None:
+            check_number("wd", wd, minimum=0)
+        shown = [Progress()] if self._is_verbose(verbose) else []
+        lrs = spread_lrs(lr, self._groups.names)
+        label_groups(self.opt, len(self._groups))
+        check_optimizer(self.model, self.opt)
+        check_loader(self.dls.train, self.model, n_epochs)
+        check_valid(self.dls.valid)
+        users = self._callbacks([*check_callbacks(callbacks, "callbacks"), *([schedule] if schedule else [])])
+        if owner_of("lr", users) is None:
+            users.append(ConstantLR())
+        per_epoch, batches, limit = count_steps(self.dls.train, steps_per_epoch, accumulate)
+        return self._state(lrs=lrs, n_epochs=n_epochs, steps_per_epoch=per_epoch, n_steps=n_epochs * per_epoch,
+                           accumulate=accumulate, n_batches=batches, max_batches=limit,
+                           callbacks=[self.recorder, Metrics(self.metrics), *users, *shown])
+
     def _find(self, finder: LRFinder, given: list[Callback], accumulate: int, verbose: bool) -> None:
+        """Run the finder in a sandbox; its result is all that stays."""
+        self._check_idle()
         finder.ramps(self._groups.names)  # bad ones are refused here, before anything begins
-        self._check_ready()
+        label_groups(self.opt, len(self._groups))
+        check_optimizer(self.model, self.opt)
+        check_trainable(self.model, self._groups.names)
         check_loader(self.dls.train, self.model, n_epochs=1)
         accumulate, batches, recorder = check_int("accumulate", accumulate), n_batches(self.dls.train), Recorder()
-        callbacks = [cb for cb in self._callbacks([finder, *given]) if cb.in_lr_find or cb is finder]
-        with self.sandbox():
-            state = self._state(
+        running = [cb for cb in self._callbacks([finder, *given]) if cb.in_lr_find or cb is finder]
+        shown = [Progress("lr_find")] if verbose else []
+        with self.sandbox(), self._fitting(set()):
+            loop.run(self._state(
                 n_epochs=finder.num_it, n_steps=finder.num_it, accumulate=accumulate, n_batches=batches,
                 steps_per_epoch=None if batches is None else math.ceil(batches / accumulate), valid_dl=None,
-                recorder=recorder, callbacks=[recorder, *callbacks, *([Progress("lr_find")] if verbose else [])])
-            with self._fitting(set()):
-                loop.run(state)
+                recorder=recorder, callbacks=[recorder, *running, *shown]))
         self.recorder.lr_find = finder.result()
         if verbose:
             say(str(self.recorder.lr_find))
@@ -414,17 +430,18 @@ class Learner:
             restore_modes()
             restore_rng()
 
-    def _check_ready(self) -> None:
+    def _check_idle(self) -> None:
         if self._is_fitting:
             raise RuntimeError("this Learner is already fitting: a callback, or another thread, called it again.")
-        label_groups(self.opt, len(self._groups))
-        check_parameters(self.model, self.opt, self._groups.names)
+
+    def _is_verbose(self, verbose: bool | None) -> bool:
+        return self.verbose if verbose is None else check_flag("verbose", verbose)
 
     def _state(self, **fields: Any) -> State:
         defaults: dict[str, Any] = {
             "model": self.model, "loss_func": self.loss_func or output_loss, "opt": self.opt, "device": self.device,
             "unpack": self.unpack, "group_names": self._groups.names,
-            "lrs": tuple(group_lrs(self.opt, len(self._groups))), "n_epochs": 1, "steps_per_epoch": None, "n_steps": 1,
+            "lrs": (), "n_epochs": 1, "steps_per_epoch": None, "n_steps": 1,
             "train_dl": self.dls.train, "valid_dl": self.dls.valid, "callbacks": (), "recorder": self.recorder,
             "norms_in_eval": norms_in_eval(self._groups, self.train_bn)}
         return State(**defaults | fields)

@@ -3,7 +3,7 @@
 Deliberately absent, because it would cost every batch: reading a number from the device (`.item()`, `.cpu()`,
 `float(loss)`), looking up who listens (bound once per fit), a progress bar and schedules (both are callbacks).
 """
-from contextlib import suppress
+from contextlib import closing, suppress
 
 import torch
 
@@ -44,29 +44,29 @@ def train(state: State, emit: Emitter) -> None:
         norm.eval()
     state.batch_index = -1
     window = Window(state.opt, state.accumulate, state.n_batches)
-    batches = feed(state.train_dl, state.device, state.max_batches, state.interrupt)
-    for index, batch in enumerate(batches):
-        state.batch_index, state.batch = index, batch
-        try:
-            if not window.admits(state.batch_index):
-                raise CancelBatch
-            emit(Callback.before_batch)
-            forward(state)
-            emit(Callback.after_pred)
-            compute_loss(state)
-            emit(Callback.after_loss)
-            window.backward(state.loss, state.n_samples)
-            emit(Callback.after_backward)
-            if window.is_full:
-                step(state, emit, window)
-        except CancelBatch:
-            window.drop()
-        emit(Callback.after_batch)
-        state.interrupt.check()
+    with closing(feed(state.train_dl, state.device, state.max_batches, state.interrupt)) as batches:
+        for index, batch in enumerate(batches):
+            state.batch_index, state.batch = index, batch
+            try:
+                if not window.admits(state.batch_index):
+                    raise CancelBatch
+                emit(Callback.before_batch)
+                forward(state)
+                emit(Callback.after_pred)
+                compute_loss(state)
+                emit(Callback.after_loss)
+                window.backward(state.loss, state.n_samples)
+                emit(Callback.after_backward)
+                if window.is_full:
+                    step(state, emit, window)
+            except CancelBatch:
+                window.drop()
+            emit(Callback.after_batch)
+            state.interrupt.check()
     if window.is_open:  # the loader ended before it said it would
         with suppress(CancelBatch):
             step(state, emit, window)
-    check_passes(state.batch_index + 1, state.n_batches)
+    check_passes("training", state.batch_index + 1, state.n_batches)
 
 
 def forward(state: State) -> None:
@@ -112,12 +112,15 @@ def validate(state: State, emit: Emitter) -> None:
     """One pass over the validation data, in eval mode, without gradients."""
     assert state.valid_dl is not None
     state.model.eval()
+    state.batch_index = -1
     emit(Callback.before_validate)
-    for index, batch in enumerate(feed(state.valid_dl, state.device, None, state.interrupt)):
-        state.batch_index, state.batch = index, batch
-        emit(Callback.before_valid_batch)
-        forward(state)
-        state.loss = state.loss_func(state.pred, state.target)
-        emit(Callback.after_valid_batch)
-        state.interrupt.check()
+    with closing(feed(state.valid_dl, state.device, None, state.interrupt)) as batches:
+        for index, batch in enumerate(batches):
+            state.batch_index, state.batch = index, batch
+            emit(Callback.before_valid_batch)
+            forward(state)
+            state.loss = state.loss_func(state.pred, state.target)
+            emit(Callback.after_valid_batch)
+            state.interrupt.check()
+    check_passes("validation", state.batch_index + 1)
     emit(Callback.after_validate)

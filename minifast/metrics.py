@@ -2,7 +2,8 @@
 import math
 import re
 from array import array
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,8 @@ from .batches import scores
 from .callback import Callback, Order
 from .scalars import ScalarColumn
 from .state import State
+
+OTHER_COLUMNS = ("epoch", "train_loss", "time")  # of an epoch row, beside the validation loss and the metrics
 
 
 def accuracy(pred: Tensor, target: Tensor) -> Tensor:
@@ -44,7 +47,7 @@ def top_k_accuracy(pred: Tensor, target: Tensor, k: int = 5) -> Tensor:
     tensor(0.5000)
     """
     dim = _class_dim(pred, target)
-    if not 1 <= k <= pred.shape[dim]:
+    if not (isinstance(k, int) and 1 <= k <= pred.shape[dim]):
         raise ValueError(f"k must be 1..{pred.shape[dim]}, the number of classes, got {k}. "
                          "Pass functools.partial(top_k_accuracy, k=...).")
     return (pred.topk(k, dim).indices == target.unsqueeze(dim)).any(dim).float().mean()
@@ -83,10 +86,10 @@ class Metrics(Callback):
         self._meters: dict[str, _Meter | _Adapter] = {"valid_loss": _Meter("valid_loss", None)}
         for metric in metrics:
             name = metric_name(metric)
-            if name in self._meters or name in ("epoch", "train_loss", "time"):
+            if name in self._meters or name in OTHER_COLUMNS:
                 raise ValueError(f"two columns of the epoch table would be called {name!r}. Give one metric another "
                                  "__name__.")
-            self._meters[name] = _Adapter(metric) if hasattr(metric, "compute") else _Meter(name, metric)
+            self._meters[name] = _Adapter(name, metric) if _is_object(metric) else _Meter(name, metric)
 
     def before_validate(self, state: State) -> None:
         for meter in self._meters.values():
@@ -95,16 +98,20 @@ class Metrics(Callback):
     def after_valid_batch(self, state: State) -> None:
         pred = scores(state.pred)
         for name, meter in self._meters.items():
-            try:
+            with _named(name):
                 meter.update(state.loss, pred, state.target, state.n_samples)
-            except Exception as error:
-                error.add_note(f"in the metric {name}")
-                raise
 
     def after_validate(self, state: State) -> None:
+        row: dict[str, float] = {}
         for name, meter in self._meters.items():
-            value = meter.compute()
-            state.metrics |= dict(value) if isinstance(value, dict) else {name: value}
+            with _named(name):
+                columns = meter.compute()
+                twice = sorted(columns.keys() & {*row, *OTHER_COLUMNS})
+                if twice:
+                    raise ValueError(f"two columns of the epoch table would be called {', '.join(twice)}. Rename one, "
+                                     "e.g. by MetricCollection(..., prefix='my_').")
+            row |= columns
+        state.metrics |= row
 
 
 def metric_name(metric: Any) -> str:
@@ -117,12 +124,30 @@ def metric_name(metric: Any) -> str:
     """
     if isinstance(metric, type):
         raise TypeError(f"{metric.__name__} is a class: pass an instance, {metric.__name__}(...).")
-    is_object = all(hasattr(metric, name) for name in ("update", "compute", "reset"))
-    if not (is_object or callable(metric)):
+    if not (_is_object(metric) or callable(metric)):
         raise TypeError(f"a metric must be a function (pred, target) -> number, or an object with update, compute and "
                         f"reset, got {metric!r:.80}.")
+    own = getattr(metric, "__name__", None)
     named = metric.func if isinstance(metric, partial) else metric
-    return str(getattr(named, "__name__", None) or re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", type(named).__name__).lower())
+    return str(own or getattr(named, "__name__", None) or _snake_case(type(named).__name__))
+
+
+def _is_object(metric: Any) -> bool:
+    return all(hasattr(metric, name) for name in ("update", "compute", "reset"))
+
+
+def _snake_case(name: str) -> str:
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
+
+
+@contextmanager
+def _named(metric: str) -> Iterator[None]:
+    """Errors gain a note that names the metric."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"in the metric {metric}")
+        raise
 
 
 class _Meter:
@@ -138,24 +163,24 @@ class _Meter:
 
     def update(self, loss: Tensor, pred: Any, target: Any, n_samples: int) -> None:
         value = loss if self.function is None else self.function(pred, target)
-        value = value.detach() if isinstance(value, Tensor) else torch.tensor(float(value))
+        value = value.detach() if isinstance(value, Tensor) else torch.tensor(float(value), dtype=torch.float64)
         if value.numel() != 1:
             raise ValueError(f"{self.name} must return one number per batch, got shape {tuple(value.shape)}. "
                              "Did you forget .mean()?")
         self.values.append(value.reshape(()))
         self.weights.append(n_samples)
 
-    def compute(self) -> float:
-        if not self.weights:
-            return math.nan
-        return self.finish(float(np.average(self.values.read(), weights=self.weights)))
+    def compute(self) -> dict[str, float]:
+        if not any(self.weights):
+            return {self.name: math.nan}
+        return {self.name: self.finish(float(np.average(self.values.read(), weights=self.weights)))}
 
 
 class _Adapter:
     """A metric object behind the same four methods."""
 
-    def __init__(self, metric: Any) -> None:
-        self.metric = metric
+    def __init__(self, name: str, metric: Any) -> None:
+        self.name, self.metric = name, metric
 
     def reset(self, device: torch.device) -> None:
         if hasattr(self.metric, "to"):
@@ -165,11 +190,10 @@ class _Adapter:
     def update(self, loss: Tensor, pred: Any, target: Any, n_samples: int) -> None:
         self.metric.update(pred, target)
 
-    def compute(self) -> float | dict[str, float]:
+    def compute(self) -> dict[str, float]:
         value = self.metric.compute()
-        if isinstance(value, Mapping):
-            return {str(name): float(part) for name, part in value.items()}
-        return float(value)
+        parts = value if isinstance(value, Mapping) else {self.name: value}
+        return {str(name): float(part) for name, part in parts.items()}
 
 
 def _class_dim(pred: Tensor, target: Tensor) -> int:

@@ -1,5 +1,6 @@
 """Predictions over a whole loader."""
 import copy
+import dataclasses
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -32,24 +33,17 @@ def predict_all(model: Callable[..., Any], batches: Iterable[Batch], unpack: Unp
 
 def concatenate(parts: list[Any]) -> Any:
     """Batches of a nest of tensors as one: concatenated along the first dimension."""
-    first = parts[0]
-    if isinstance(first, Tensor):
-        return torch.cat([part.reshape(-1) if part.ndim == 0 else part for part in parts])
-    if isinstance(first, Mapping):
-        return {key: concatenate([part[key] for part in parts]) for key in first}
-    if isinstance(first, (tuple, list)):
-        return type(first)(concatenate(list(column)) for column in zip(*parts, strict=True))
-    return None if first is None else parts
+    return _join(_cat, parts)
 
 
 def sample_losses(loss_func: Any, pred: Any, target: Any) -> Tensor:
     """The loss of each sample of a batch, (n,).
 
-    A loss with a `reduction` is called without it; any other is called sample by sample.
+    A loss that takes the mean by its `reduction` is called without it; any other is called sample by sample.
     """
     n = n_samples(target, pred)
     losses = None
-    if isinstance(getattr(loss_func, "reduction", None), str):
+    if getattr(loss_func, "reduction", None) == "mean":
         unreduced = copy.copy(loss_func)
         unreduced.reduction = "none"
         losses = unreduced(pred, target)
@@ -57,4 +51,30 @@ def sample_losses(loss_func: Any, pred: Any, target: Any) -> Tensor:
         losses = loss_func(pred, target, reduction="none")
     if isinstance(losses, Tensor) and losses.ndim and losses.shape[0] == n:
         return losses.reshape(n, -1).mean(1)
-    return torch.stack([loss_func(pred[i:i + 1], target[i:i + 1]).reshape(()) for i in range(n)])
+    return torch.stack([loss_func(_sample(pred, i), _sample(target, i)).reshape(()) for i in range(n)])
+
+
+def _sample(nest: Any, i: int) -> Any:
+    """Sample `i` of a batch, as a batch of one."""
+    return _join(lambda leaf: leaf[0][i:i + 1] if isinstance(leaf[0], Tensor) and leaf[0].ndim else leaf[0], [nest])
+
+
+def _cat(leaves: list[Any]) -> Any:
+    if isinstance(leaves[0], Tensor):
+        return torch.cat([leaf.reshape(-1) if leaf.ndim == 0 else leaf for leaf in leaves])
+    return None if leaves[0] is None else leaves
+
+
+def _join(function: Callable[[list[Any]], Any], nests: list[Any]) -> Any:
+    """Nests of one structure as one: each leaf is `function` of the list of theirs."""
+    first = nests[0]
+    if isinstance(first, Mapping):
+        joined = {key: _join(function, [nest[key] for nest in nests]) for key in first}
+        return joined if type(first) is dict else type(first)(joined)  # type: ignore[call-arg]
+    if isinstance(first, (tuple, list)):
+        columns = [_join(function, list(column)) for column in zip(*nests, strict=True)]
+        return type(first)(*columns) if hasattr(first, "_fields") else type(first)(columns)
+    if dataclasses.is_dataclass(first) and not isinstance(first, type):
+        return dataclasses.replace(first, **{field.name: _join(function, [getattr(nest, field.name) for nest in nests])
+                                             for field in dataclasses.fields(first) if field.init})
+    return function(nests)

@@ -39,7 +39,7 @@ class Progress(Callback):
 
     def after_valid_batch(self, state: State) -> None:
         if time.perf_counter() >= self._next_look:
-            self._look(state, f", validation batch {state.batch_index + 1}")
+            self._look(state, f"validation batch {state.batch_index + 1}")
 
     def after_epoch(self, state: State) -> None:
         if self.title:
@@ -56,9 +56,9 @@ class Progress(Callback):
 
     def _look(self, state: State, doing: str = "") -> None:
         if self._screen.has_bar:
-            loss, lr = state.recorder.newest.smooth_loss(), state.opt.param_groups[-1]["lr"]
-            self._screen.bar(state.step, self.title or f"epoch {state.epoch + 1}/{state.n_epochs}{doing}",
-                             f"loss {shown(loss)}, lr {float(lr):.2e}" if state.step else "")
+            loss, lr = state.recorder.newest.smooth_loss(), float(state.opt.param_groups[-1]["lr"])
+            note = doing or (f"loss {shown(loss)}, lr {lr:.2e}" if state.step else "")
+            self._screen.bar(state.step, self.title or f"epoch {state.epoch + 1}/{state.n_epochs}", note)
         self._next_look = time.perf_counter() + REFRESH
 
 
@@ -154,7 +154,7 @@ class _Notebook(_Lines):
     def _show(self, bar: str = "") -> None:
         text = _Text("\n".join([*self._lines, *([bar] if bar else [])]))
         if self._output is None:
-            self._output = self._display(text, display_id=True)
+            self._output = self._display(text, display_id=True)  # type: ignore[no-untyped-call]
         else:
             self._output.update(text)
 

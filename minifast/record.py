@@ -74,22 +74,32 @@ class FitRecord:
 
     def plot_lr(self, show_moms: bool = False, *, ax: "Axes | None" = None) -> "Axes":
         """Draw the learning rate of every layer group at each step and, if asked, the momentum on a second axis."""
+        self._check_any()
         columns = {"lr": self.lr_groups}
         if show_moms and np.isfinite(self.moms).any():
             columns["momentum"] = self.moms
         return plots.plot_hypers(columns, self.group_names, ax=ax)
 
     def plot_losses(self, *, ax: "Axes | None" = None) -> "Axes":
-        """Draw the training loss of each step, raw and smoothed, and the validation loss where epochs ended."""
+        """Draw the training loss of each step, raw and smoothed, and the validation loss where epochs ended.
+
+        On a log scale where a few losses are so large that they would flatten all others.
+        """
+        self._check_any()
         ax = plots.axes(ax)
-        ax.plot(self.losses, color="C0", alpha=0.25, linewidth=1, label="training, each step")
-        ax.plot(self.smooth_losses, color="C0", label="training, smoothed")
+        losses = self.losses
+        plots.line(ax, losses, color="C0", alpha=0.35, linewidth=1, label="training, each step")
+        plots.line(ax, self.smooth_losses, color="C0", label="training, smoothed")
         points = [(end - 1, row["valid_loss"]) for end, row in zip(self.epoch_ends, self.epochs, strict=True)
                   if "valid_loss" in row]
         if points:
             ax.plot(*zip(*points, strict=True), color="C1", marker="o", label="validation")
-        ax.set(xlabel="step (weight updates)", ylabel="loss")
-        ax.legend()
+        finite = losses[np.isfinite(losses)]
+        if finite.size and finite.min() > 0 and finite.max() > 100 * np.median(finite):
+            ax.set_yscale("log")
+        plots.count_on_x(ax, plots.STEPS)
+        ax.set_ylabel("loss")
+        ax.legend(loc="best" if len(losses) < 10_000 else "upper right")  # the best place of many points takes seconds
         return ax
 
     def plot_metrics(self, *, ax: "Axes | None" = None) -> "Axes":
@@ -99,15 +109,19 @@ class FitRecord:
         if not names:
             raise RuntimeError("no metric was recorded. Pass e.g. Learner(..., metrics=[accuracy]) and validation "
                                "data, then fit.")
-        from matplotlib.ticker import MaxNLocator
         ax = plots.axes(ax)
         for name in names:
             rows = [(row["epoch"], row[name]) for row in self.epochs if name in row]
             ax.plot(*zip(*rows, strict=True), marker="o", label=name)
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-        ax.set(xlabel="epoch", ylabel=names[0] if len(names) == 1 else "metric")
+        plots.count_on_x(ax, "epoch")
+        ax.set_ylabel(names[0] if len(names) == 1 else "metric")
         ax.legend()
         return ax
+
+    def _check_any(self) -> None:
+        if not len(self):
+            raise RuntimeError("no step was recorded, so there is nothing to plot. Train first, e.g. learn.fit(0.01); "
+                               "what a fit will do is drawn by learn.plan(...).plot().")
 
     def to_csv(self, path: str | os.PathLike[str], *, epochs: bool = False) -> None:
         """Write one line per step (step, lr of each layer group, momentum, loss, smooth_loss), or per epoch."""

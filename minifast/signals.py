@@ -1,4 +1,5 @@
 """Ctrl-C that waits for the end of the batch."""
+import os
 import signal
 import threading
 from types import FrameType, TracebackType
@@ -9,7 +10,8 @@ class DeferredInterrupt:
 
     The loop calls `check()` between batches. Whatever is still pending when the block ends is raised there. In a
     thread other than the main one, or where the host program ignores SIGINT, nothing is installed and Ctrl-C does
-    what it did before.
+    what it did before. A process that was forked meanwhile, as the workers of a DataLoader are, ignores SIGINT: a
+    terminal sends it to them too, and this process ends them if need be.
 
     >>> with DeferredInterrupt() as interrupt:
     ...     interrupt.check()  # raises KeyboardInterrupt once Ctrl-C was pressed
@@ -20,6 +22,7 @@ class DeferredInterrupt:
     def __init__(self) -> None:
         self.pending = False
         self._previous: signal._HANDLER = None
+        self._pid = os.getpid()
 
     def check(self) -> None:
         """Raise KeyboardInterrupt if Ctrl-C was pressed since the block began."""
@@ -41,6 +44,8 @@ class DeferredInterrupt:
             self.check()
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._pid:
+            return
         outer = getattr(self._previous, "__self__", None)
         is_nested = isinstance(outer, DeferredInterrupt)  # a fit inside a fit: both count
         if callable(self._previous) and (self.pending or is_nested):

@@ -89,7 +89,7 @@ def _model(model: nn.Module) -> Restore:
             p.requires_grad_(requires_grad)
             p.grad = _clone(grad)
         for module, name, buffer, value in buffers:
-            if buffer is not None:
+            if buffer is not None and not _is_expanded(buffer):
                 buffer.copy_(value)
             module._buffers[name] = buffer  # a module may have put another tensor there
         restore_modes()
@@ -118,6 +118,12 @@ def _generator(generator: Any) -> Restore:
     if isinstance(generator, np.random.RandomState):
         return partial(generator.set_state, generator.get_state())
     return partial(generator.setstate, generator.getstate())  # random.Random
+
+
+def _is_expanded(tensor: Tensor) -> bool:
+    """Whether elements share memory, as after `expand`: torch lets nobody write such a tensor in place."""
+    return tensor.layout is torch.strided and any(
+        size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def _clone(value: Any) -> Any:

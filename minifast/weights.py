@@ -46,12 +46,16 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
 
 def _plain(value: Any) -> Any:
-    return value.detach().cpu() if isinstance(value, Tensor) else value
+    if not isinstance(value, Tensor):
+        return value
+    value = value.detach().cpu()
+    is_part = value.untyped_storage().nbytes() > value.numel() * value.element_size()
+    return value.clone() if is_part else value  # torch.save would write all that a view is a part of
 
 
 def _shape(value: Any) -> Any:
     return tuple(value.shape) if isinstance(value, Tensor) else describe(value)
 
 
-def _first(names: list[str], n: int = 5) -> str:
-    return ", ".join(names[:n]) + (f" and {len(names) - n} more" if len(names) > n else "")
+def _first(names: list[Any], n: int = 5) -> str:
+    return ", ".join(map(str, names[:n])) + (f" and {len(names) - n} more" if len(names) > n else "")

@@ -1,0 +1,554 @@
+"""Batches of every shape, loaders of every kind, TensorLoader, digits, and what is refused about data."""
+
+import dataclasses
+import itertools
+from collections import OrderedDict, namedtuple
+from functools import partial
+from importlib import resources
+
+import numpy as np
+import pytest
+import torch
+from helpers import batches, bits, everything, learner, rngs
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+
+from minifast import DataLoaders, OneCycle, TensorLoader, digits
+from minifast.batches import describe, n_samples, to_device
+
+XY = namedtuple("XY", "x y")
+XXY = namedtuple("XXY", "a b y")
+
+
+@dataclasses.dataclass
+class Sample:
+    x: torch.Tensor
+    y: torch.Tensor
+
+
+@dataclasses.dataclass
+class HFOutput:
+    loss: torch.Tensor | None
+    logits: torch.Tensor
+
+
+class TwoInputs(nn.Linear):
+    def forward(self, a, b):
+        return super().forward(a + b)
+
+
+class Keywords(nn.Linear):
+    def forward(self, *, x, labels=None):
+        return super().forward(x)
+
+
+class HFModel(nn.Linear):
+    """As the models of Hugging Face: with labels, the output has a loss."""
+
+    output = HFOutput
+
+    def forward(self, x, labels=None):
+        logits = super().forward(x)
+        return self.output(loss=None if labels is None else nn.functional.mse_loss(logits, labels), logits=logits)
+
+
+class HFDict(HFModel):
+    output = dict
+
+
+# ---- batches
+
+SHAPES = {  # (x, y) -> batch, the model for it
+    "tuple": (lambda x, y: (x, y), nn.Linear),
+    "list": (lambda x, y: [x, y], nn.Linear),
+    "several inputs": (lambda x, y: (0.25 * x, 0.75 * x, y), TwoInputs),
+    "list of several": (lambda x, y: [0.25 * x, 0.75 * x, y], TwoInputs),
+    "nested": (lambda x, y: ((0.25 * x, 0.75 * x), y), TwoInputs),
+    "nested list": (lambda x, y: [[0.25 * x, 0.75 * x], y], TwoInputs),
+    "keywords and target": (lambda x, y: ({"x": x}, y), Keywords),
+    "dict": (lambda x, y: {"x": x, "labels": y}, Keywords),
+    "ordered dict": (lambda x, y: OrderedDict(x=x, labels=y), Keywords),
+    "namedtuple": (XY, nn.Linear),
+    "namedtuple of several": (lambda x, y: XXY(0.25 * x, 0.75 * x, y), TwoInputs),
+    "dataclass": (Sample, nn.Linear),
+}
+
+
+@pytest.mark.parametrize(("make", "model"), SHAPES.values(), ids=SHAPES)
+def test_every_shape_of_batch_trains_as_the_plain_one(make, model):
+    plain, data = batches(3), [make(x, y) for x, y in batches(3)]
+    torch.manual_seed(0)
+    learn = learner(data, data, model=model(3, 1))
+    reference = learner(plain, plain)
+    for each in (learn, reference):
+        each.fit_one_cycle(2, 0.1, accumulate=2)
+    assert learn.recorder.losses == pytest.approx(reference.recorder.losses, rel=1e-5)
+    assert learn.validate() == pytest.approx(reference.validate(), rel=1e-5)
+    preds, targets = learn.get_preds()
+    assert preds.shape == (12, 1)
+    assert bits(targets) == bits(reference.get_preds()[1])
+
+
+@pytest.mark.parametrize("model", [HFModel, HFDict])
+def test_an_output_that_carries_its_loss(model):
+    data = [{"x": x, "labels": y} for x, y in batches(3)]
+    torch.manual_seed(0)
+    learn, reference = learner(data, data, model=model(3, 1), loss_func=None), learner(batches(3), batches(3))
+    for each in (learn, reference):
+        each.fit(0.1, 2)
+    assert bits(learn.recorder.losses) == bits(reference.recorder.losses)
+    assert learn.validate() == reference.validate()
+    assert bits(learn.get_preds()[0]) == bits(reference.get_preds()[0])
+
+
+@pytest.mark.parametrize(("model", "data", "given"), [
+    (nn.Linear(3, 1), batches(), "Tensor"),
+    (HFModel(3, 1), batches(), "HFOutput"),
+    (HFDict(3, 1), [{"x": torch.ones(4, 3)}], "dict"),
+])  # fmt: skip
+def test_an_output_without_a_loss(model, data, given):
+    message = rf"loss_func=None needs a model whose output has `.loss`, but it returned a {given}. Pass a loss_func"
+    with pytest.raises(TypeError, match=message):
+        learner(data, model=model, loss_func=None).fit(0.1)
+
+
+@pytest.mark.parametrize(("batch", "what"), [
+    (torch.ones(4, 3), r"one bare tensor of shape \(4, 3\)"),
+    ((torch.ones(4, 3),), r"a tuple of 1 element\(s\)"),
+    ([], r"a list of 0 element\(s\)"),
+    (None, "a NoneType"),
+    ("text", "a str"),
+], ids=["tensor", "tuple", "list", "None", "str"])  # fmt: skip
+def test_a_batch_without_a_target_is_an_error_that_names_unpack(batch, what):
+    learn = learner(Passes([batch]), Passes([batch]))
+    message = rf"must hold inputs and a target, got {what}. Yield \(inputs, target\), or pass Learner\(..., unpack="
+    for call in (partial(learn.fit, 0.1, steps_per_epoch=1), learn.validate, learn.get_preds):
+        with pytest.raises(TypeError, match=message):
+            call()
+
+
+def test_unpack():
+    data = [torch.cat([x, y], 1) for x, y in batches(3)]
+    learn = learner(data, data, unpack=lambda batch: (batch[:, :3], batch[:, 3:]))
+    reference = learner(batches(3), batches(3))
+    for each in (learn, reference):
+        each.fit(0.1, 2)
+    assert learn.recorder.losses == pytest.approx(reference.recorder.losses, rel=1e-6)
+    assert bits(learn.get_preds()[1]) == bits(reference.get_preds()[1])
+
+
+@pytest.mark.parametrize("make", [make for make, _ in SHAPES.values()], ids=SHAPES)
+def test_a_batch_is_moved_whole_and_keeps_its_type(make):
+    batch = make(torch.ones(4, 3), torch.ones(4, 1))
+    moved = to_device({"nested": [batch, "text", 3]}, "meta")
+    inner, *rest = moved["nested"]
+    assert type(inner) is type(batch)
+    assert rest == ["text", 3]
+    assert describe(inner) == describe(batch)
+    assert {t.device.type for t in leaves(inner)} == {"meta"}
+    assert {t.device.type for t in leaves(batch)} == {"cpu"}
+
+
+def leaves(nest):
+    if isinstance(nest, torch.Tensor):
+        return [nest]
+    parts = nest.values() if isinstance(nest, dict) else vars(nest).values() if isinstance(nest, Sample) else nest
+    return [leaf for part in parts for leaf in leaves(part)]
+
+
+@pytest.mark.parametrize(("target", "inputs", "n"), [
+    (torch.ones(5), torch.ones(3), 5),
+    (torch.tensor(1.0), None, 1),
+    ({"boxes": torch.ones(2, 4)}, torch.ones(3), 2),
+    (None, {"x": torch.ones(3)}, 3),
+    (None, Sample(torch.tensor(1), torch.ones(6)), 6),
+    (["a", "b"], None, 1),
+])  # fmt: skip
+def test_how_many_samples(target, inputs, n):
+    assert n_samples(target, inputs) == n
+
+
+# ---- loaders
+
+
+class Passes:
+    """An iterable whose every pass yields the same batches, without len()."""
+
+    def __init__(self, data):
+        self.data = data
+
+    def __iter__(self):
+        return iter(self.data)
+
+
+class Lying(Passes):
+    def __init__(self, data, length):
+        super().__init__(data)
+        self.length = length
+
+    def __len__(self):
+        return self.length
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return zip(*columns(), strict=True)
+
+
+def columns():
+    """What `batches(3)` holds, in one piece."""
+    return tuple(torch.cat(column) for column in zip(*batches(3), strict=True))
+
+
+def of_workers(n, **options):
+    return DataLoader(TensorDataset(*columns()), 4, num_workers=n, **options)
+
+
+BATCHES = [range(4), range(4, 8), range(8, 12)]
+FORKED = {"multiprocessing_context": "fork"}
+LOADERS = {  # a loader of batches(3), the steps_per_epoch that it needs
+    "DataLoader": (partial(of_workers, 0), None),
+    "workers": (partial(of_workers, 2, **FORKED), None),
+    "persistent workers": (partial(of_workers, 2, persistent_workers=True, **FORKED), None),
+    "batch_sampler": (lambda: DataLoader(TensorDataset(*columns()), batch_sampler=BATCHES), None),
+    "TensorLoader": (lambda: TensorLoader(*columns(), batch_size=4), None),
+    "list": (lambda: batches(3), None),
+    "IterableDataset": (lambda: DataLoader(Stream(), 4), 3),
+    "IterableDataset with workers": (lambda: DataLoader(Stream(), 4, num_workers=1, **FORKED), 3),
+    "custom": (lambda: Passes(batches(3)), 3),
+    "custom with len": (lambda: Lying(batches(3), 3), None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("make", "steps"), LOADERS.values(), ids=LOADERS)
+def test_every_kind_of_loader_trains_as_a_list_does(make, steps):
+    learn, reference = learner(make(), make()), learner(batches(3), batches(3))
+    learn.fit_one_cycle(2, 0.1, steps_per_epoch=steps)
+    reference.fit_one_cycle(2, 0.1)
+    assert bits(learn.recorder.losses) == bits(reference.recorder.losses)
+    assert bits(learn.recorder.lrs) == bits(reference.recorder.lrs)
+    for mine, theirs in zip(learn.recorder.epochs, reference.recorder.epochs, strict=True):
+        assert mine | {"time": 0} == theirs | {"time": 0}
+
+
+@pytest.mark.parametrize("make", [lambda: Passes(batches(3)), lambda: iter(batches(3)),
+                                  lambda: DataLoader(Stream(), 4)])  # fmt: skip
+def test_without_a_length_steps_per_epoch_is_asked_for(make):
+    learn = learner(make())
+    before = everything(learn)
+    with pytest.raises(ValueError, match=r"has no len\(\), .* Pass steps_per_epoch=, the weight updates per epoch"):
+        learn.fit(0.1)
+    assert everything(learn) == before
+
+
+def test_a_generator_is_good_for_one_epoch():
+    drawn = []
+    data = (drawn.append(i) or batch for i, batch in enumerate(batches(10)))
+    learn, reference = learner(data), learner(batches(10)[:3])
+    with pytest.raises(ValueError, match=r"an iterator \(generator\), good for one pass, but 2 epochs are asked"):
+        learn.fit(0.1, 2, steps_per_epoch=3)
+    assert drawn == []
+    learn.fit(0.1, steps_per_epoch=3)
+    reference.fit(0.1)
+    assert drawn == [0, 1, 2], "what is not trained on stays in the generator"
+    assert bits(learn.recorder.losses) == bits(reference.recorder.losses)
+
+
+def test_a_used_up_generator_is_an_error():
+    learn = learner(iter(batches(3)))
+    learn.fit(0.1, steps_per_epoch=3)
+    with pytest.raises(ValueError, match=r"yielded 0 batches.* was its iterator used up before\?"):
+        learn.fit(0.1, steps_per_epoch=3)
+
+
+def test_a_generator_that_ends_early_is_warned_about():
+    learn = learner(iter(batches(3)))
+    with pytest.warns(UserWarning, match=r"yielded 3 batches, but 10 were announced \(len\(\) or steps_per_epoch\)"):
+        learn.fit_one_cycle(1, 0.1, steps_per_epoch=5, accumulate=2)
+    assert learn.recorder.lrs.tolist() == OneCycle(0.1).values(5)["lr"][:2]
+
+
+@pytest.mark.parametrize("dls", [(batches(), None), DataLoaders(batches())])
+def test_no_validation_data(dls):
+    learn = learner(*dls) if isinstance(dls, tuple) else learner()
+    learn.dls = DataLoaders(*dls) if isinstance(dls, tuple) else dls
+    learn.fit(0.1, 2)
+    assert [list(row) for row in learn.recorder.epochs] == [["epoch", "train_loss", "time"]] * 2
+    for look in (learn.validate, learn.get_preds):
+        with pytest.raises(ValueError, match=r"there is no validation data\. Pass a loader, or make the Learner"):
+            look()
+
+
+@pytest.mark.parametrize(("steps", "accumulate", "seen"), [
+    (1, 1, [4]), (4, 1, [4] * 4), (1, 2, [8]), (2, 2, [8, 8]), (3, 2, [8, 8, 4]), (5, 1, [4] * 5)])  # fmt: skip
+def test_steps_per_epoch_shortens_an_epoch(steps, accumulate, seen):
+    learn = learner(batches(5))
+    learn.fit_one_cycle(2, 0.1, steps_per_epoch=steps, accumulate=accumulate)
+    assert list(learn.recorder.newest.sample_column) == seen * 2
+    assert learn.recorder.lrs.tolist() == OneCycle(0.1).values(2 * steps)["lr"]
+
+
+@pytest.mark.parametrize(("steps", "accumulate", "updates"), [(6, 1, 5), (4, 2, 3)])
+def test_steps_per_epoch_does_not_lengthen_an_epoch(steps, accumulate, updates):
+    message = f"steps_per_epoch={steps} is more than the {updates} updates that one pass over 5 batches makes. Train"
+    with pytest.raises(ValueError, match=message):
+        learner(batches(5)).fit(0.1, steps_per_epoch=steps, accumulate=accumulate)
+
+
+@pytest.mark.parametrize("said", [2, 7])
+def test_a_length_that_lies(said):
+    learn = learner(Lying(batches(5), said))
+    with pytest.warns(UserWarning, match=f"yielded 5 batches, but {said} were announced") as caught:
+        learn.fit_one_cycle(2, 0.1)
+    assert len(caught) == 2
+    planned = OneCycle(0.1).values(2 * said)["lr"]
+    clamped = (planned + [planned[-1]] * 10)[:10]  # what lies behind its end stays at its end
+    assert learn.recorder.lrs.tolist() == clamped
+    reference = learner(batches(5))
+    assert learn.recorder.losses[0] == reference.loss_func(reference.model(batches(5)[0][0]), batches(5)[0][1]).item()
+
+
+@pytest.mark.parametrize("said", [2, 7])
+def test_no_sample_is_lost_to_a_length_that_lies(said):
+    learn = learner(Lying(batches(5), said))
+    with pytest.warns(UserWarning, match="yielded 5 batches"):
+        learn.fit(0.1, accumulate=2)
+    assert sum(learn.recorder.newest.sample_column) == 20
+
+
+# ---- what goes wrong
+
+
+class Broken(Dataset):
+    def __len__(self):
+        return 64
+
+    def __getitem__(self, i):
+        if i == 37:
+            raise FileNotFoundError(f"no sample {i}")
+        return torch.ones(3), torch.ones(1)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("part", ["train", "valid"])
+def test_a_data_set_that_raises(workers, part):
+    broken = DataLoader(Broken(), 8, num_workers=workers, multiprocessing_context="fork" if workers else None)
+    learn = learner(*(broken, None) if part == "train" else (batches(), broken))
+    with pytest.raises(FileNotFoundError, match="no sample 37") as caught:
+        learn.fit(0.1)
+    assert caught.value.__notes__ == ["while loading batch 4 of DataLoader"]
+    assert len(learn.recorder.losses) == (4 if part == "train" else 2)
+    learn.dls = DataLoaders(batches())
+    learn.fit(0.1)
+
+
+@pytest.mark.parametrize("labels", [[0, 1, 3], [0, -1, 2], [-7, 1, 9]])
+@pytest.mark.parametrize("loss_func", [nn.CrossEntropyLoss(), nn.functional.cross_entropy])
+def test_labels_out_of_range(labels, loss_func):
+    learn = learner([(torch.ones(3, 3), torch.tensor(labels))], model=nn.Linear(3, 3), loss_func=loss_func)
+    before = bits(dict(learn.model.state_dict())), rngs()
+    message = f"labels must be 0..2 for the model's 3 outputs, got {min(labels)}..{max(labels)}. Give the model"
+    with pytest.raises(ValueError, match=message):
+        learn.fit(0.1)
+    assert (bits(dict(learn.model.state_dict())), rngs()) == before
+
+
+@pytest.mark.parametrize("ignored", [-100, 255])
+def test_labels_to_be_ignored_are_in_range(ignored):
+    loss_func = nn.CrossEntropyLoss(ignore_index=ignored)
+    target = torch.tensor([0, 2, ignored])
+    learner([(torch.ones(3, 3), target)], model=nn.Linear(3, 3), loss_func=loss_func).fit(0.1)
+
+
+def test_labels_may_be_probabilities():
+    learner([(torch.ones(3, 3), torch.ones(3, 2) / 2)], model=nn.Linear(3, 2), loss_func=nn.CrossEntropyLoss()).fit(0.1)
+
+
+@pytest.mark.parametrize("loss_func", [nn.MSELoss(), nn.functional.mse_loss, nn.L1Loss(), nn.functional.l1_loss,
+                                       nn.SmoothL1Loss(), nn.HuberLoss(), nn.functional.huber_loss])  # fmt: skip
+@pytest.mark.parametrize("shape", [(4,), (4, 4), ()])
+def test_a_loss_does_not_broadcast(loss_func, shape):
+    learn = learner([(torch.ones(4, 3), torch.ones(shape))], loss_func=loss_func)
+    before = bits(dict(learn.model.state_dict())), rngs()
+    message = rf"output \(4, 1\) and the target \({shape[0] if shape else ''}.*\) would be broadcast against each other"
+    with pytest.raises(ValueError, match=message):
+        learn.fit(0.1)
+    assert (bits(dict(learn.model.state_dict())), rngs()) == before
+
+
+# ---- a last batch of one sample
+
+
+def normed():
+    return nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Linear(3, 1))
+
+
+def of_13(kind, **options):
+    x, y = torch.randn(13, 3), torch.randn(13, 1)
+    if kind == "TensorLoader":
+        return TensorLoader(x, y, **{"batch_size": 4} | options)
+    if kind == "DataLoader":
+        return DataLoader(TensorDataset(x, y), **{"batch_size": 4} | options)
+    return list(zip(x.split(4), y.split(4), strict=True))
+
+
+KINDS = ["TensorLoader", "DataLoader", "list"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("call", ["fit(0.1)", "fit_one_cycle(2, 0.1)", "lr_find()"])
+def test_a_last_batch_of_one_sample_is_no_food_for_batchnorm(kind, call):
+    learn = learner(of_13(kind), model=normed())
+    before = everything(learn)
+    with pytest.raises(ValueError, match=r"the last training batch has 1 sample .* BatchNorm") as caught:
+        eval(f"learn.{call}", {"learn": learn})
+    assert everything(learn) == before
+    assert kind == "list" or "(13 samples, batch_size 4)" in str(caught.value)
+    assert "drop_last=True" in str(caught.value)
+
+
+@pytest.mark.parametrize(("kind", "options", "model"), [
+    *((kind, {"drop_last": True}, normed) for kind in KINDS[:2]),
+    *((kind, {"batch_size": 5}, normed) for kind in KINDS[:2]),
+    *((kind, {"batch_size": 13}, normed) for kind in KINDS[:2]),
+    *((kind, {}, partial(nn.Linear, 3, 1)) for kind in KINDS),
+])  # fmt: skip
+def test_a_last_batch_that_can_be_trained_on(kind, options, model):
+    learn = learner(of_13(kind, **options), model=model())
+    learn.fit(0.1)
+    assert sum(learn.recorder.newest.sample_column) == 13 - options.get("drop_last", False)
+
+
+def test_a_last_batch_of_one_sample_to_validate_on():
+    learn = learner(of_13("list")[:3], of_13("list"), model=normed())
+    learn.fit(0.1)
+    assert learn.recorder.epochs[0]["valid_loss"] == learn.validate()["valid_loss"]
+
+
+# ---- TensorLoader
+
+
+def order(loader):
+    return [x.tolist() for (x,) in loader]
+
+
+def test_tensor_loader_yields_in_order():
+    loader = TensorLoader(torch.arange(7), batch_size=3)
+    assert len(loader) == 3
+    before = rngs()
+    assert order(loader) == order(loader) == [[0, 1, 2], [3, 4, 5], [6]]
+    assert rngs() == before, "no random number is drawn"
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize(("n", "size", "sizes"), [(7, 3, [3, 3]), (6, 3, [3, 3]), (2, 3, []), (0, 3, [])])
+def test_drop_last(n, size, sizes, shuffle):
+    for drop_last in (True, False):
+        loader = TensorLoader(torch.arange(n), batch_size=size, shuffle=shuffle, drop_last=drop_last)
+        expected = sizes if drop_last or n % size == 0 else [*sizes, n % size]
+        assert [len(batch) for batch in order(loader)] == expected
+        assert len(loader) == len(expected)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_shuffling_is_a_function_of_the_generator(own):
+    generator = torch.Generator() if own else None
+    loader = TensorLoader(torch.arange(50), batch_size=8, shuffle=True, generator=generator)
+
+    def epochs(seed):
+        torch.manual_seed(99 if own else seed)
+        if own:
+            generator.manual_seed(seed)
+        return order(loader), order(loader)
+
+    first, second = epochs(1)
+    assert sorted(itertools.chain(*first)) == sorted(itertools.chain(*second)) == list(range(50))
+    assert first != second, "each epoch has an order of its own"
+    assert epochs(1) == (first, second)
+    assert epochs(2)[0] not in (first, second)
+    before = rngs()
+    order(loader)
+    assert (rngs() == before) is own, "the global generator is used if and only if there is no other"
+
+
+def test_the_order_is_settled_when_the_epoch_starts():
+    def draw(between):
+        torch.manual_seed(0)
+        seen = []
+        for (x,) in TensorLoader(torch.arange(20), batch_size=4, shuffle=True):
+            seen.append(x.tolist())
+            between()
+        return seen
+
+    assert draw(lambda: None) == draw(lambda: torch.rand(3))
+
+
+def test_rows_stay_together():
+    loader = TensorLoader(torch.arange(20), torch.arange(20.0).reshape(20, 1, 1) * 10, batch_size=6, shuffle=True)
+    for x, y in loader:
+        assert y.shape[1:] == (1, 1)
+        assert torch.equal(x * 10, y.flatten().long())
+
+
+def test_transform_gets_the_tuple_of_a_batch():
+    loader = TensorLoader(torch.arange(4), torch.ones(4), batch_size=3, transform=lambda batch: {"x": batch})
+    assert [(type(batch["x"]), batch["x"][0].tolist()) for batch in loader] == [(tuple, [0, 1, 2]), (tuple, [3])]
+
+
+def test_a_batch_does_not_change_the_data_when_shuffled():
+    loader = TensorLoader(torch.zeros(4), batch_size=2, shuffle=True)
+    for (x,) in loader:
+        x += 1
+    assert not loader.tensors[0].any()
+
+
+@pytest.mark.parametrize(("tensors", "options", "error", "message"), [
+    ((), {}, TypeError, "takes tensors of shape (n, ...), got none"),
+    (([1, 2],), {}, TypeError, "takes tensors of shape (n, ...), got list"),
+    ((torch.ones(3), torch.ones(4), torch.ones(3)), {}, ValueError, "tensors must have one length, got [3, 4, 3]"),
+    ((torch.ones(3),), {"batch_size": 0}, ValueError, "batch_size must be an int >= 1, got 0 (int)"),
+    ((torch.ones(3),), {"batch_size": 2.0}, ValueError, "batch_size must be an int >= 1, got 2.0 (float)"),
+    ((torch.ones(3),), {"shuffle": None}, TypeError, "shuffle must be True or False, got None (NoneType)"),
+])  # fmt: skip
+def test_what_tensor_loader_refuses(tensors, options, error, message):
+    with pytest.raises(error) as caught:
+        TensorLoader(*tensors, **options)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("make", [TensorLoader, lambda *data, **options: DataLoader(TensorDataset(*data), **options)])
+def test_nothing_to_train_on(make):
+    learn = learner(make(*(column[:3] for column in columns()), batch_size=4, drop_last=True))
+    before = everything(learn)
+    with pytest.raises(ValueError, match=r"yields 0 batches: 3 samples, batch_size 4, drop_last=True\. Lower"):
+        learn.fit(0.1)
+    assert everything(learn) == before
+
+
+# ---- digits
+
+
+def test_digits():
+    dls = digits(batch_size=100)
+    (x, y), (valid_x, valid_y) = dls.train.tensors, dls.valid.tensors
+    assert [tuple(t.shape) for t in (x, y, valid_x, valid_y)] == [(1437, 1, 8, 8), (1437,), (360, 1, 8, 8), (360,)]
+    assert (x.dtype, y.dtype) == (torch.float32, torch.int64)
+    assert (x.min(), x.max(), valid_x.min(), valid_x.max()) == (0, 1, 0, 1)
+    assert y.unique().tolist() == valid_y.unique().tolist() == list(range(10))
+    assert y.bincount().min() > 100, "of every digit about as many"
+    assert (dls.train.shuffle, dls.valid.shuffle) == (True, False)
+    assert (len(dls.train), len(dls.valid)) == (15, 4)
+
+
+def test_the_split_of_digits_is_fixed():
+    torch.manual_seed(0)
+    first = digits()
+    torch.manual_seed(1)
+    before = rngs()
+    second = digits()
+    assert rngs() == before
+    for one, other in zip((first.train, first.valid), (second.train, second.valid), strict=True):
+        assert bits(one.tensors) == bits(other.tensors)
+    with np.load(resources.files("minifast") / "digits.npz") as file:
+        assert np.array_equal(first.valid.tensors[0][:, 0] * 16, file["images"][::5])
+        assert np.array_equal(first.valid.tensors[1], file["labels"][::5])
