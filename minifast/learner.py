@@ -238,7 +238,8 @@ class Learner:
         """
         train, valid = self.dls.train, self.dls.valid
         twins = DataLoaders(second_copy(train), None if valid is None else second_copy(valid))
-        attributes, lists = dict(vars(self)), (list(self.callbacks), list(self.metrics))
+        attributes = dict(vars(self))
+        lists = [(value, list(value)) for value in attributes.values() if isinstance(value, list)]
         restore_recorder = self.recorder.keep()
         restore = snapshot.capture(self.model, self.opt, (*generators(train), *generators(valid)))
         self.dls = twins
@@ -248,7 +249,8 @@ class Learner:
             with DeferredInterrupt():  # Ctrl-C must not stop this half way
                 vars(self).clear()
                 vars(self).update(attributes)
-                self.callbacks[:], self.metrics[:] = lists
+                for value, items in lists:
+                    value[:] = items
                 restore_recorder()
                 restore()
 

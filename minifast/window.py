@@ -13,7 +13,8 @@ class Window:
     """
 
     def __init__(self, opt: Optimizer, size: int, n_batches: int | None) -> None:
-        self._opt, self._size, self._n_batches = opt, size, n_batches
+        self._size, self._n_batches = size, n_batches
+        self._params = [p for group in opt.param_groups for p in group["params"]]
         self._dropped = False
         self._loss: Tensor | float = 0.0
         self._unit = self.n_samples = 0
@@ -48,13 +49,14 @@ class Window:
         if self._size == 1:
             return self._loss
         if self.n_samples != self._unit:
-            grads = [p.grad for group in self._opt.param_groups for p in group["params"] if p.grad is not None]
+            grads = [p.grad for p in self._params if p.grad is not None]
             torch._foreach_mul_(grads, self._unit / self.n_samples)
         return self._loss / self.n_samples
 
     def end(self) -> None:
         """Forget the gradients: the update is done, or will not be."""
-        self._opt.zero_grad()
+        for p in self._params:  # what opt.zero_grad() does, without its hooks and its profiler: 10 us a step
+            p.grad = None
         self._loss = 0.0
         self._unit = self.n_samples = 0
 

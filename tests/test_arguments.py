@@ -439,13 +439,14 @@ def test_a_frozen_model_is_not_trained(learn):
 
 @pytest.mark.parametrize("call", ["learn.fit(0.1)", "learn.fit_one_cycle(1)", "learn.lr_find()"])
 def test_an_optimizer_that_does_not_fit_is_not_used(learn, call):
-    learn.opt = torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=0.1)
-    refuse_and_leave(learn, call, ValueError, "learn.opt and learn.model do not belong together: 8 parameters of the "
-                                              "model are not in the optimizer, 2 of the optimizer not in the model.")
-    learn.opt = torch.optim.SGD([{"params": learn.model.body.parameters()}, {"params": [
-        *learn.model.neck.parameters(), *learn.model.head.parameters()]}], lr=0.1)
+    groups = [*learn.model.body.parameters()], [*learn.model.neck.parameters(), *learn.model.head.parameters()]
+    learn.opt = torch.optim.SGD([{"params": params} for params in groups], lr=0.1)
     refuse_and_leave(learn, call, ValueError, "learn.opt has 2 param_groups for 3 layer groups: give it one per layer "
                                               "group, or mark each with its index")
+    other = make(Net())
+    other.opt = torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=0.1)
+    refuse(call, ValueError, "learn.opt and learn.model do not belong together: 8 parameters of the model are not in "
+                             "the optimizer, 2 of the optimizer not in the model.", learn=other)
 
 
 def test_a_refused_fine_tune_freezes_nothing(learn):

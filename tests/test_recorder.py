@@ -252,7 +252,7 @@ def fignums():
 
 @every_plot
 def test_a_plot_gives_axes_and_leaves_nothing_open(fitted, draw):
-    for _ in range(25):
+    for _ in range(3):
         ax = draw(fitted)
     assert isinstance(ax, Axes)
     assert fignums() == []
