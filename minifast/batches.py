@@ -1,4 +1,5 @@
 """Batches of any shape: taking them apart, moving them, counting their samples."""
+import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -94,7 +95,11 @@ def to_device(nest: Any, device: torch.device | str) -> Any:
         return nest.to(device)
     if isinstance(nest, Mapping):
         moved = {key: to_device(value, device) for key, value in nest.items()}
-        return moved if type(nest) is dict else type(nest)(moved)  # type: ignore[call-arg]
+        if type(nest) is dict or not isinstance(nest, dict):
+            return moved
+        twin = copy.copy(nest)  # a defaultdict or OrderedDict stays one
+        twin.update(moved)
+        return twin
     if isinstance(nest, tuple) and hasattr(nest, "_fields"):
         return type(nest)(*(to_device(value, device) for value in nest))
     if isinstance(nest, (tuple, list)):

@@ -1,22 +1,24 @@
 """What can be seen to be wrong with the data before, or at, the first batch."""
 import warnings
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
-from .batches import Batch, describe
-from .data import is_one_shot, n_batches, size_of_last_batch
+from .batches import Batch, describe, n_samples
+from .data import is_one_shot, n_batches, smallest_batch
 
 ELEMENTWISE = (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss)
 ELEMENTWISE_FUNCTIONS = (nn.functional.mse_loss, nn.functional.l1_loss, nn.functional.smooth_l1_loss,
                          nn.functional.huber_loss)
 
 
-def check_loader(loader: Iterable[Batch], model: nn.Module, n_epochs: int) -> None:
-    """Raise ValueError if `loader` cannot feed `n_epochs` epochs of training of `model`."""
+def check_loader(loader: Iterable[Batch], n_epochs: int, modules: Iterable[nn.Module],
+                 steps_per_epoch: int | None = None) -> None:
+    """Raise ValueError if `loader` cannot feed `n_epochs` epochs in which `modules` are trained."""
     if is_one_shot(loader) and n_epochs > 1:
         raise ValueError(f"the training data is an iterator ({type(loader).__name__}), good for one pass, but "
                          f"{n_epochs} epochs are asked for. Pass a DataLoader, a list, or an object whose __iter__ "
@@ -26,10 +28,16 @@ def check_loader(loader: Iterable[Batch], model: nn.Module, n_epochs: int) -> No
         has = f"{samples} samples, " if samples is not None else ""
         raise ValueError(f"the training data yields 0 batches: {has}batch_size {getattr(loader, 'batch_size', None)}, "
                          f"drop_last={getattr(loader, 'drop_last', False)}. Lower batch_size or set drop_last=False.")
-    if size_of_last_batch(loader) == 1 and any(isinstance(m, _BatchNorm) for m in model.modules()):
-        raise ValueError(f"the last training batch has 1 sample ({_n_samples(loader)} samples, batch_size "
-                         f"{getattr(loader, 'batch_size', None)}), and the model's BatchNorm cannot take statistics "
-                         "of one. Set drop_last=True or another batch_size.")
+    reaches_the_last = steps_per_epoch is None  # a shortened epoch may end before it: then torch has the last word
+    if reaches_the_last and smallest_batch(loader) == 1 and any(isinstance(module, _BatchNorm) for module in modules):
+        if isinstance(loader, Sequence):
+            which = "the last" if n_samples(None, loader[-1]) == 1 else "a"
+            given, remedy = "", "Leave it out, or put it together with another"
+        else:
+            which, remedy = "the last", "Set drop_last=True or another batch_size"
+            given = f" ({_n_samples(loader)} samples, batch_size {getattr(loader, 'batch_size', None)})"
+        raise ValueError(f"{which} training batch has 1 sample{given}, and the model's BatchNorm cannot take "
+                         f"statistics of one. {remedy}.")
 
 
 def check_valid(loader: Iterable[Batch] | None) -> None:
@@ -59,6 +67,7 @@ def check_target(pred: Any, target: Any, loss_func: Any) -> None:
     """Raise ValueError where a loss of torch's would be silently wrong, or fail far from the cause."""
     if not (isinstance(pred, Tensor) and isinstance(target, Tensor)):
         return
+    loss_func = loss_func.func if isinstance(loss_func, partial) else loss_func
     elementwise = isinstance(loss_func, ELEMENTWISE) or any(loss_func is f for f in ELEMENTWISE_FUNCTIONS)
     if elementwise and pred.shape != target.shape:
         raise ValueError(f"the model's output {tuple(pred.shape)} and the target {tuple(target.shape)} would be "

@@ -167,8 +167,8 @@ def is_one_shot(loader: Iterable[Batch]) -> bool:
     return isinstance(loader, Iterator)
 
 
-def size_of_last_batch(loader: Iterable[Batch]) -> int | None:
-    """How many samples the last batch holds, as far as that can be told without drawing one."""
+def smallest_batch(loader: Iterable[Batch]) -> int | None:
+    """How many samples the smallest batch holds, as far as that can be told without drawing one."""
     if isinstance(loader, TensorLoader):
         samples, batch_size, drop_last = len(loader.tensors[0]), loader.batch_size, loader.drop_last
     elif isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset) and loader.batch_size:
@@ -189,9 +189,10 @@ def in_order(loader: Iterable[Batch]) -> Iterable[Batch]:
         ordered = copy.copy(loader)
         ordered.shuffle = ordered.drop_last = False
         return ordered
-    if isinstance(loader, DataLoader) and loader.batch_size and (
-            type(loader.sampler) is RandomSampler or (type(loader.sampler) is SequentialSampler and loader.drop_last)):
-        return _rebuilt(loader)
+    if isinstance(loader, DataLoader) and type(loader).__iter__ is DataLoader.__iter__ and loader.batch_size:
+        shuffles, sequential = type(loader.sampler) is RandomSampler, type(loader.sampler) is SequentialSampler
+        if shuffles or (sequential and loader.drop_last):
+            return _rebuilt(loader)
     return loader
 
 

@@ -308,8 +308,9 @@ class Learner:
 
         Random generators are left as they were. Raises ValueError if there is no data.
         """
-        with self._looking():
-            state = self._state(valid_dl=self._data(dl))
+        data = self._data(dl)
+        with self._looking(data):
+            state = self._state(valid_dl=data)
             state.metrics = {}
             loop.validate(state, Emitter([Metrics(self.metrics)], state))
         return state.metrics
@@ -324,8 +325,9 @@ class Learner:
         loss_func = self.loss_func
         if check_flag("with_loss", with_loss) and loss_func is None:
             raise ValueError("with_loss=True needs a loss_func on the Learner.")
-        with self._looking():
-            batches = feed(in_order(self._data(dl)), self.device, None, DeferredInterrupt())
+        data = self._data(dl)
+        with self._looking(data):
+            batches = feed(in_order(data), self.device, None, DeferredInterrupt())
             return predict_all(self.model, batches, self.unpack, loss_func if with_loss else None)
 
     @torch.no_grad()
@@ -373,7 +375,8 @@ class Learner:
         lrs = spread_lrs(lr, self._groups.names)
         label_groups(self.opt, len(self._groups))
         check_optimizer(self.model, self.opt)
-        check_loader(self.dls.train, self.model, n_epochs)
+        still = norms_in_eval(self._groups, self.train_bn)
+        check_loader(self.dls.train, n_epochs, [m for m in self.model.modules() if m not in still], steps_per_epoch)
         check_valid(self.dls.valid)
         users = self._callbacks([*check_callbacks(callbacks, "callbacks"), *([schedule] if schedule else [])])
         if owner_of("lr", users) is None:
@@ -390,7 +393,7 @@ class Learner:
         label_groups(self.opt, len(self._groups))
         check_optimizer(self.model, self.opt)
         check_trainable(self.model, self._groups.names)
-        check_loader(self.dls.train, self.model, n_epochs=1)
+        check_loader(self.dls.train, 1, self.model.modules())
         accumulate, batches, recorder = check_int("accumulate", accumulate), n_batches(self.dls.train), Recorder()
         running = [cb for cb in self._callbacks([finder, *given]) if cb.in_lr_find or cb is finder]
         shown = [Progress("lr_find")] if verbose else []
@@ -422,9 +425,9 @@ class Learner:
             restore()
 
     @contextmanager
-    def _looking(self) -> Iterator[None]:
-        """Eval mode; modes and random generators are put back afterwards."""
-        restore_modes, restore_rng = snapshot.modes(self.model), snapshot.rng()
+    def _looking(self, data: Iterable[Batch] = ()) -> Iterator[None]:
+        """Eval mode; modes and random generators, those of `data` too, are put back afterwards."""
+        restore_modes, restore_rng = snapshot.modes(self.model), snapshot.rng(generators(data))
         self.model.eval()
         try:
             yield

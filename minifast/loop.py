@@ -119,6 +119,8 @@ def validate(state: State, emit: Emitter) -> None:
             state.batch_index, state.batch = index, batch
             emit(Callback.before_valid_batch)
             forward(state)
+            if index == 0:
+                check_target(state.pred, state.target, state.loss_func)
             state.loss = state.loss_func(state.pred, state.target)
             emit(Callback.after_valid_batch)
             state.interrupt.check()

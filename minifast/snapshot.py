@@ -31,7 +31,7 @@ def capture(model: nn.Module, opt: Optimizer, generators: Iterable[Any] = ()) ->
     >>> torch.equal(model.weight, before), opt.param_groups[0]["lr"]
     (True, 0.1)
     """
-    parts = [_model(model), _optimizer(opt), rng(), *(_generator(generator) for generator in generators)]
+    parts = [_model(model), _optimizer(opt), rng(generators)]
 
     def restore() -> None:
         for put_back in parts:
@@ -39,13 +39,16 @@ def capture(model: nn.Module, opt: Optimizer, generators: Iterable[Any] = ()) ->
     return restore
 
 
-def rng() -> Restore:
-    """Copy the state of all global random generators; returns what puts it back."""
+def rng(generators: Iterable[Any] = ()) -> Restore:
+    """Copy the state of all global random generators, and of `generators`; returns what puts it back."""
+    own = [_generator(generator) for generator in generators]
     of_python, of_numpy, of_torch = random.getstate(), np.random.get_state(), torch.get_rng_state()
     of_cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
     of_mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
 
     def restore() -> None:
+        for put_back in own:
+            put_back()
         random.setstate(of_python)
         np.random.set_state(of_numpy)
         torch.set_rng_state(of_torch)
