@@ -1,4 +1,4 @@
-"""Every notebook in nbs/ runs from a clean kernel, silently; what is stored of it has outputs and no paths of a machine.
+"""Every notebook in nbs/ runs from a clean kernel, silently; what is stored has outputs and no path of a machine.
 
 No skip list: a notebook that cannot be run here does not belong there. After a change run `make nbs`.
 """
@@ -11,7 +11,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 
 NBS = Path(__file__).resolve().parent.parent / "nbs"
 NOTEBOOKS = sorted(NBS.rglob("*.ipynb"))
-MACHINE_PATH = re.compile(r"/(?:home|root|Users|tmp|work|private|opt|usr)/|\w:\\\\|site-packages|\.venv")
+MACHINE_PATH = re.compile(r"/(?:home|root|Users|tmp|work|private|opt|usr)/|\b[A-Z]:\\|site-packages|\.venv")
 
 
 def complaints(notebook):
@@ -32,10 +32,16 @@ def flaws(notebook):
     outputs = [output for cell in code for output in cell.outputs]
     if not any("image/png" in output.get("data", {}) for output in outputs):
         yield "it has no picture"
-    for text in (*(cell.source for cell in notebook.cells), *map(str, outputs)):
+    for text in (*(cell.source for cell in notebook.cells), *map(words, outputs)):
         for path in MACHINE_PATH.findall(text):
             yield f"it has the path of a machine: {path}"
     yield from complaints(notebook)
+
+
+def words(output):
+    """The text of an output, but not its pictures."""
+    texts = [text for kind, text in output.get("data", {}).items() if kind.startswith("text/")]
+    return "\n".join([output.get("text", ""), *output.get("traceback", ()), *texts])
 
 
 def run(notebook, folder):
@@ -94,6 +100,7 @@ def test_it_is_stored_as_it_ran(path):
 
 
 PICTURE = new_output("display_data", {"image/png": "iVBOR"})
+TEXT = new_output("display_data", {"text/plain": "D:\\x"})
 ERROR = new_output("error", ename="KeyError", evalue="'x'", traceback=[])
 
 
@@ -110,6 +117,7 @@ ERROR = new_output("error", ename="KeyError", evalue="'x'", traceback=[])
          ["stderr: !"]),
         ([new_code_cell("x", execution_count=1, outputs=[PICTURE, new_output("stream", text="in /home/me/x.py")])],
          ["it has the path of a machine: /home/"]),
+        ([new_code_cell("x", execution_count=1, outputs=[PICTURE, TEXT])], ["it has the path of a machine: D:\\"]),
         ([new_markdown_cell("open /Users/me"), new_code_cell("x", execution_count=1, outputs=[PICTURE])],
          ["it has the path of a machine: /Users/"]),
     ],
