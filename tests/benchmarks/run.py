@@ -2,7 +2,8 @@
 
 Every row does the same updates on the same batches from the same weights; rounds of all rows are interleaved in one
 process, so that a machine that slows down slows them all; figures are medians over the rounds, ratios are paired
-round by round. First it is checked that the Learner makes the same updates. Usage: `make bench`, or `python tests/benchmarks/run.py --help`.
+round by round. First it is checked that the Learner makes the same updates. Usage: `make bench`, or
+`python tests/benchmarks/run.py --help`.
 """
 import argparse
 import contextlib
