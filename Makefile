@@ -19,9 +19,12 @@ demo: $(READY) ## train on real digits, print the results and write the plots (A
 test: check ## all that must pass: lint, types, quick tests, slow tests
 	@$(RUN) -m pytest $(ARGS)
 
-fast: $(READY) ## lint and the quick tests, in seconds: while coding
+# A cross-section: the Learner as it is used, layer groups, suggestions. All the rest is for `make test`.
+FAST = tests/test_learner.py tests/test_groups.py tests/test_suggest.py
+
+fast: $(READY) ## lint and a cross-section of the quick tests, in seconds: while coding
 	@$(RUN) -m ruff check --quiet .
-	@$(RUN) -m pytest -q -x -m "not slow" $(ARGS)
+	@$(RUN) -m pytest -q -x -m "not slow" $(FAST) $(ARGS)
 
 check: $(READY) ## ruff and mypy --strict
 	@$(RUN) -m ruff check .

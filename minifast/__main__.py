@@ -57,6 +57,7 @@ def _run(options: argparse.Namespace, parser: Parser) -> None:
     _check_out(options.out, parser)
     if options.data is None:
         dls = digits(BATCH_SIZE["digits"])
+        torch.set_num_threads(1)  # with images this small, threads wait for each other longer than they compute
     else:
         print(f"reading the images of {options.data}", flush=True)
         try:

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
@@ -46,9 +47,12 @@ def check_valid(loader: Iterable[Batch] | None) -> None:
         raise ValueError("the validation data yields 0 batches. Pass DataLoaders(train) to train without.")
 
 
-def check_optimizer(model: nn.Module, opt: Optimizer) -> None:
-    """Raise ValueError if `opt` is not an optimizer of `model`."""
+def check_optimizer(model: nn.Module, opt: Optimizer, grouped: Iterable[nn.Parameter]) -> None:
+    """Raise ValueError if `opt`, or the layer groups with their parameters `grouped`, are not of `model`."""
     own = {id(p) for p in model.parameters()}
+    if own != {id(p) for p in grouped}:
+        raise ValueError("learn.model is not the model that this Learner was made for: its layer groups and its "
+                         "optimizer hold the parameters of another. Make a new Learner for a new model.")
     held = {id(p) for group in opt.param_groups for p in group["params"]}
     if own != held:
         raise ValueError(f"learn.opt and learn.model do not belong together: {len(own - held)} parameters of the "
@@ -74,12 +78,24 @@ def check_target(pred: Any, target: Any, loss_func: Any) -> None:
                          "broadcast against each other by the loss. Give both one shape, e.g. by "
                          "target.unsqueeze(1) or output.squeeze(1).")
     cross_entropy = isinstance(loss_func, nn.CrossEntropyLoss) or loss_func is nn.functional.cross_entropy
-    if cross_entropy and pred.ndim >= 2 and not target.is_floating_point():
+    if cross_entropy and pred.ndim >= 2 and target.shape != pred.shape:
+        _check_labels(pred, target)
         labels = target[target != getattr(loss_func, "ignore_index", -100)]
         if labels.numel() and not (labels.min() >= 0 and labels.max() < pred.shape[1]):
             raise ValueError(f"labels must be 0..{pred.shape[1] - 1} for the model's {pred.shape[1]} outputs, got "
                              f"{int(labels.min())}..{int(labels.max())}. Give the model one output per class, or "
                              "number the labels from 0.")
+
+
+def _check_labels(pred: Tensor, target: Tensor) -> None:
+    shape = (pred.shape[0], *pred.shape[2:])
+    if target.shape != shape:
+        one_column = target.shape == (shape[0], 1)
+        hint = "Call target.squeeze(1)" if one_column else "Classes are dimension 1 of the output"
+        raise ValueError(f"labels must have shape {shape} for outputs of shape {tuple(pred.shape)}, got "
+                         f"{tuple(target.shape)}. {hint}.")
+    if target.dtype not in (torch.int64, torch.uint8):
+        raise ValueError(f"labels must be int64 class indices, got {describe(target)}. Call target.long().")
 
 
 def check_loss(loss: Any) -> None:

@@ -2,6 +2,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from . import schedules
 from .errors import check_number
@@ -60,18 +61,20 @@ class Schedule(Scheduler):
     [1.0, 0.854, 0.5, 0.146]
     """
 
-    shapes: Mapping[str, Shape] | str
+    shapes: Mapping[str, Shape] | tuple[tuple[str, Shape], ...] | str
     shape: Shape | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        shapes = {self.shapes: self.shape} if isinstance(self.shapes, str) else self.shapes
+        shapes: Any = {self.shapes: self.shape} if isinstance(self.shapes, str) else self.shapes
+        if isinstance(shapes, tuple) and all(isinstance(pair, tuple) and len(pair) == 2 for pair in shapes):
+            shapes = dict(shapes)  # the form in which it is kept
         if not isinstance(shapes, Mapping) or not shapes:
             raise TypeError(f"Schedule takes a name and a shape, or a dict of them, got {self.shapes!r:.80}. "
                             'Pass e.g. Schedule("weight_decay", cosine).')
         for hyper, shape in shapes.items():
             if not callable(shape):
                 raise TypeError(f"the shape of {hyper!r} must be a function of (step, n_steps), got {shape!r:.80}.")
-        object.__setattr__(self, "shapes", dict(shapes))
+        object.__setattr__(self, "shapes", tuple(shapes.items()))  # hashable, as a value should be
         object.__setattr__(self, "shape", None)
         object.__setattr__(self, "sets", tuple(shapes))
 
@@ -83,4 +86,4 @@ class Schedule(Scheduler):
                                  f"{', '.join(state.opt.defaults)}.")
 
     def value(self, hyper: str, step: int, n_steps: int) -> float:
-        return float(self.shapes[hyper](step, n_steps))  # type: ignore[index, operator]
+        return float(dict(self.shapes)[hyper](step, n_steps))  # type: ignore[arg-type]

@@ -1,5 +1,5 @@
 """The words of `fit`: cycles, their lengths and `use_clr`, turned into epochs and a schedule."""
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from .errors import check_int
@@ -50,7 +50,7 @@ def epochs_and_schedule(n_cycle: int, cycle_len: int | None, cycle_mult: int, us
 
 
 def _clr(name: str, form: str, value: Sequence[float]) -> tuple[float, float, tuple[float, ...] | None]:
-    numbers = tuple(value) if isinstance(value, (tuple, list)) else ()
+    numbers = tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else ()
     if len(numbers) not in (2, 4):
         raise ValueError(f"{name} takes 2 numbers {form} or 4, with (mom_max, mom_min) behind, got {value!r:.80}.")
     return numbers[0], numbers[1], numbers[2:] or None

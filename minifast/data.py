@@ -2,7 +2,7 @@
 import copy
 import math
 import random
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
@@ -33,7 +33,8 @@ class DataLoaders:
 
     def __post_init__(self) -> None:
         for name, loader in (("train", self.train), ("valid", self.valid)):
-            if not (isinstance(loader, Iterable) or (loader is None and name == "valid")):
+            is_one_thing = isinstance(loader, (str, bytes, Mapping, Tensor, np.ndarray))
+            if is_one_thing or not (isinstance(loader, Iterable) or (loader is None and name == "valid")):
                 raise TypeError(f"{name} must be an iterable of batches, got {type(loader).__name__}. "
                                 "Pass e.g. a torch DataLoader.")
 
@@ -230,8 +231,8 @@ def generators(loader: Any) -> list[Any]:
     return list(found.values())
 
 
-def feed(loader: Iterable[Batch], device: torch.device, limit: int | None,
-         interrupt: DeferredInterrupt) -> Generator[Batch, None, None]:
+def feed(loader: Iterable[Batch], device: torch.device, limit: int | None, interrupt: DeferredInterrupt,
+         what: str = "the data") -> Generator[Batch, None, None]:
     """The batches of one pass over `loader`, at most `limit`, on `device`. Close it: that ends its worker processes.
 
     An error of the loader gains a note that counts the batch. One that comes after Ctrl-C is the interrupt itself:
@@ -248,7 +249,7 @@ def feed(loader: Iterable[Batch], device: torch.device, limit: int | None,
             except Exception as error:
                 if interrupt.pending:
                     raise KeyboardInterrupt from error
-                error.add_note(f"while loading batch {count} of {type(loader).__name__}")
+                error.add_note(f"while loading batch {count} of {what} ({type(loader).__name__})")
                 raise
             yield batch if on_cpu else to_device(batch, device)
             count += 1

@@ -1,6 +1,6 @@
 """Checks of what users pass in: each failure says what was given, what is expected and what to do."""
-import math
 import numbers
+import sys
 from typing import Any
 
 
@@ -35,7 +35,8 @@ def check_number(name: str, value: Any, *, above: float | None = None, minimum: 
     number = value
     if getattr(value, "ndim", None) == 0 and not getattr(value, "requires_grad", False) and hasattr(value, "item"):
         number = value.item()
-    ok = isinstance(number, numbers.Real) and not isinstance(number, bool) and math.isfinite(number)
+    is_real = isinstance(number, numbers.Real) and not isinstance(number, bool)
+    ok = is_real and -sys.float_info.max <= number <= sys.float_info.max  # neither inf nor nan, nor an int beyond them
     if ok and (above is None or number > above) and (minimum is None or number >= minimum) \
             and (maximum is None or number <= maximum) and (below is None or number < below):
         return float(number)

@@ -107,6 +107,8 @@ def _wanted(model: nn.Module, named: list[tuple[str, nn.Parameter]], splitter: S
     if not callable(splitter):
         raise TypeError(f"splitter must be a callable, a dict of name -> glob, or None, got {splitter!r:.80}.")
     parts = splitter(model)
+    if not isinstance(parts, Iterable) or isinstance(parts, str):
+        raise TypeError(f"splitter must return a list or dict of modules or parameter lists, got {parts!r:.80}.")
     if not isinstance(parts, Mapping):
         parts = {f"group {i}": part for i, part in enumerate(parts)}
     return {str(name): _parameters(part) for name, part in parts.items()}

@@ -76,9 +76,9 @@ def spread_lrs(lr: Any, groups: int | Sequence[str], name: str = "lr") -> tuple[
     return tuple(lr)
 
 
-def make_optimizer(opt_func: Callable[..., Optimizer], groups: "LayerGroups", lrs: Sequence[float], wd: float | None,
-                   wd_norm_bias: bool) -> Optimizer:
-    """`opt_func` over all parameters of `groups`, fused where optimizer and device can do that.
+def make_optimizer(opt_func: Callable[..., Optimizer], model: nn.Module, groups: "LayerGroups", lrs: Sequence[float],
+                   wd: float | None, wd_norm_bias: bool) -> Optimizer:
+    """`opt_func` over all parameters of `model`, fused where optimizer, device and model allow that.
 
     Each layer group becomes one of the optimizer's param_groups, or two where norms and biases are not decayed. They
     carry the index of their layer group under "layer_group".
@@ -86,7 +86,10 @@ def make_optimizer(opt_func: Callable[..., Optimizer], groups: "LayerGroups", lr
     param_groups = [{"params": list(params), "lr": lr, "layer_group": i}
                     for i, (group, lr) in enumerate(zip(groups, lrs, strict=True))
                     for params in ((group.params,) if wd_norm_bias else (group.decayed, group.undecayed)) if params]
-    opt = _call(opt_func, param_groups, lrs[-1], groups)
+    if not callable(opt_func) or isinstance(opt_func, Optimizer):
+        raise TypeError(f"opt_func must be a torch optimizer class or a partial of one, got {opt_func!r:.80}. "
+                        "Pass e.g. torch.optim.AdamW.")
+    opt = _call(opt_func, param_groups, lrs[-1], model)
     if not isinstance(opt, Optimizer):
         raise TypeError(f"opt_func must make a torch optimizer, got {type(opt).__name__}. Pass a class such as "
                         "torch.optim.AdamW, or functools.partial(torch.optim.SGD, momentum=0.9).")
@@ -95,8 +98,8 @@ def make_optimizer(opt_func: Callable[..., Optimizer], groups: "LayerGroups", lr
 
 
 def _call(opt_func: Callable[..., Optimizer], param_groups: list[dict[str, Any]], lr: float,
-          groups: "LayerGroups") -> Any:
-    if _can_fuse(opt_func, groups):
+          model: nn.Module) -> Any:
+    if _can_fuse(opt_func, model):
         try:
             return opt_func(param_groups, lr=lr, fused=True)
         except (RuntimeError, TypeError):
@@ -108,15 +111,32 @@ def _call(opt_func: Callable[..., Optimizer], param_groups: list[dict[str, Any]]
         raise
 
 
-def _can_fuse(opt_func: Callable[..., Optimizer], groups: "LayerGroups") -> bool:
+def _can_fuse(opt_func: Callable[..., Optimizer], model: nn.Module) -> bool:
     given = opt_func.keywords if isinstance(opt_func, partial) else {}
     if given.keys() & {"fused", "foreach", "capturable", "differentiable"}:
         return False  # the user has chosen
+    if given.get("dampening"):
+        return False  # `fill_momentum` would not be exact
+    if any(getattr(module, "sparse", False) for module in model.modules()):
+        return False  # an embedding with sparse gradients, which fused kernels do not take
     try:
         known = inspect.signature(opt_func).parameters
     except (TypeError, ValueError):
         return False
-    return "fused" in known and all(p.is_floating_point() for group in groups for p in group.params)
+    return "fused" in known and all(p.is_floating_point() for p in model.parameters())
+
+
+def fill_momentum(opt: Optimizer, is_scheduled: bool) -> None:
+    """Give every trainable parameter of a fused SGD its momentum buffer, zeros, which is where momentum begins.
+
+    Left to itself the fused kernel makes them at the first gradient, and fails where the parameters of a group do not
+    all have their first gradient in the same step: thawed layers, or a branch of the model that is taken later.
+    """
+    if isinstance(opt, torch.optim.SGD) and opt.defaults.get("fused") and not opt.defaults.get("dampening"):
+        groups = [group for group in opt.param_groups if group["momentum"] or is_scheduled]
+        for p in (p for group in groups for p in group["params"] if p.requires_grad):
+            if opt.state[p].get("momentum_buffer") is None:
+                opt.state[p]["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
 
 
 def label_groups(opt: Optimizer, n_groups: int) -> None:

@@ -18,11 +18,13 @@ from .checks import check_loader, check_optimizer, check_trainable, check_valid
 from .cycles import check_not_swapped, epochs_and_schedule
 from .data import DataLoaders, as_dataloaders, count_steps, feed, generators, in_order, n_batches, second_copy
 from .errors import check_flag, check_int, check_number
+from .first_batch import FiniteInputs
 from .groups import LayerGroups, Splitter, split
 from .hypers import (
     LR,
     as_device,
     check_lr,
+    fill_momentum,
     freeze,
     group_lrs,
     keep_hypers,
@@ -89,27 +91,24 @@ class Learner:
                  metrics: Iterable[Any] = (), callbacks: Iterable[Callback] = (),
                  device: torch.device | str | None = None, seed: int | None = None, compile: bool = False,
                  graph: bool = False, unpack: UnpackBatch = split_batch, verbose: bool = True) -> None:
-        self.dls = as_dataloaders(model, dls)
-        if (loss_func is not None and not callable(loss_func)) or isinstance(loss_func, type):
-            raise TypeError(f"loss_func must be a function (output, target) -> loss, got {loss_func!r:.80}. "
-                            "Pass e.g. nn.CrossEntropyLoss().")
+        self.model, self.loss_func, self.dls = model, loss_func, as_dataloaders(model, dls)
+        self.metrics: list[Any] = list(metrics) if isinstance(metrics, (list, tuple)) else [metrics]
+        self.callbacks = check_callbacks(callbacks, "callbacks")
+        self._check_assigned()
         for name, flag in (("compile", compile), ("graph", graph)):
             if check_flag(name, flag):
                 raise ValueError(f"{name}=True is not available in this version. Leave it out.")
         self.train_bn, self.wd_norm_bias = check_flag("train_bn", train_bn), check_flag("wd_norm_bias", wd_norm_bias)
         self.verbose = check_flag("verbose", verbose)
-        self.callbacks = check_callbacks(callbacks, "callbacks")
-        self.metrics = list(metrics) if isinstance(metrics, (list, tuple)) else [metrics]
-        Metrics(self.metrics)  # refuses what is no metric, and two of one name
         if not callable(unpack):
             raise TypeError(f"unpack must be a function batch -> (inputs, target), got {unpack!r:.80}.")
         wd = None if wd is None else check_number("wd", wd, minimum=0)
         device = as_device(device, model)
         groups = split(model, splitter)
         lrs = spread_lrs(lr, groups.names)
-        self.model, self.device, self.loss_func, self.unpack = model.to(device), device, loss_func, unpack
+        self.model, self.device, self.unpack = model.to(device), device, unpack
         self.lr = check_lr("lr", lr)
-        self.opt = make_optimizer(opt_func, groups, lrs, wd, self.wd_norm_bias)
+        self.opt = make_optimizer(opt_func, self.model, groups, lrs, wd, self.wd_norm_bias)
         self.recorder = Recorder()
         self._groups = groups
         self._is_fitting = False
@@ -168,7 +167,7 @@ class Learner:
                              example="fit_one_cycle(3, 0.1)")
         max_lr = _one_of("max_lr", max_lr, "lr_max", lr_max)
         schedule = OneCycle(None, div_factor, pct_start, final_div=final_div, moms=moms)
-        self._fit(n_epochs, self.lr if max_lr is None else max_lr, schedule, **options)
+        self._fit(n_epochs, self.lr if max_lr is None else check_lr("max_lr", max_lr), schedule, **options)
 
     def fit_flat_cos(self, n_epoch: int, lr: LR | None = None, *, pct_start: float = 0.75, div_final: float = 1e5,
                      **options: Unpack[FitOptions]) -> None:
@@ -185,7 +184,7 @@ class Learner:
         n_cycles, cycle_len = check_int("n_cycles", n_cycles), check_int("cycle_len", cycle_len)
         schedule = CosineAnnealing(n_cycles, cycle_mult, warmup_frac=0.0)
         n_epochs = cycle_len * sum(cycle_mult**c for c in range(n_cycles))
-        self._fit(n_epochs, self.lr if lr_max is None else lr_max, schedule, **options)
+        self._fit(n_epochs, self.lr if lr_max is None else check_lr("lr_max", lr_max), schedule, **options)
 
     def fine_tune(self, epochs: int, base_lr: float = 2e-3, *, freeze_epochs: int = 1, lr_mult: float = 100,
                   pct_start: float = 0.3, div: float = 5.0, **options: Unpack[FitOptions]) -> None:
@@ -216,7 +215,8 @@ class Learner:
         Raises ValueError for values out of range and for data that is good for one pass only.
         """
         finder = LRFinder(start_lr, end_lr, num_it, stop_div=stop_div)
-        self._find(finder, check_callbacks(callbacks, "callbacks"), 1, self.verbose)
+        self._check_assigned()
+        self._find(finder, check_callbacks(callbacks, "callbacks"))
         return cast(LRFind, self.recorder.lr_find)
 
     @contextmanager
@@ -348,62 +348,75 @@ class Learner:
     # ---- one fit
 
     def _fit(self, n_epochs: int, lr: Any, schedule: Scheduler | None, **options: Unpack[FitOptions]) -> None:
-        given = check_callbacks(options.get("callbacks", ()), "callbacks")
-        finder = next((callback for callback in given if isinstance(callback, LRFinder)), None)
+        unknown = options.keys() - FitOptions.__annotations__.keys()
+        if unknown:
+            raise TypeError(f"there is no argument {', '.join(sorted(unknown))}. Those of every fit are "
+                            f"{', '.join(FitOptions.__annotations__)}.")
+        self._check_assigned()
+        options["callbacks"] = given = check_callbacks(options.get("callbacks", ()), "callbacks")
+        finder = next((cb for cb in (*given, *self.callbacks) if isinstance(cb, LRFinder)), None)
         if finder is not None:
-            return self._find(finder, [callback for callback in given if callback is not finder],
-                              options.get("accumulate", 1), self._is_verbose(options.get("verbose")))
-        options["callbacks"] = given  # an iterator is used up by now
+            self._check_options(lr, **options)
+            return self._find(finder, [callback for callback in given if callback is not finder], **options)
         state = self._prepare(n_epochs, lr, schedule, **options)
         check_trainable(self.model, self._groups.names)
-        with self._fitting({hyper for callback in state.callbacks for hyper in callback.sets}):
-            if (wd := options.get("wd")) is not None:
-                set_weight_decay(self.opt, self._groups, wd, self.wd_norm_bias)
+        with self._fitting({hyper for callback in state.callbacks for hyper in callback.sets}, options.get("wd")):
             state.weight_decays = tuple(group.get("weight_decay", 0.0) for group in self.opt.param_groups)
             loop.run(state)
 
-    def _prepare(self, n_epochs: int, lr: Any, schedule: Scheduler | None, *, wd: float | None = None,
-                 callbacks: Iterable[Callback] = (), steps_per_epoch: int | None = None, accumulate: int = 1,
-                 resume: bool = False, verbose: bool | None = None) -> State:
+    def _prepare(self, n_epochs: int, lr: Any, schedule: Scheduler | None, **options: Unpack[FitOptions]) -> State:
         """The state of a fit that could begin now. Raises whatever is wrong with it; changes nothing."""
         self._check_idle()
+        lrs = self._check_options(lr, **options)
+        check_optimizer(self.model, self.opt, (p for group in self._groups for p in group.params))
+        steps_per_epoch, accumulate = options.get("steps_per_epoch"), options.get("accumulate", 1)
+        still = norms_in_eval(self._groups, self.train_bn)
+        check_loader(self.dls.train, n_epochs, [m for m in self.model.modules() if m not in still], steps_per_epoch)
+        check_valid(self.dls.valid)
+        given = check_callbacks(options.get("callbacks", ()), "callbacks")
+        users = self._callbacks([*given, *([schedule] if schedule else [])])
+        if owner_of("lr", users) is None:
+            users.append(ConstantLR())
+        shown = [Progress()] if self._is_verbose(options.get("verbose")) else []
+        per_epoch, batches, limit = count_steps(self.dls.train, steps_per_epoch, accumulate)
+        return self._state(lrs=lrs, n_epochs=n_epochs, steps_per_epoch=per_epoch, n_steps=n_epochs * per_epoch,
+                           accumulate=accumulate, n_batches=batches, max_batches=limit,
+                           callbacks=[self.recorder, Metrics(self.metrics), FiniteInputs(), *users, *shown])
+
+    def _check_options(self, lr: Any, *, wd: float | None = None, callbacks: Iterable[Callback] = (),
+                       steps_per_epoch: int | None = None, accumulate: int = 1, resume: bool = False,
+                       verbose: bool | None = None) -> tuple[float, ...]:
+        """The peak of each layer group. Raises ValueError or TypeError for an argument of `fit` out of range."""
         if check_flag("resume", resume):
             raise ValueError("resume=True is not available in this version. Leave it out.")
         if wd is not None:
             check_number("wd", wd, minimum=0)
-        shown = [Progress()] if self._is_verbose(verbose) else []
-        lrs = spread_lrs(lr, self._groups.names)
+        if steps_per_epoch is not None:
+            check_int("steps_per_epoch", steps_per_epoch)
+        check_int("accumulate", accumulate)
+        self._is_verbose(verbose)
         label_groups(self.opt, len(self._groups))
-        check_optimizer(self.model, self.opt)
-        still = norms_in_eval(self._groups, self.train_bn)
-        check_loader(self.dls.train, n_epochs, [m for m in self.model.modules() if m not in still], steps_per_epoch)
-        check_valid(self.dls.valid)
-        users = self._callbacks([*check_callbacks(callbacks, "callbacks"), *([schedule] if schedule else [])])
-        if owner_of("lr", users) is None:
-            users.append(ConstantLR())
-        per_epoch, batches, limit = count_steps(self.dls.train, steps_per_epoch, accumulate)
-        return self._state(lrs=lrs, n_epochs=n_epochs, steps_per_epoch=per_epoch, n_steps=n_epochs * per_epoch,
-                           accumulate=accumulate, n_batches=batches, max_batches=limit,
-                           callbacks=[self.recorder, Metrics(self.metrics), *users, *shown])
+        return spread_lrs(lr, self._groups.names)
 
-    def _find(self, finder: LRFinder, given: list[Callback], accumulate: int, verbose: bool) -> None:
-        """Run the finder in a sandbox; its result is all that stays."""
+    def _find(self, finder: LRFinder, given: list[Callback], *, wd: float | None = None, accumulate: int = 1,
+              verbose: bool | None = None, **_: Any) -> None:
+        """Run the finder in a sandbox; its result is all that stays. It takes as many passes as it needs."""
         self._check_idle()
         finder.ramps(self._groups.names)  # bad ones are refused here, before anything begins
         label_groups(self.opt, len(self._groups))
-        check_optimizer(self.model, self.opt)
+        check_optimizer(self.model, self.opt, (p for group in self._groups for p in group.params))
         check_trainable(self.model, self._groups.names)
         check_loader(self.dls.train, 1, self.model.modules())
-        accumulate, batches, recorder = check_int("accumulate", accumulate), n_batches(self.dls.train), Recorder()
+        batches, recorder = n_batches(self.dls.train), Recorder()
         running = [cb for cb in self._callbacks([finder, *given]) if cb.in_lr_find or cb is finder]
-        shown = [Progress("lr_find")] if verbose else []
-        with self.sandbox(), self._fitting(set()):
+        shown = [Progress("lr_find")] if self._is_verbose(verbose) else []
+        with self.sandbox(), self._fitting({"momentum"}, wd):
             loop.run(self._state(
                 n_epochs=finder.num_it, n_steps=finder.num_it, accumulate=accumulate, n_batches=batches,
                 steps_per_epoch=None if batches is None else math.ceil(batches / accumulate), valid_dl=None,
                 recorder=recorder, callbacks=[recorder, *running, *shown]))
         self.recorder.lr_find = finder.result()
-        if verbose:
+        if shown:
             say(str(self.recorder.lr_find))
 
     def _callbacks(self, given: list[Callback]) -> list[Callback]:
@@ -414,11 +427,14 @@ class Learner:
         return callbacks
 
     @contextmanager
-    def _fitting(self, scheduled: set[str]) -> Iterator[None]:
-        """One fit at a time; what it scheduled, other than the learning rate, is put back afterwards."""
+    def _fitting(self, scheduled: set[str], wd: float | None) -> Iterator[None]:
+        """One fit at a time, with weight decay `wd`; what it sets, but the learning rate, is put back afterwards."""
         self._is_fitting = True
         restore = keep_hypers(self.opt, {*scheduled, "weight_decay"} - {"lr"})
+        fill_momentum(self.opt, "momentum" in scheduled)
         try:
+            if wd is not None:
+                set_weight_decay(self.opt, self._groups, wd, self.wd_norm_bias)
             yield
         finally:
             self._is_fitting = False
@@ -434,6 +450,19 @@ class Learner:
         finally:
             restore_modes()
             restore_rng()
+
+    def _check_assigned(self) -> None:
+        """Bring what may be assigned between fits into its form. Raises TypeError or ValueError for what cannot be."""
+        self.dls = as_dataloaders(self.model, self.dls)
+        if (self.loss_func is not None and not callable(self.loss_func)) or isinstance(self.loss_func, type):
+            raise TypeError(f"loss_func must be a function (output, target) -> loss, got {self.loss_func!r:.80}. "
+                            "Pass e.g. nn.CrossEntropyLoss().")
+        callbacks = check_callbacks(self.callbacks, "callbacks")
+        if not isinstance(self.callbacks, list):
+            self.callbacks = callbacks
+        if not isinstance(self.metrics, list):
+            self.metrics = list(self.metrics) if isinstance(self.metrics, tuple) else [self.metrics]
+        Metrics(self.metrics)  # refuses what is no metric, and two of one name
 
     def _check_idle(self) -> None:
         if self._is_fitting:
@@ -452,6 +481,7 @@ class Learner:
         return State(**defaults | fields)
 
     def _data(self, dl: Iterable[Batch] | None) -> Iterable[Batch]:
+        self._check_assigned()
         data = self.dls.valid if dl is None else dl
         if data is None:
             raise ValueError("there is no validation data. Pass a loader, or make the Learner with "

@@ -44,7 +44,9 @@ def train(state: State, emit: Emitter) -> None:
         norm.eval()
     state.batch_index = -1
     window = Window(state.opt, state.accumulate, state.n_batches)
-    with closing(feed(state.train_dl, state.device, state.max_batches, state.interrupt)) as batches:
+    batches = feed(state.train_dl, state.device, state.max_batches, state.interrupt,
+                   f"epoch {state.epoch}, training data")
+    with closing(batches):
         for index, batch in enumerate(batches):
             state.batch_index, state.batch = index, batch
             try:
@@ -114,7 +116,8 @@ def validate(state: State, emit: Emitter) -> None:
     state.model.eval()
     state.batch_index = -1
     emit(Callback.before_validate)
-    with closing(feed(state.valid_dl, state.device, None, state.interrupt)) as batches:
+    batches = feed(state.valid_dl, state.device, None, state.interrupt, f"epoch {state.epoch}, validation data")
+    with closing(batches):
         for index, batch in enumerate(batches):
             state.batch_index, state.batch = index, batch
             emit(Callback.before_valid_batch)

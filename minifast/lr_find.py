@@ -107,6 +107,7 @@ class LRFinder(Callback):
         self._losses: list[float] = []
         self._smooth: list[float] = []
         self._ema, self._best, self._stopped = Ema(), math.inf, "it was cut short"
+        self._is_done = False
         self._pass_length: int | None = None
 
     def ramps(self, group_names: Sequence[str]) -> tuple[tuple[float, float], ...]:
@@ -141,15 +142,26 @@ class LRFinder(Callback):
             self._stopped = "all were tried"
         else:
             return
-        raise CancelFit
+        self._is_done = True
+
+    def after_batch(self, state: State) -> None:
+        self._end()  # not in after_step: other callbacks are to hear of the last step too
 
     def after_epoch(self, state: State) -> None:
         self._pass_length = self._pass_length or state.step
+        self._end()
+
+    def _end(self) -> None:
+        if self._is_done:
+            raise CancelFit
 
     def result(self) -> LRFind:
         """What was found. Fewer than about 10 usable points, or no descent: no suggestions, and the reason."""
         lrs, smooth = np.array(self._lrs), np.array(self._smooth)
         found, reason = suggestions(lrs, smooth, self.num_it)
+        if reason and self._is_done and len(lrs) < self.num_it:
+            at = f"{self._stopped} at {lrs[-1]:.2g}, after {len(lrs)} learning rates"
+            reason = f"no usable descent: {at}" if not math.isfinite(self._losses[-1]) else f"{at}: {reason}"
         return LRFind(lrs, np.array(self._losses), smooth, found, found.get("valley"), self._stopped, reason,
                       self.num_it, self._pass_length)
 
@@ -158,4 +170,7 @@ def _check_ramp(starts: Sequence[float], ends: Sequence[float]) -> None:
     for start, end in zip(starts, ends, strict=True):
         if start >= end:
             raise ValueError(f"start_lr must be below end_lr, got {start:g} and {end:g}. "
+                             "Pass e.g. lr_find(1e-7, 10).")
+        if not math.isfinite(end / start):
+            raise ValueError(f"start_lr={start:g} and end_lr={end:g} are so far apart that their ratio is infinite. "
                              "Pass e.g. lr_find(1e-7, 10).")

@@ -46,8 +46,11 @@ class DeferredInterrupt:
     def _note(self, signum: int, frame: FrameType | None) -> None:
         if os.getpid() != self._pid:
             return
-        outer = getattr(self._previous, "__self__", None)
-        is_nested = isinstance(outer, DeferredInterrupt)  # a fit inside a fit: both count
-        if callable(self._previous) and (self.pending or is_nested):
-            self._previous(signum, frame)
-        self.pending = True
+        was_pending, self.pending = self.pending, True
+        if not callable(self._previous) or (self._previous is signal.default_int_handler and not was_pending):
+            return
+        try:
+            self._previous(signum, frame)  # of a fit around this one, or of the host program: they hear of it too
+        except KeyboardInterrupt:
+            if was_pending:
+                raise

@@ -13,6 +13,8 @@ from .batches import describe
 def save_weights(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     """Write the state dict of `model`, plain tensors, to `path`: whole, or not at all."""
     path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"cannot save to {path}: it is a folder. Pass the name of a file in it.")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"cannot save to {path}: there is no folder {path.parent}. Make it first.")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -30,7 +32,13 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     Raises ValueError that names what is missing, unexpected or of another shape.
     """
     path = Path(path)  # torch would take an open file too, and fail on anything else without naming it
-    loaded = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # torch's own message advises to load the file in a way that can run code from it
+        raise ValueError(f"{path} is damaged, or holds more than plain tensors ({type(error).__name__}). Nothing was "
+                         "loaded.") from error
     own = model.state_dict()
     if not isinstance(loaded, Mapping):
         raise ValueError(f"{path} holds a {type(loaded).__name__}, not the weights of a model.")

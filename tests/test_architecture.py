@@ -21,7 +21,7 @@ FLOORS = {
     1: {"groups", "hypers", "data", "snapshot", "window", "record", "plan", "predict", "weights"},
     2: {"state", "checks", "image_folder"},
     3: {"callback"},
-    4: {"loop", "scheduler", "lr_find", "recorder", "progress", "metrics", "ownership"},
+    4: {"loop", "scheduler", "lr_find", "recorder", "progress", "metrics", "first_batch", "ownership"},
     5: {"lr", "composed"},
     6: {"cycles"},
     7: {"learner"},

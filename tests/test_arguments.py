@@ -113,8 +113,8 @@ COUNTS = [("learn.fit(0.1, {})", "n_cycle"), ("learn.fit(0.1, 1, cycle_len={})",
           ("OneCycle().values({})", "n_steps"), ("OneCycle().table({}, 2)", "n_epochs"),
           ("OneCycle().table(2, {})", "steps_per_epoch"), ("OneCycle().plot({})", "n_steps"),
           ("digits({})", "batch_size"), ("TensorLoader(torch.ones(3), batch_size={})", "batch_size")]
-RATES = [("learn.fit({})", "lr"), ("learn.fit_one_cycle(1, {})", "lr"), ("learn.fit_flat_cos(1, {})", "lr"),
-         ("learn.fit_sgdr(1, 1, {})", "lr"), ("learn.fine_tune(1, {})", "base_lr"), ("learn.plan(1, lr={})", "lr"),
+RATES = [("learn.fit({})", "lr"), ("learn.fit_one_cycle(1, {})", "max_lr"), ("learn.fit_flat_cos(1, {})", "lr"),
+         ("learn.fit_sgdr(1, 1, {})", "lr_max"), ("learn.fine_tune(1, {})", "base_lr"), ("learn.plan(1, lr={})", "lr"),
          ("learn.lr_find({})", "start_lr"), ("learn.lr_find(1e-5, {})", "end_lr"), ("LRFinder({})", "start_lr"),
          ("OneCycle({})", "max_lr"), ("OneCycle().values(2, {})", "peak")]
 
@@ -176,6 +176,8 @@ def test_rates(learn, call, error, message):
     ("learn.fit_one_cycle()", ValueError, "cycle_len must be an int >= 1, got None (NoneType)"),
     ("learn.fit_one_cycle(1, cyc_len=2)", ValueError, "cycle_len=1 and cyc_len=2 are the same argument"),
     ("learn.fit_one_cycle(1, 0.1, lr_max=0.2)", ValueError, "max_lr=0.1 and lr_max=0.2 are the same argument"),
+    ("learn.fit_one_cycle(1, [])", ValueError, "max_lr must hold at least one learning rate"),
+    ("learn.fit_sgdr(1, 1, slice(2, 1))", ValueError, "lr_max=slice(lo, hi) must rise"),
     ("learn.fit_one_cycle(1, 0.1, div_factor=0)", ValueError, "div_factor must be a finite number > 0, got 0 (int)"),
     ("learn.fit_one_cycle(1, 0.1, pct_start=1.1)", ValueError, "pct_start must be a finite number >= 0 and <= 1"),
     ("learn.fit_one_cycle(1, 0.1, typo=1)", TypeError, "typo"),
@@ -273,6 +275,9 @@ def test_what_a_learner_refuses(learn, call, error, message):
     ("TensorLoader(torch.ones(3), torch.ones(4))", ValueError, "tensors must have one length, got [3, 4]"),
     ("TensorLoader(torch.ones(3), shuffle=1)", TypeError, "shuffle must be True or False, got 1 (int)"),
     ("TensorLoader(torch.ones(3), drop_last='no')", TypeError, "drop_last must be True or False, got 'no' (str)"),
+    ("DataLoaders('mnist')", TypeError, "train must be an iterable of batches, got str"),
+    ("DataLoaders(torch.ones(3, 2))", TypeError, "train must be an iterable of batches, got Tensor"),
+    ("DataLoaders([], {})", TypeError, "valid must be an iterable of batches, got dict"),
     ("DataLoaders(3)", TypeError, "train must be an iterable of batches, got int"),
     ("DataLoaders([], nn.ReLU())", TypeError, "valid must be an iterable of batches, got ReLU"),
     ("top_k_accuracy(torch.ones(2, 3), torch.ones(2), k=4)", ValueError, "k must be 1..3, the number of classes, "
@@ -333,6 +338,11 @@ def test_what_is_refused_without_a_learner(call, error, message):
     ("make(net, splitter=lambda net: [net, 3])", TypeError, "modules, parameters or lists of them, got a int"),
     ("make(nn.ReLU())", ValueError, "the model (ReLU) has no parameters to train"),
     ("make(nn.Sequential(nn.LazyLinear(1)))", ValueError, "the model (Sequential) has lazy layers without a shape yet"),
+    ("make(net, opt_func=None)", TypeError, "opt_func must be a torch optimizer class or a partial of one, got None"),
+    ("make(net, opt_func='SGD')", TypeError, "opt_func must be a torch optimizer class or a partial of one, got 'SGD'"),
+    ("make(net, opt_func=torch.optim.SGD([torch.ones(1)], 1))", TypeError, "opt_func must be a torch optimizer class"),
+    ("make(net, seed=3, opt_func=None)", TypeError, "opt_func must be a torch optimizer class"),
+    ("make(net, splitter=lambda net: 3)", TypeError, "splitter must return a list or dict of modules or parameter"),
     ("make(net, opt_func=lambda params, lr: 3)", TypeError, "opt_func must make a torch optimizer, got int"),
     ("make(net, opt_func=torch.optim.Rprop, wd=0.1)", ValueError, "wd=0.1, but Rprop has no weight_decay"),
     ("make(net, optim=torch.optim.SGD)", TypeError, "optim"),
@@ -447,6 +457,22 @@ def test_an_optimizer_that_does_not_fit_is_not_used(learn, call):
     other.opt = torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=0.1)
     refuse(call, ValueError, "learn.opt and learn.model do not belong together: 8 parameters of the model are not in "
                              "the optimizer, 2 of the optimizer not in the model.", learn=other)
+
+
+@pytest.mark.parametrize(("name", "value", "error", "message"), [
+    ("loss_func", nn.MSELoss, TypeError, "loss_func must be a function (output, target) -> loss, got <class"),
+    ("dls", [(1, 2)], TypeError, "dls must be DataLoaders(train, valid) or a tuple (train, valid), got a list"),
+    ("metrics", ["accuracy"], TypeError, "a metric must be a function"),
+    ("callbacks", [minifast.OneCycle], TypeError, "OneCycle is a class: pass an instance"),
+    ("callbacks", [minifast.Recorder()], ValueError, "a Learner has its own Recorder"),
+    ("model", nn.Linear(3, 1), ValueError, "Make a new Learner for a new model"),
+])
+def test_what_is_assigned_between_fits_is_checked_before_the_next(learn, name, value, error, message):
+    before = getattr(learn, name)
+    setattr(learn, name, value)
+    refuse_and_leave(learn, "learn.fit(0.1)", error, message)
+    setattr(learn, name, before)
+    learn.fit(0.1)
 
 
 def test_a_refused_fine_tune_freezes_nothing(learn):

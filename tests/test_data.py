@@ -336,7 +336,9 @@ def test_a_data_set_that_raises(workers, part):
     learn = learner(*(broken, None) if part == "train" else (batches(), broken))
     with pytest.raises(FileNotFoundError, match="no sample 37") as caught:
         learn.fit(0.1)
-    assert caught.value.__notes__ == ["while loading batch 4 of DataLoader"]
+    [note] = caught.value.__notes__
+    assert note.startswith("while loading batch 4 of epoch 0, ")
+    assert note.endswith(" data (DataLoader)")
     assert len(learn.recorder.losses) == (4 if part == "train" else 2)
     learn.dls = DataLoaders(batches())
     learn.fit(0.1)

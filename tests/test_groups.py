@@ -268,3 +268,53 @@ def test_momentum_is_sgds_or_adams_beta1(opt_func, momentum):
         assert learn.recorder.moms.min() == 0.7
         assert learn.recorder.moms.max() == 0.8
         assert learn.opt.param_groups[0].get("betas", [learn.opt.param_groups[0].get("momentum")])[0] == momentum
+
+
+@pytest.mark.parametrize("opt_func", [SGD, torch.optim.SGD, partial(torch.optim.SGD, momentum=0.9, dampening=0.5),
+                                      torch.optim.AdamW, torch.optim.Adagrad, torch.optim.RMSprop, torch.optim.NAdam])
+def test_thawed_layers_train_with_every_optimizer(opt_func):
+    """Norm layers have a momentum by then, the layers beside them in the same param_group do not."""
+    learn = make(opt_func=opt_func)
+    moms = None if opt_func is torch.optim.Adagrad else (0.95, 0.85)
+    learn.freeze()
+    learn.fit_one_cycle(1, slice(1e-3), moms=moms)
+    learn.unfreeze()
+    before = state(learn.model[2])
+    learn.fit_one_cycle(2, slice(1e-5, 1e-3), moms=moms)
+    assert not same(before, learn.model[2])
+
+
+def test_a_branch_that_is_taken_later_trains_with_sgd():
+    class Late(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.calls = nn.Linear(4, 2), nn.Linear(4, 2), 0
+
+        def forward(self, x):
+            self.calls += 1
+            return self.first(x) if self.calls < 3 else self.first(x) + self.second(x)
+
+    learn = make(Late(), splitter=None, opt_func=SGD)
+    before = state(learn.model.second)
+    learn.fit(0.01, 1)
+    assert not same(before, learn.model.second)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # of torch, at its first sparse tensor
+@pytest.mark.parametrize("opt_func", [torch.optim.SGD, torch.optim.Adagrad])
+def test_sparse_gradients_train(opt_func):
+    model = nn.Sequential(nn.EmbeddingBag(10, 4, sparse=True), nn.Linear(4, 2))
+    data = [(torch.randint(0, 10, (8, 3)), torch.ones(8, 2))] * 2
+    learn = Learner(model, (data, None), nn.MSELoss(), opt_func=opt_func, wd=0, verbose=False)
+    before = state(model[0])
+    learn.fit(0.1, 1)
+    assert not same(before, model[0])
+
+
+def test_a_new_model_needs_a_new_learner():
+    learn = make()
+    learn.model = net()
+    learn.opt = torch.optim.SGD(learn.model.parameters(), 0.1)
+    learn.opt.param_groups[0]["layer_group"] = 0
+    with pytest.raises(ValueError, match=r"not the model that this Learner was made for.* Make a new Learner"):
+        learn.fit(0.1)

@@ -269,7 +269,7 @@ def test_while_everything_is_put_back_it_waits():
 
 
 def host_handler(signum, frame):
-    raise AssertionError("the first Ctrl-C is ours")
+    """A program that has its own idea of Ctrl-C."""
 
 
 FITS = {
@@ -305,15 +305,36 @@ def test_where_the_host_program_ignores_ctrl_c_so_do_we():
     assert len(learn.opt.seen) == 3
 
 
-def test_the_second_one_goes_to_the_host_programs_handler():
-    calls = []
-    signal.signal(signal.SIGINT, lambda signum, frame: calls.append(signum))
+def fit_under(handler, *presses):
+    """The updates of a fit of 3 with Ctrl-C in these events of its first batch, and what ended it."""
+    learn = learner(batches(3))
+    signal.signal(signal.SIGINT, handler)
     try:
-        press = [At("after_pred", ctrl_c, n=0), At("after_loss", ctrl_c, n=0)]
-        interrupted(lambda: learner().fit(0.1, callbacks=press))
+        learn.fit(0.1, callbacks=[At(event, ctrl_c, n=0) for event in presses])
+    except BaseException as error:
+        return len(learn.opt.seen), type(error)
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    assert calls == [signal.SIGINT]
+    return len(learn.opt.seen), None
+
+
+@pytest.mark.parametrize("presses", [["after_pred"], ["after_pred", "after_loss"]])
+def test_the_host_programs_handler_hears_of_each(presses):
+    calls = []
+    assert fit_under(lambda *args: calls.append(args), *presses) == (1, KeyboardInterrupt)
+    assert [signum for signum, _ in calls] == [signal.SIGINT] * len(presses)
+
+
+def test_an_interrupt_that_the_host_programs_handler_raises_waits_too():
+    def handler(signum, frame):
+        raise KeyboardInterrupt
+
+    assert fit_under(handler, "after_pred") == (1, KeyboardInterrupt)
+    assert fit_under(handler, "after_pred", "after_loss") == (0, KeyboardInterrupt)
+
+
+def test_anything_else_that_it_raises_does_not_wait():
+    assert fit_under(lambda *args: sys.exit(3), "after_pred") == (0, SystemExit)
 
 
 def test_another_learners_fit_inside_a_callback_hands_it_on():

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from minifast import Callback, DataLoaders, Learner, OneCycle, accuracy, digits, schedules
+from minifast import Callback, DataLoaders, Learner, LRFinder, OneCycle, accuracy, digits, schedules
 
 
 def convnet():
@@ -176,6 +176,7 @@ def test_what_is_not_there_yet_says_so():
         Learner(model, dls, nn.MSELoss(), verbose=False).fit(0.1, 1, resume=True)
 
 
+@pytest.mark.slow
 def test_learners_are_collected():
     code = """
 import gc, weakref, torch
@@ -201,3 +202,88 @@ def test_a_deep_copy_trains_on_its_own():
     twin.fit(0.1, 1)
     assert torch.equal(learn.model.weight, before)
     assert not torch.equal(twin.model.weight, before)
+
+
+def simple(**options):
+    return Learner(nn.Linear(3, 2), ([(torch.ones(4, 3), torch.zeros(4).long())] * 3, None), nn.CrossEntropyLoss(),
+                   **{"verbose": False} | options)
+
+
+@pytest.mark.parametrize("where", ["learner", "fit"])
+def test_a_finder_given_as_a_callback_finds_and_leaves_no_trace(where):
+    finder = [LRFinder(num_it=5)]
+    learn = simple(callbacks=finder if where == "learner" else ())
+    before = learn.model.weight.detach().clone()
+    learn.fit(0.01, 1, callbacks=finder if where == "fit" else ())
+    assert torch.equal(before, learn.model.weight)
+    assert len(learn.recorder.lr_find.lrs) == 5
+
+
+@pytest.mark.parametrize("bad", [{"lr": float("nan")}, {"wd": -1}, {"resume": True}, {"steps_per_epoch": 0},
+                                 {"accumulate": 0}, {"verbose": 1}], ids=str)
+def test_a_finder_does_not_excuse_other_arguments(bad):
+    with pytest.raises((ValueError, TypeError), match="|".join(bad)):
+        simple().fit(**{"lr": 0.1} | bad, callbacks=[LRFinder(num_it=3)])
+
+
+def test_a_misspelt_argument_of_a_fit_is_named():
+    with pytest.raises(TypeError, match=r"there is no argument calbacks\. Those of every fit are wd, callbacks"):
+        simple().fit_one_cycle(1, 0.1, calbacks=[])
+
+
+@pytest.mark.parametrize(("target", "message"), [
+    (torch.zeros(4), r"labels must be int64 class indices, got float32 \(4,\)\. Call target\.long"),
+    (torch.zeros(4).int(), r"labels must be int64 class indices, got int32 \(4,\)"),
+    (torch.zeros(4, 1).long(), r"labels must have shape \(4,\) for outputs of shape \(4, 2\), got \(4, 1\)\. "
+                               r"Call target\.squeeze\(1\)"),
+    (torch.tensor([0, 1, 2, 0]), r"labels must be 0\.\.1 for the model's 2 outputs, got 0\.\.2"),
+], ids=["float", "int32", "column", "range"])
+def test_labels_that_do_not_fit_are_explained(target, message):
+    learn = simple()
+    learn.dls = ([(torch.ones(4, 3), target)], None)
+    with pytest.raises(ValueError, match=message):
+        learn.fit(0.1)
+
+
+def test_class_probabilities_are_labels_too():
+    learn = simple()
+    learn.dls = ([(torch.ones(4, 3), torch.full((4, 2), 0.5))], None)
+    learn.fit(0.1)
+
+
+def test_nan_in_the_first_batch_is_found():
+    x = torch.ones(4, 3)
+    x[2, 1] = x[3, 0] = float("nan")
+    learn = simple()
+    learn.dls = ([(x, torch.zeros(4).long())], None)
+    before = learn.model.weight.detach().clone()
+    with pytest.raises(ValueError, match=r"2 values that are NaN or infinite in a tensor of shape \(4, 3\), the first "
+                                         r"at \[2, 1\]"):
+        learn.fit(0.1)
+    assert torch.equal(before, learn.model.weight)
+
+
+def test_a_model_that_copes_with_nan_may():
+    x = torch.full((4, 3), float("nan"))
+    learn = Learner(nn.Linear(3, 2), ([(x, torch.zeros(4).long())], None), nn.CrossEntropyLoss(), verbose=False,
+                    unpack=lambda batch: (batch[0].nan_to_num(), batch[1]))
+    learn.fit(0.1)
+
+
+@pytest.mark.parametrize("bad", ["text", torch.ones(3), {"x": 1}])
+def test_what_is_no_loader_is_refused(bad):
+    with pytest.raises(TypeError, match="train must be an iterable of batches, got"):
+        DataLoaders(bad)
+
+
+def test_early_nan_is_the_reason_that_the_finder_gives():
+    learn = simple()
+    learn.loss_func = lambda pred, target: pred.sum() * float("nan")
+    found = learn.lr_find()
+    assert found.suggestion is None
+    assert found.reason == "no usable descent: the loss is nan at 1e-07, after 1 learning rates"
+
+
+def test_a_ramp_too_wide_for_floats_is_refused():
+    with pytest.raises(ValueError, match=r"start_lr=1e-300 and end_lr=1e\+300 are so far apart"):
+        simple().lr_find(1e-300, 1e300)

@@ -63,6 +63,7 @@ def run(notebook, folder):
 def readers_kernel(monkeypatch):
     """Kernels draw into the notebook, as they do for readers, and not into nothing, as the other tests want it."""
     monkeypatch.delenv("MPLBACKEND", raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # on a busy machine, threads of small models wait for each other
     import matplotlib.font_manager  # noqa: F401 (on a new machine its first import says that it takes a while)
 
 

@@ -474,7 +474,7 @@ def test_a_file_that_asks_to_run_code_is_refused(tmp_path, monkeypatch, write, n
     write(nest(Evil(sentinel)), path)
     learn = learner(model=net())
     before = everything(learn)
-    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+    with pytest.raises(ValueError, match=r"weights\.pth is damaged, or holds more than plain tensors \(Unpickling"):
         learn.load(path)
     assert not sentinel.exists()
     assert everything(learn) == before
@@ -486,7 +486,7 @@ def test_a_damaged_file_changes_nothing(tmp_path, content):
     path = learn.save(tmp_path / "weights.pth")
     path.write_bytes(path.read_bytes()[:-500] if content is None else content)
     before = everything(learn)
-    with pytest.raises((pickle.UnpicklingError, RuntimeError, EOFError)):
+    with pytest.raises(ValueError, match=r"weights\.pth is damaged, .* Nothing was loaded"):
         learn.load(path)
     assert everything(learn) == before
 

@@ -294,6 +294,15 @@ def test_forms_that_mean_the_same_are_equal():
     assert PiecewiseLR([(1, FlatCos())]) == PiecewiseLR(((1, FlatCos()),))
 
 
+def test_the_callers_dict_and_list_stay_theirs():
+    shapes, pieces = {"lr": schedules.linear}, [(1, FlatCos())]
+    schedule, piecewise = Schedule(shapes), PiecewiseLR(pieces)
+    shapes["lr"] = schedules.cosine
+    pieces.append(None)
+    assert schedule == Schedule("lr", schedules.linear)
+    assert piecewise == PiecewiseLR([(1, FlatCos())])
+
+
 def test_every_public_schedule_is_in_the_list():
     public = [name for name in minifast.__all__ if isinstance(getattr(minifast, name), type)
               and issubclass(getattr(minifast, name), minifast.Scheduler)]  # fmt: skip
@@ -305,6 +314,7 @@ def test_every_public_schedule_is_in_the_list():
 steps = st.integers(1, 300)
 shares = st.floats(0, 1)
 ratios = st.floats(1.01, 1e4)
+momentums = st.tuples(st.floats(0, 0.99), st.floats(0, 0.99))
 quick = settings(max_examples=60)
 
 
@@ -313,16 +323,16 @@ def within(values, low, high):
 
 
 @quick
-@given(steps, ratios, shares, ratios)
-def test_one_cycle_hits_its_peak_once_and_exactly(n, div, pct, final_div):
-    values = OneCycle(None, div, pct, final_div=final_div).values(n)
+@given(steps, ratios, shares, ratios, momentums)
+def test_one_cycle_hits_its_peak_once_and_exactly(n, div, pct, final_div, moms):
+    values = OneCycle(None, div, pct, final_div=final_div, moms=moms).values(n)
     top = max(1, math.floor(Fraction(pct) * n + Fraction(1, 10**9)))
     assert within(values["lr"], min(1 / div, 1 / final_div), 1)
-    assert within(values["momentum"], 0.85, 0.95)
+    assert within(values["momentum"], *sorted(moms))
     assert values["lr"][0] == 1 / div
-    assert values["momentum"][0] == 0.95
+    assert values["momentum"][0] == moms[0]
     assert [step for step, lr in enumerate(values["lr"]) if lr == 1] == [top][: top < n]
-    assert [step for step, mom in enumerate(values["momentum"]) if mom == 0.85] == [top][: top < n]
+    assert values["momentum"][top:top + 1] == [moms[1]][: top < n], "to the last bit, as the peak"
     assert values["lr"][: top + 1] == sorted(values["lr"][: top + 1])
     assert values["lr"][top:] == sorted(values["lr"][top:], reverse=True)
     assert n <= top or values["lr"][-1] > 1 / final_div, "the end is approached and not reached"
@@ -364,6 +374,8 @@ def test_circular_beta_is_a_triangle_and_a_tail(n, div, pct, many):
     assert within(values["momentum"], 0.85, 0.95)
     for start, end in itertools.pairwise(cycle_starts(n, *many)):
         half = max(1, int((end - start) * (1 - pct / 100) / 2))
+        triangle = [1 - abs(step - half) / half if step <= 2 * half else 0 for step in range(end - start)]
+        assert values["momentum"][start:end] == pytest.approx([0.95 - 0.1 * position for position in triangle])
         assert [step for step, lr in enumerate(values["lr"][start:end]) if lr == 1] == [half][: half < end - start]
 
 

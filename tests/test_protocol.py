@@ -586,7 +586,7 @@ def test_what_is_no_error_passes_as_it_is(event, error):
     [
         ({"model": nn.Linear(3, 1).requires_grad_(True)}, "in the model: epoch 0, step 1, inputs float32 (4, 3)"),
         ({"loss_func": "raises"}, "in the loss: epoch 0, step 1, output float32 (4, 1), target float32 (4, 1)"),
-        ({"train": "raises"}, "while loading batch 1 of Failing"),
+        ({"train": "raises"}, "while loading batch 1 of epoch 0, training data (Failing)"),
         ({"metrics": "raises"}, "in the metric failing"),
     ],
     ids=["model", "loss", "loader", "metric"],

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import nn
 
-from minifast import CancelBatch, CancelEpoch, CosineAnnealing, OneCycle, Recorder, digits, plots
+from minifast import CancelBatch, CancelEpoch, CosineAnnealing, OneCycle, PiecewiseLR, Recorder, digits, plots
 from minifast.metrics import accuracy
 
 GROUPS = {"body": "0.*", "neck": "1.*", "head": "2.*"}
@@ -143,6 +143,17 @@ def test_earlier_fits_are_kept():
     assert (first.lrs.tolist(), len(first.epochs)) == ([0.01] * 10, 2)
     assert (learn.recorder.lrs.tolist(), len(learn.recorder.epochs)) == ([0.02] * 5, 1)
     assert repr(learn.recorder) == "Recorder(5 steps, 1 epochs, 1 earlier fits)"
+
+
+def test_a_sandbox_keeps_the_record():
+    learn = three_groups()
+    learn.fit(0.01)
+    learn.fit(0.02)
+    fits, newest = list(learn.recorder.fits), learn.recorder.newest
+    with learn.sandbox():
+        learn.fit(0.03)
+        assert len(learn.recorder.fits) == 2
+    assert (learn.recorder.fits, learn.recorder.newest) == (fits, newest)
 
 
 def test_a_fit_that_fails_leaves_what_was_done():
@@ -333,7 +344,8 @@ def test_the_legend_lies_over_no_curve(fitted):
     assert box.x1 <= ax.figure.bbox.x1
 
 
-@pytest.mark.parametrize("schedule", [OneCycle(slice(1e-5, 1e-3)), CosineAnnealing()], ids=repr)
+@pytest.mark.parametrize("schedule", [CosineAnnealing(), OneCycle(slice(1e-5, 1e-3)), PiecewiseLR(
+    [(0.25, OneCycle()), (0.5, OneCycle()), (0.25, OneCycle())])], ids=["short", "long", "very long"])
 def test_a_title_is_not_cut_off(fitted, schedule):
     ax = fitted.plan(2, schedule).plot()
     ax.figure.canvas.draw()

@@ -367,7 +367,7 @@ def test_no_file_is_written(tmp_path, monkeypatch):
     learn = noisy_learner(callbacks=[look])
     learn.lr_find(num_it=10)
     fit_in_sandbox(learn)
-    assert look.count == 9 + 6  # the finder ends the fit in the tenth after_step before others hear it
+    assert look.count == 10 + 6
     assert files == os.listdir(tmp_path) == []
 
 
@@ -389,8 +389,8 @@ def test_only_callbacks_that_want_to_run_and_no_validation(find):
     learn = learner(batches(2), batches(1), callbacks=[wanted[0], unwanted[0], unwanted[2]], metrics=[throw])
     calls[find](learn, [wanted[1], unwanted[1]])
     epoch = ["before_epoch", *STEP, "after_batch", *STEP, "after_batch", "after_epoch"]
-    # The finder, a schedule, comes before the wanted ones, and ends the fit in the last after_step.
-    expected = ["before_fit", *epoch, "before_epoch", *STEP[:-1], "after_fit"]
+    # The finder, a schedule, comes before the wanted ones, and ends the fit in the last after_batch.
+    expected = ["before_fit", *epoch, "before_epoch", *STEP, "after_fit"]
     assert wanted[0].log == wanted[1].log == expected
     assert unwanted[0].log == unwanted[1].log == []
 
