@@ -465,7 +465,6 @@ def test_an_optimizer_that_does_not_fit_is_not_used(learn, call):
     ("metrics", ["accuracy"], TypeError, "a metric must be a function"),
     ("callbacks", [minifast.OneCycle], TypeError, "OneCycle is a class: pass an instance"),
     ("callbacks", [minifast.Recorder()], ValueError, "a Learner has its own Recorder"),
-    ("model", nn.Linear(3, 1), ValueError, "Make a new Learner for a new model"),
 ])
 def test_what_is_assigned_between_fits_is_checked_before_the_next(learn, name, value, error, message):
     before = getattr(learn, name)
@@ -473,6 +472,11 @@ def test_what_is_assigned_between_fits_is_checked_before_the_next(learn, name, v
     refuse_and_leave(learn, "learn.fit(0.1)", error, message)
     setattr(learn, name, before)
     learn.fit(0.1)
+
+
+def test_another_model_needs_another_learner(learn):
+    learn.model = nn.Linear(3, 1)
+    refuse("learn.fit(0.1)", ValueError, "Make a new Learner for a new model", learn=learn)
 
 
 def test_a_refused_fine_tune_freezes_nothing(learn):

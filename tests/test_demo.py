@@ -280,7 +280,7 @@ def test_a_file_where_the_plots_should_go(tmp_path, capsys):
 
 
 def test_a_folder_that_is_read_only(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(os, "access", lambda path, mode: False)  # as root, who may write anywhere, there is no other way
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
     line = refusal(["--out", tmp_path / "new"], capsys)
     assert line == f"minifast: --out: no permission to write into {tmp_path}"
 

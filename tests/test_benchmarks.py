@@ -1,0 +1,16 @@
+"""The benchmark runs, and checks that what it compares are the same updates. Its figures are for people."""
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.mark.slow
+def test_the_benchmark_runs():
+    program = Path(__file__).parent / "benchmarks" / "run.py"
+    run = subprocess.run([sys.executable, "-W", "error", program, "--rounds", "1", "--steps", "20"],
+                         capture_output=True, text=True, check=True)
+    assert [line.split("  ")[0] for line in run.stdout.splitlines()[2:]] == [
+        "by hand: AdamW + OneCycleLR", "by hand: fused, float schedule", "Learner, default", "Learner, silent"]
+    assert run.stderr == ""
