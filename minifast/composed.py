@@ -27,7 +27,10 @@ class PiecewiseLR(Scheduler):
     pieces: Sequence[tuple[float, Scheduler]]
 
     def __post_init__(self) -> None:
-        pieces = tuple((share, piece) for share, piece in self.pieces)
+        try:
+            pieces = tuple((share, piece) for share, piece in self.pieces)
+        except (TypeError, ValueError):
+            raise TypeError(f"pieces must be (share, schedule) pairs, got {self.pieces!r:.80}.") from None
         for share, piece in pieces:
             check_number("share", share, above=0, maximum=1)
             if not isinstance(piece, Scheduler):

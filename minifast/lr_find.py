@@ -44,7 +44,9 @@ class LRFind:
         return (f"{n} learning rates{passes}; training loss; {ended}\n"
                 f"suggestions: {found or 'none, ' + self.reason}")
 
-    __repr__ = __str__
+    def __repr__(self) -> str:
+        """Short: a notebook shows it below the lines that `lr_find` has printed."""
+        return f"LRFind(suggestion={self.suggestion}, {len(self.lrs)} learning rates, {self.stopped})"
 
     def plot(self, skip_start: int = 10, skip_end: int = 5, suggestions: bool = True, *,
              ax: "Axes | None" = None) -> "Axes":
@@ -60,6 +62,11 @@ class LRFind:
         lrs, losses = self.lrs[shown], self.smooth_losses[shown]
         ax = plots.axes(ax)
         ax.plot(lrs, losses, color="C0")
+        finite = losses[np.isfinite(losses)]
+        if finite.size:
+            top = max(finite[0], finite.min() + 4 * abs(finite.min()))
+            if finite.max() > 2 * top > 0:  # without stop_div: the explosion would flatten what there is to see
+                ax.set_ylim(top=1.1 * top)
         ax.set(xscale="log", xlabel="learning rate", ylabel="training loss (smoothed)")
         marked = [(rule, lr) for rule, lr in self.suggestions.items() if lr is not None] if suggestions else []
         for i, (rule, lr) in enumerate(marked):

@@ -207,6 +207,10 @@ def test_rates(learn, call, error, message):
     ("learn.lr_find([1e-5, 1e-4])", ValueError, "2 learning rates for 3 layer groups (body, neck, head)"),
     ("learn.lr_find(num_it=1)", ValueError, "num_it must be an int >= 2, got 1 (int). Pass e.g. num_it=100"),
     ("learn.lr_find(num_it=50.0)", ValueError, "num_it must be an int >= 2, got 50.0 (float)"),
+    ("learn.fit(0.1, callbacks=[LRFinder()], accumulate=0)", ValueError, "accumulate must be an int >= 1, got 0 (int)"),
+    ("learn.fit(0.1, callbacks=[LRFinder()], wd=-1)", ValueError, "wd must be a finite number >= 0, got -1 (int)"),
+    ("learn.fit(0.1, callbacks=[LRFinder()], verbose=1)", TypeError, "verbose must be True or False, got 1 (int)"),
+    ("learn.fit([0.1, 0.2], callbacks=[LRFinder()])", ValueError, "2 learning rates for 3 layer groups"),
     ("learn.lr_find(stop_div=None)", TypeError, "stop_div must be True or False, got None (NoneType)"),
     ("learn.lr_find(callbacks=[OneCycle])", TypeError, "OneCycle is a class"),
     # freezing, looking
@@ -314,6 +318,7 @@ def test_what_is_refused_without_a_learner(call, error, message):
     ("make(net, seed=-1)", ValueError, "seed must be an int >= 0, got -1 (int)"),
     ("make(net, seed=1.5)", ValueError, "seed must be an int >= 0, got 1.5 (float)"),
     ("make(net, seed=2**65)", ValueError, "seed must be below 2**32 (numpy's limit), got 36893488147419103232"),
+    ("make(net, seed=2**32)", ValueError, "seed must be below 2**32 (numpy's limit), got 4294967296"),
     ("make(net, seed='7')", ValueError, "seed must be an int >= 0, got '7' (str)"),
     ("make(net, device='gpu')", ValueError, "device='gpu' cannot be used: "),
     ("make(net, device=1.5)", ValueError, "device=1.5 cannot be used: "),
