@@ -8,7 +8,8 @@ from types import FrameType, TracebackType
 class DeferredInterrupt:
     """While entered, the first SIGINT is only noted in `pending`; a second one is handled at once as before.
 
-    The loop calls `check()` between batches. Whatever is still pending when the block ends is raised there. In a
+    The loop calls `check()` between batches. Whatever is still pending when the block ends is raised there. A handler
+    of the host program's own hears of each; only a KeyboardInterrupt that it raises at the first one waits. In a
     thread other than the main one, or where the host program ignores SIGINT, nothing is installed and Ctrl-C does
     what it did before. A process that was forked meanwhile, as the workers of a DataLoader are, ignores SIGINT: a
     terminal sends it to them too, and this process ends them if need be.
