@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .recorder import Recorder
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, repr=False)  # a repr of fields that are not set yet would be an error
 class State:
     """What one fit reads and changes; the only argument of every event, dropped when the fit ends.
 
