@@ -1,11 +1,14 @@
 """The callback protocol: the events in their order, who hears them, and how a callback ends things early."""
 import inspect
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from difflib import get_close_matches
 from enum import IntEnum
 from typing import Any, ClassVar
 
+from torch import nn
+
+from . import snapshot
 from .state import State
 
 
@@ -46,6 +49,7 @@ class Callback:
     order: int = Order.USER
     sets: tuple[str, ...] = ()  # the hyper-parameters it writes ("lr", "momentum", ...): one owner each in a fit
     in_lr_find: ClassVar[bool] = False  # whether it also runs inside `lr_find`
+    saves: ClassVar[tuple[str, ...]] = ()  # the attributes to keep over a kill
 
     def before_fit(self, state: State) -> None: """Check settings, take snapshots."""
     def before_epoch(self, state: State) -> None: """`state.epoch` is new."""
@@ -62,6 +66,27 @@ class Callback:
     def after_validate(self, state: State) -> None: """`state.metrics` is complete."""
     def after_epoch(self, state: State) -> None: """Every epoch, cancelled ones too."""
     def after_fit(self, state: State) -> None: """However the fit ended, last callback first: undo `before_fit`."""
+
+    def evaluating(self, model: nn.Module) -> AbstractContextManager[Any]:
+        """Entered around every validation and, for callbacks of the Learner, every prediction: e.g. other weights.
+
+        In a fit it lasts from before `before_validate` to the last `after_valid_batch`.
+        """
+        return nullcontext()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Copies of the attributes named in `saves`, as far as they exist.
+
+        Plain values only: tensors, numbers, text, None, and lists and dicts of them. To go on where a fit was killed,
+        a callback that is made with the same arguments hears `before_fit`, and then `load_state_dict`.
+        """
+        return {name: snapshot.clone(getattr(self, name)) for name in self.saves if hasattr(self, name)}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Take up what `state_dict` gave."""
+        for name in self.saves:
+            if name in saved:
+                setattr(self, name, snapshot.clone(saved[name]))
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -87,6 +112,10 @@ class Emitter:
         self.state, self.callbacks = state, sorted(callbacks, key=lambda cb: cb.order)
         self.hooks = {event: tuple(getattr(cb, name) for cb in self.callbacks if _overrides(cb, name))
                       for name, event in EVENTS.items()}
+
+    def evaluating(self) -> ExitStack:
+        """The block in which the model is looked at: what callbacks change for it is put back at its end."""
+        return evaluating(self.callbacks, self.state.model)
 
     def __call__(self, event: Event) -> None:
         """Call every hook of `event`. An exception keeps its type and gains a note that says where it came from."""
@@ -147,6 +176,14 @@ class Emitter:
             wrong.add_note(where)
             raise wrong from error
         error.add_note(where)
+
+
+def evaluating(callbacks: Iterable[Callback], model: nn.Module) -> ExitStack:
+    """Enters `evaluating(model)` of all `callbacks`; a context manager that leaves them in reverse."""
+    with ExitStack() as stack:
+        for cb in callbacks:
+            stack.enter_context(cb.evaluating(model))
+        return stack.pop_all()
 
 
 def _overrides(cb: Callback, name: str) -> bool:

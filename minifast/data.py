@@ -21,7 +21,8 @@ from .signals import DeferredInterrupt
 class DataLoaders:
     """The training data and, if there is any, the validation data: iterables of batches.
 
-    A torch `DataLoader`, a `TensorLoader`, a list of batches, or any object whose `__iter__` starts a new pass.
+    A torch `DataLoader`, a `TensorLoader`, a list of batches, or any object whose `__iter__` starts a new pass. Several
+    validation sets are a dict of name -> loader: then the columns of the epoch rows begin with the name.
 
     >>> dls = DataLoaders([(torch.zeros(2, 3), torch.zeros(2))])
     >>> dls.valid is None
@@ -29,14 +30,31 @@ class DataLoaders:
     """
 
     train: Iterable[Batch]
-    valid: Iterable[Batch] | None = None
+    valid: Iterable[Batch] | Mapping[str, Iterable[Batch]] | None = None
 
     def __post_init__(self) -> None:
-        for name, loader in (("train", self.train), ("valid", self.valid)):
+        sets = self.valid if isinstance(self.valid, Mapping) and self.valid else {"valid": self.valid}
+        if not all(isinstance(name, str) and name for name in sets):
+            raise ValueError(f"valid must name each of its loaders, got {list(sets)}. "
+                             "Pass e.g. {'clean': loader, 'noisy': other}.")
+        for name, loader in (("train", self.train), *sets.items()):
+            if self.valid is None and name == "valid":
+                continue
             is_one_thing = isinstance(loader, (str, bytes, Mapping, Tensor, np.ndarray))
-            if is_one_thing or not (isinstance(loader, Iterable) or (loader is None and name == "valid")):
+            if is_one_thing or not isinstance(loader, Iterable):
                 raise TypeError(f"{name} must be an iterable of batches, got {type(loader).__name__}. "
                                 "Pass e.g. a torch DataLoader.")
+
+
+def valid_sets(valid: Any) -> tuple[tuple[str, Any], ...]:
+    """The validation data as (name, loader) pairs; a single loader has the name "".
+
+    >>> valid_sets(None), valid_sets([1]), valid_sets({"clean": [1], "noisy": [2]})
+    ((), (('', [1]),), (('clean', [1]), ('noisy', [2])))
+    """
+    if isinstance(valid, Mapping):
+        return tuple(valid.items())
+    return () if valid is None else (("", valid),)
 
 
 def as_dataloaders(model: Any, dls: Any) -> DataLoaders:
@@ -161,6 +179,35 @@ def count_steps(loader: Iterable[Batch], steps_per_epoch: int | None, accumulate
         raise ValueError(f"steps_per_epoch={steps} is more than the {math.ceil(batches / accumulate)} updates that one "
                          f"pass over {batches} batches makes. Train more epochs instead.")
     return steps, min(steps * accumulate, batches), min(steps * accumulate, batches)
+
+
+def micro_batches(loader: Iterable[Batch], accumulate: int, effective_batch_size: int | None) -> int:
+    """Batches per weight update: `accumulate`, or as many as make `effective_batch_size` samples.
+
+    Raises ValueError if both are given, or if that is no whole number of batches.
+
+    >>> micro_batches(TensorLoader(torch.zeros(100), batch_size=8), 1, effective_batch_size=32)
+    4
+    """
+    accumulate = check_int("accumulate", accumulate)
+    if effective_batch_size is None:
+        return accumulate
+    wanted = check_int("effective_batch_size", effective_batch_size)
+    if accumulate != 1:
+        raise ValueError(f"accumulate={accumulate} and effective_batch_size={wanted} both say how many batches make a "
+                         "weight update: pass one of them.")
+    size = getattr(loader, "batch_size", None)
+    if size is None and isinstance(loader, Sequence) and loader:
+        size = n_samples(None, loader[0])
+    if not isinstance(size, int):
+        raise ValueError(f"effective_batch_size={wanted} needs to know how many samples a batch has, and the training "
+                         f"data ({type(loader).__name__}) has no batch_size. Pass accumulate= instead.")
+    if wanted % size:
+        below, above = wanted // size * size, -(-wanted // size) * size
+        near = f"{below} or {above}" if below else str(above)
+        raise ValueError(f"effective_batch_size={wanted} is no multiple of the {size} samples in a batch. "
+                         f"Pass e.g. {near}.")
+    return wanted // size
 
 
 def is_one_shot(loader: Iterable[Batch]) -> bool:

@@ -1,79 +1,53 @@
 """The Learner: owns model, data and optimizer, and makes the `State` of each fit."""
-import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypedDict, Unpack, cast
+from typing import Any, Unpack, cast
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
-from . import loop, snapshot
-from .batches import Batch, UnpackBatch, call_model, output_loss, scores, split_batch, to_device
-from .callback import Callback, Emitter
-from .checks import check_loader, check_optimizer, check_trainable, check_valid
+from . import fitting, loop, snapshot
+from .batches import Batch, UnpackBatch, call_model, scores, split_batch, to_device
+from .callback import Callback, Emitter, evaluating
 from .cycles import check_not_swapped, epochs_and_schedule
-from .data import DataLoaders, as_dataloaders, count_steps, feed, generators, in_order, n_batches, second_copy
+from .data import DataLoaders, as_dataloaders, count_steps, feed, generators, in_order, second_copy, valid_sets
 from .errors import check_flag, check_int, check_number
-from .first_batch import FiniteInputs
+from .fitting import FitOptions
 from .groups import LayerGroups, Splitter, split
-from .hypers import (
-    LR,
-    as_device,
-    check_lr,
-    fill_momentum,
-    freeze,
-    group_lrs,
-    keep_hypers,
-    label_groups,
-    make_optimizer,
-    norms_in_eval,
-    set_weight_decay,
-    spread_lrs,
-)
+from .hypers import LR, as_device, check_lr, freeze, group_lrs, label_groups, make_optimizer, spread_lrs
 from .lr import ConstantLR, CosineAnnealing, FlatCos, OneCycle
 from .lr_find import LRFind, LRFinder
 from .metrics import Metrics
-from .ownership import check_callbacks, owner_of, resolve
+from .ownership import check_callbacks
 from .plan import Plan
 from .predict import predict_all
-from .progress import Progress, say
 from .recorder import Recorder
 from .scheduler import Scheduler
 from .signals import DeferredInterrupt
-from .state import State
 from .weights import load_weights, save_weights
 
-Data = DataLoaders | tuple[Iterable[Batch], Iterable[Batch] | None]
-
-
-class FitOptions(TypedDict, total=False):
-    """What every `fit*` method takes, as described in `Learner.fit`."""
-
-    wd: float | None
-    callbacks: Iterable[Callback]
-    steps_per_epoch: int | None
-    accumulate: int
-    resume: bool
-    verbose: bool | None
+Data = DataLoaders | tuple[Iterable[Batch], Iterable[Batch] | Mapping[str, Iterable[Batch]] | None]
 
 
 class Learner:
     """Trains `model` on `dls` and remembers how it went.
 
     model: any `nn.Module`; moved to `device`. dls: `DataLoaders(train, valid)` or a tuple (train, valid) of iterables
-    of batches. loss_func: (output, target) -> scalar; None: the output carries `.loss`. opt_func: a torch optimizer
+    of batches; valid may be a dict of them by name. loss_func: (output, target) -> the mean loss (), or (sum, count)
+    of a loss that is summed over tokens or the like; None: the output carries `.loss`. opt_func: a torch optimizer
     class or partial, called once with all parameters in their layer groups; its state persists across fits. lr: the
     default peak, in every form: float, slice(hi), slice(lo, hi), one value per layer group. splitter: None for one
     layer group, a callable model -> list of modules or parameter lists, or a dict of name -> glob over parameter names.
     wd: weight decay, None for the optimizer's own default; norms and biases have none unless `wd_norm_bias`. train_bn:
     whether norm layers of frozen groups go on training. metrics: functions (pred, target) or objects with update,
-    compute and reset. callbacks: run in every fit. device: None for the accelerator, if there is one. seed: seeds
-    Python, numpy and torch now; None: nothing is seeded. unpack: batch -> (inputs, target). verbose: print and show
-    progress.
+    compute and reset. train_metrics: compute them over the training data, too. callbacks: run in every fit. device:
+    None for the accelerator, if there is one. seed: seeds Python, numpy and torch now; None: nothing is seeded.
+    compile: whether fits call the model through `torch.compile`; a dict holds its options. unpack: batch -> (inputs,
+    target). verbose: print and show progress.
 
     `model, dls, loss_func, metrics, callbacks, opt, recorder` may be read, and assigned between fits.
 
@@ -85,20 +59,21 @@ class Learner:
     array([0.1, 0.1, 0.1])
     """
 
-    def __init__(self, model: nn.Module, dls: Data, loss_func: Callable[[Any, Any], Tensor] | None = None, *,
+    def __init__(self, model: nn.Module, dls: Data, loss_func: Callable[[Any, Any], Any] | None = None, *,
                  opt_func: Callable[..., Optimizer] = torch.optim.AdamW, lr: LR = 1e-3, splitter: Splitter = None,
                  wd: float | None = None, wd_norm_bias: bool = False, train_bn: bool = True,
-                 metrics: Iterable[Any] = (), callbacks: Iterable[Callback] = (),
-                 device: torch.device | str | None = None, seed: int | None = None, compile: bool = False,
-                 graph: bool = False, unpack: UnpackBatch = split_batch, verbose: bool = True) -> None:
+                 metrics: Iterable[Any] = (), train_metrics: bool = False, callbacks: Iterable[Callback] = (),
+                 device: torch.device | str | None = None, seed: int | None = None,
+                 compile: bool | Mapping[str, Any] = False, graph: bool = False, unpack: UnpackBatch = split_batch,
+                 verbose: bool = True) -> None:
         self.model, self.loss_func, self.dls = model, loss_func, as_dataloaders(model, dls)
         self.metrics: list[Any] = list(metrics) if isinstance(metrics, (list, tuple)) else [metrics]
         self.callbacks = check_callbacks(callbacks, "callbacks")
-        self._check_assigned()
-        for name, flag in (("compile", compile), ("graph", graph)):
-            if check_flag(name, flag):
-                raise ValueError(f"{name}=True is not available in this version. Leave it out.")
+        fitting.check_assigned(self)
+        if check_flag("graph", graph):
+            raise ValueError("graph=True is not available in this version. Leave it out.")
         self.train_bn, self.wd_norm_bias = check_flag("train_bn", train_bn), check_flag("wd_norm_bias", wd_norm_bias)
+        self.train_metrics = check_flag("train_metrics", train_metrics)
         self.verbose = check_flag("verbose", verbose)
         if not callable(unpack):
             raise TypeError(f"unpack must be a function batch -> (inputs, target), got {unpack!r:.80}.")
@@ -111,7 +86,11 @@ class Learner:
         self.opt = make_optimizer(opt_func, self.model, groups, lrs, wd, self.wd_norm_bias)
         self.recorder = Recorder()
         self._groups = groups
-        self._is_fitting = False
+        if isinstance(compile, Mapping):
+            self._compiled: Any = torch.compile(self.model, **compile)
+        else:
+            self._compiled = torch.compile(self.model) if check_flag("compile", compile) else None
+        self.is_fitting = False
         if seed is not None:
             snapshot.seed_all(seed)
 
@@ -126,6 +105,12 @@ class Learner:
         return self._groups
 
     @property
+    def forward(self) -> Callable[..., Any]:
+        """What a fit calls with the inputs: the model, or with `compile` its compiled form, which shares its weights.
+        """
+        return self.model if self._compiled is None else self._compiled
+
+    @property
     def sched(self) -> Recorder:
         """fastai 0.7's name of `recorder`."""
         return self.recorder
@@ -135,7 +120,8 @@ class Learner:
     def fit(self, lr: LR, n_cycle: int = 1, *, cycle_len: int | None = None, cycle_mult: int = 1,
             use_clr: Sequence[float] | None = None, use_clr_beta: Sequence[float] | None = None,
             wd: float | None = None, callbacks: Iterable[Callback] = (), steps_per_epoch: int | None = None,
-            accumulate: int = 1, resume: bool = False, verbose: bool | None = None) -> None:
+            accumulate: int = 1, effective_batch_size: int | None = None, minutes: float | None = None,
+            resume: bool = False, verbose: bool | None = None) -> None:
         """Train for `n_cycle` cycles with peak learning rate `lr`.
 
         lr: float, slice(hi), slice(lo, hi) or one value per layer group. Without `cycle_len` a cycle is an epoch and
@@ -145,14 +131,17 @@ class Learner:
 
         wd: weight decay of this fit. callbacks: of this fit; one that owns a hyper-parameter replaces the learner's.
         steps_per_epoch: weight updates per epoch, for a loader without len() or to shorten epochs. accumulate:
-        batches per weight update. verbose: None for the learner's.
+        batches per weight update; or effective_batch_size: samples per weight update, a multiple of the loader's.
+        minutes: how long to train, instead of how many epochs: the cycles are stretched over that time, see
+        `TimeLimit`. verbose: None for the learner's.
 
         Raises ValueError or TypeError before anything is changed.
         """
         check_not_swapped(lr, n_cycle)
         n_epochs, schedule = epochs_and_schedule(n_cycle, cycle_len, cycle_mult, use_clr, use_clr_beta)
-        self._fit(n_epochs, lr, schedule, wd=wd, callbacks=callbacks, steps_per_epoch=steps_per_epoch,
-                  accumulate=accumulate, resume=resume, verbose=verbose)
+        fitting.fit(self, n_epochs, lr, schedule, wd=wd, callbacks=callbacks, steps_per_epoch=steps_per_epoch,
+                    accumulate=accumulate, effective_batch_size=effective_batch_size, minutes=minutes, resume=resume,
+                    verbose=verbose)
 
     def fit_one_cycle(self, cycle_len: int | None = None, max_lr: LR | None = None, *, div_factor: float = 25.0,
                       pct_start: float = 0.3, final_div: float | None = None,
@@ -161,19 +150,22 @@ class Learner:
         """Train for `cycle_len` epochs by one cycle of `OneCycle`, whose arguments these are.
 
         max_lr: the peak, None for the learner's `lr`. cyc_len, lr_max: fastai's names of the first two. options: wd,
-        callbacks, steps_per_epoch, accumulate, resume, verbose, as in `fit`.
+        callbacks, steps_per_epoch, accumulate, effective_batch_size, minutes, resume, verbose, as in `fit`. With
+        minutes, `cycle_len` may be left out.
         """
-        n_epochs = check_int("cycle_len", _one_of("cycle_len", cycle_len, "cyc_len", cyc_len),
-                             example="fit_one_cycle(3, 0.1)")
+        cycle_len = _one_of("cycle_len", cycle_len, "cyc_len", cyc_len)
+        if cycle_len is None and options.get("minutes") is not None:
+            cycle_len = 1  # the time says how long
+        n_epochs = check_int("cycle_len", cycle_len, example="fit_one_cycle(3, 0.1)")
         max_lr = _one_of("max_lr", max_lr, "lr_max", lr_max)
         schedule = OneCycle(None, div_factor, pct_start, final_div=final_div, moms=moms)
-        self._fit(n_epochs, self.lr if max_lr is None else check_lr("max_lr", max_lr), schedule, **options)
+        fitting.fit(self, n_epochs, self.lr if max_lr is None else check_lr("max_lr", max_lr), schedule, **options)
 
     def fit_flat_cos(self, n_epoch: int, lr: LR | None = None, *, pct_start: float = 0.75, div_final: float = 1e5,
                      **options: Unpack[FitOptions]) -> None:
         """Train for `n_epoch` epochs by `FlatCos`: constant, then a half-cosine down. options: as in `fit`."""
         n_epochs = check_int("n_epoch", n_epoch, example="fit_flat_cos(3, 0.01)")
-        self._fit(n_epochs, self.lr if lr is None else lr, FlatCos(pct_start, div_final), **options)
+        fitting.fit(self, n_epochs, self.lr if lr is None else lr, FlatCos(pct_start, div_final), **options)
 
     def fit_sgdr(self, n_cycles: int, cycle_len: int, lr_max: LR | None = None, *, cycle_mult: int = 2,
                  **options: Unpack[FitOptions]) -> None:
@@ -184,25 +176,31 @@ class Learner:
         n_cycles, cycle_len = check_int("n_cycles", n_cycles), check_int("cycle_len", cycle_len)
         schedule = CosineAnnealing(n_cycles, cycle_mult, warmup_frac=0.0)
         n_epochs = cycle_len * sum(cycle_mult**c for c in range(n_cycles))
-        self._fit(n_epochs, self.lr if lr_max is None else check_lr("lr_max", lr_max), schedule, **options)
+        fitting.fit(self, n_epochs, self.lr if lr_max is None else check_lr("lr_max", lr_max), schedule, **options)
 
     def fine_tune(self, epochs: int, base_lr: float = 2e-3, *, freeze_epochs: int = 1, lr_mult: float = 100,
                   pct_start: float = 0.3, div: float = 5.0, **options: Unpack[FitOptions]) -> None:
         """Train the last layer group for `freeze_epochs`, then all of them for `epochs`, both by one cycle.
 
         First with peak base_lr (frozen, pct_start 0.99), then with slice(base_lr/2/lr_mult, base_lr/2), `pct_start`
-        and div_factor=`div`. options: as in `fit`, for both. Source: fastai 2's fine_tune.
+        and div_factor=`div`. options: as in `fit`, for both; minutes are for both together, shared like the epochs.
+        Source: fastai 2's fine_tune.
         """
         epochs, freeze_epochs = check_int("epochs", epochs), check_int("freeze_epochs", freeze_epochs)
         base_lr = check_number("base_lr", base_lr, above=0, example="fine_tune(3, 2e-3)")
         lr_mult = check_number("lr_mult", lr_mult, minimum=1)
         options["callbacks"] = check_callbacks(options.get("callbacks", ()), "callbacks")
         first, second = OneCycle(pct_start=0.99), OneCycle(None, div, pct_start)
-        self._prepare(freeze_epochs, base_lr, first, **options)  # whatever is wrong is said before anything is frozen
+        both, minutes = freeze_epochs + epochs, options.pop("minutes", None)
+        head, rest = options.copy(), options.copy()
+        if minutes is not None:
+            minutes = check_number("minutes", minutes, above=0)
+            head["minutes"], rest["minutes"] = minutes * freeze_epochs / both, minutes * epochs / both
+        fitting.prepare(self, freeze_epochs, base_lr, first, **head)  # what is wrong is said before anything is frozen
         self.freeze()
-        self._fit(freeze_epochs, slice(base_lr), first, **options)
+        fitting.fit(self, freeze_epochs, slice(base_lr), first, **head)
         self.unfreeze()
-        self._fit(epochs, slice(base_lr / 2 / lr_mult, base_lr / 2), second, **options)
+        fitting.fit(self, epochs, slice(base_lr / 2 / lr_mult, base_lr / 2), second, **rest)
 
     def lr_find(self, start_lr: LR = 1e-7, end_lr: LR = 10.0, num_it: int = 100, *, stop_div: bool = True,
                 callbacks: Iterable[Callback] = ()) -> LRFind:
@@ -215,18 +213,19 @@ class Learner:
         Raises ValueError for values out of range and for data that is good for one pass only.
         """
         finder = LRFinder(start_lr, end_lr, num_it, stop_div=stop_div)
-        self._check_assigned()
-        self._find(finder, check_callbacks(callbacks, "callbacks"))
+        fitting.check_assigned(self)
+        fitting.find(self, finder, check_callbacks(callbacks, "callbacks"))
         return cast(LRFind, self.recorder.lr_find)
 
     @contextmanager
-    def sandbox(self) -> Iterator["Learner"]:
+    def sandbox(self, callbacks: Iterable[Callback] = ()) -> Iterator["Learner"]:
         """A block that leaves no trace: whatever happens inside is undone, however it ends.
 
         Restored bit for bit: parameters, buffers, gradients, requires_grad, modes; optimizer state and
         hyper-parameters; all global random generators and those of the loaders; the Recorder; the learner's own
-        attributes. Inside, workers of a DataLoader are new ones. What callbacks keep for themselves is theirs to undo.
-        Costs a copy of model and optimizer state in memory and no file. Raises ValueError for one-pass data.
+        attributes; and what the learner's callbacks, and `callbacks`, keep by their `state_dict`. Inside, workers of a
+        DataLoader are new ones. Costs a copy of model and optimizer state in memory and no file. Raises ValueError for
+        one-pass data.
 
         >>> learn = Learner(nn.Linear(1, 1), ([(torch.ones(2, 1), torch.ones(2, 1))], None), nn.MSELoss(),
         ...                 verbose=False)
@@ -237,11 +236,14 @@ class Learner:
         True
         """
         train, valid = self.dls.train, self.dls.valid
-        twins = DataLoaders(second_copy(train), None if valid is None else second_copy(valid))
+        copies = {name: second_copy(loader) for name, loader in valid_sets(valid)}
+        twins = DataLoaders(second_copy(train), copies if isinstance(valid, Mapping) else copies.get(""))
+        watched = [(cb, cb.state_dict()) for cb in (*self.callbacks, *callbacks)]
         attributes = dict(vars(self))
         lists = [(value, list(value)) for value in attributes.values() if isinstance(value, list)]
         restore_recorder = self.recorder.keep()
-        restore = snapshot.capture(self.model, self.opt, (*generators(train), *generators(valid)))
+        restore = snapshot.capture(self.model, self.opt, [generator for loader in (train, *copies.values())
+                                                         for generator in generators(loader)])
         self.dls = twins
         try:
             yield self
@@ -251,6 +253,8 @@ class Learner:
                 vars(self).update(attributes)
                 for value, items in lists:
                     value[:] = items
+                for cb, saved in watched:
+                    cb.load_state_dict(saved)
                 restore_recorder()
                 restore()
 
@@ -310,7 +314,7 @@ class Learner:
         """
         data = self._data(dl)
         with self._looking(data):
-            state = self._state(valid_dl=data)
+            state = fitting.new_state(self, valid_sets=valid_sets(data))
             state.metrics = {}
             loop.validate(state, Emitter([Metrics(self.metrics)], state))
         return state.metrics
@@ -326,6 +330,9 @@ class Learner:
         if check_flag("with_loss", with_loss) and loss_func is None:
             raise ValueError("with_loss=True needs a loss_func on the Learner.")
         data = self._data(dl)
+        if isinstance(data, Mapping):
+            raise ValueError(f"there are several validation sets: pass one of them, e.g. "
+                             f"get_preds(learn.dls.valid[{next(iter(data))!r}]).")
         with self._looking(data):
             batches = feed(in_order(data), self.device, None, DeferredInterrupt())
             return predict_all(self.model, batches, self.unpack, loss_func if with_loss else None)
@@ -345,143 +352,23 @@ class Learner:
         load_weights(self.model, path)
         return self
 
-    # ---- one fit
-
-    def _fit(self, n_epochs: int, lr: Any, schedule: Scheduler | None, **options: Unpack[FitOptions]) -> None:
-        unknown = options.keys() - FitOptions.__annotations__.keys()
-        if unknown:
-            raise TypeError(f"there is no argument {', '.join(sorted(unknown))}. Those of every fit are "
-                            f"{', '.join(FitOptions.__annotations__)}.")
-        self._check_assigned()
-        options["callbacks"] = given = check_callbacks(options.get("callbacks", ()), "callbacks")
-        finder = next((cb for cb in (*given, *self.callbacks) if isinstance(cb, LRFinder)), None)
-        if finder is not None:
-            self._check_options(lr, **options)
-            return self._find(finder, [callback for callback in given if callback is not finder], **options)
-        state = self._prepare(n_epochs, lr, schedule, **options)
-        check_trainable(self.model, self._groups.names)
-        with self._fitting({hyper for callback in state.callbacks for hyper in callback.sets}, options.get("wd")):
-            state.weight_decays = tuple(group.get("weight_decay", 0.0) for group in self.opt.param_groups)
-            loop.run(state)
-
-    def _prepare(self, n_epochs: int, lr: Any, schedule: Scheduler | None, **options: Unpack[FitOptions]) -> State:
-        """The state of a fit that could begin now. Raises whatever is wrong with it; changes nothing."""
-        self._check_idle()
-        lrs = self._check_options(lr, **options)
-        check_optimizer(self.model, self.opt, (p for group in self._groups for p in group.params))
-        steps_per_epoch, accumulate = options.get("steps_per_epoch"), options.get("accumulate", 1)
-        still = norms_in_eval(self._groups, self.train_bn)
-        check_loader(self.dls.train, n_epochs, [m for m in self.model.modules() if m not in still], steps_per_epoch)
-        check_valid(self.dls.valid)
-        given = check_callbacks(options.get("callbacks", ()), "callbacks")
-        users = self._callbacks([*given, *([schedule] if schedule else [])])
-        if owner_of("lr", users) is None:
-            users.append(ConstantLR())
-        shown = [Progress()] if self._is_verbose(options.get("verbose")) else []
-        per_epoch, batches, limit = count_steps(self.dls.train, steps_per_epoch, accumulate)
-        return self._state(lrs=lrs, n_epochs=n_epochs, steps_per_epoch=per_epoch, n_steps=n_epochs * per_epoch,
-                           accumulate=accumulate, n_batches=batches, max_batches=limit,
-                           callbacks=[self.recorder, Metrics(self.metrics), FiniteInputs(), *users, *shown])
-
-    def _check_options(self, lr: Any, *, wd: float | None = None, callbacks: Iterable[Callback] = (),
-                       steps_per_epoch: int | None = None, accumulate: int = 1, resume: bool = False,
-                       verbose: bool | None = None) -> tuple[float, ...]:
-        """The peak of each layer group. Raises ValueError or TypeError for an argument of `fit` out of range."""
-        if check_flag("resume", resume):
-            raise ValueError("resume=True is not available in this version. Leave it out.")
-        if wd is not None:
-            check_number("wd", wd, minimum=0)
-        if steps_per_epoch is not None:
-            check_int("steps_per_epoch", steps_per_epoch)
-        check_int("accumulate", accumulate)
-        self._is_verbose(verbose)
-        label_groups(self.opt, len(self._groups))
-        return spread_lrs(lr, self._groups.names)
-
-    def _find(self, finder: LRFinder, given: list[Callback], *, wd: float | None = None, accumulate: int = 1,
-              verbose: bool | None = None, **_: Any) -> None:
-        """Run the finder in a sandbox; its result is all that stays. It takes as many passes as it needs."""
-        self._check_idle()
-        finder.ramps(self._groups.names)  # bad ones are refused here, before anything begins
-        label_groups(self.opt, len(self._groups))
-        check_optimizer(self.model, self.opt, (p for group in self._groups for p in group.params))
-        check_trainable(self.model, self._groups.names)
-        check_loader(self.dls.train, 1, self.model.modules())
-        batches, recorder = n_batches(self.dls.train), Recorder()
-        running = [cb for cb in self._callbacks([finder, *given]) if cb.in_lr_find or cb is finder]
-        shown = [Progress("lr_find")] if self._is_verbose(verbose) else []
-        with self.sandbox(), self._fitting({"momentum"}, wd):
-            loop.run(self._state(
-                n_epochs=finder.num_it, n_steps=finder.num_it, accumulate=accumulate, n_batches=batches,
-                steps_per_epoch=None if batches is None else math.ceil(batches / accumulate), valid_dl=None,
-                recorder=recorder, callbacks=[recorder, *running, *shown]))
-        self.recorder.lr_find = finder.result()
-        if shown:
-            say(str(self.recorder.lr_find))
-
-    def _callbacks(self, given: list[Callback]) -> list[Callback]:
-        """The learner's callbacks and those of one fit, one owner for each hyper-parameter."""
-        callbacks = resolve(check_callbacks(self.callbacks, "learn.callbacks"), given)
-        if any(isinstance(callback, Recorder) for callback in callbacks):
-            raise ValueError("a Learner has its own Recorder: read learn.recorder instead of passing another one.")
-        return callbacks
+    # ---- inside
 
     @contextmanager
-    def _fitting(self, scheduled: set[str], wd: float | None) -> Iterator[None]:
-        """One fit at a time, with weight decay `wd`; what it sets, but the learning rate, is put back afterwards."""
-        self._is_fitting = True
-        restore = keep_hypers(self.opt, {*scheduled, "weight_decay"} - {"lr"})
-        fill_momentum(self.opt, "momentum" in scheduled)
-        try:
-            if wd is not None:
-                set_weight_decay(self.opt, self._groups, wd, self.wd_norm_bias)
-            yield
-        finally:
-            self._is_fitting = False
-            restore()
-
-    @contextmanager
-    def _looking(self, data: Iterable[Batch] = ()) -> Iterator[None]:
-        """Eval mode; modes and random generators, those of `data` too, are put back afterwards."""
-        restore_modes, restore_rng = snapshot.modes(self.model), snapshot.rng(generators(data))
+    def _looking(self, data: Any = None) -> Iterator[None]:
+        """Eval mode, as the callbacks want it; modes and random generators, those of `data` too, are put back."""
+        restore_modes = snapshot.modes(self.model)
+        restore_rng = snapshot.rng(generator for _, loader in valid_sets(data) for generator in generators(loader))
         self.model.eval()
         try:
-            yield
+            with evaluating(self.callbacks, self.model):
+                yield
         finally:
             restore_modes()
             restore_rng()
 
-    def _check_assigned(self) -> None:
-        """Bring what may be assigned between fits into its form. Raises TypeError or ValueError for what cannot be."""
-        self.dls = as_dataloaders(self.model, self.dls)
-        if (self.loss_func is not None and not callable(self.loss_func)) or isinstance(self.loss_func, type):
-            raise TypeError(f"loss_func must be a function (output, target) -> loss, got {self.loss_func!r:.80}. "
-                            "Pass e.g. nn.CrossEntropyLoss().")
-        callbacks = check_callbacks(self.callbacks, "callbacks")
-        if not isinstance(self.callbacks, list):
-            self.callbacks = callbacks
-        if not isinstance(self.metrics, list):
-            self.metrics = list(self.metrics) if isinstance(self.metrics, tuple) else [self.metrics]
-        Metrics(self.metrics)  # refuses what is no metric, and two of one name
-
-    def _check_idle(self) -> None:
-        if self._is_fitting:
-            raise RuntimeError("this Learner is already fitting: a callback, or another thread, called it again.")
-
-    def _is_verbose(self, verbose: bool | None) -> bool:
-        return self.verbose if verbose is None else check_flag("verbose", verbose)
-
-    def _state(self, **fields: Any) -> State:
-        defaults: dict[str, Any] = {
-            "model": self.model, "loss_func": self.loss_func or output_loss, "opt": self.opt, "device": self.device,
-            "unpack": self.unpack, "group_names": self._groups.names,
-            "lrs": (), "n_epochs": 1, "steps_per_epoch": None, "n_steps": 1,
-            "train_dl": self.dls.train, "valid_dl": self.dls.valid, "callbacks": (), "recorder": self.recorder,
-            "norms_in_eval": norms_in_eval(self._groups, self.train_bn)}
-        return State(**defaults | fields)
-
     def _data(self, dl: Iterable[Batch] | None) -> Iterable[Batch]:
-        self._check_assigned()
+        fitting.check_assigned(self)
         data = self.dls.valid if dl is None else dl
         if data is None:
             raise ValueError("there is no validation data. Pass a loader, or make the Learner with "

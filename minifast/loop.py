@@ -3,15 +3,18 @@
 Deliberately absent, because it would cost every batch: reading a number from the device (`.item()`, `.cpu()`,
 `float(loss)`), looking up who listens (bound once per fit), a progress bar and schedules (both are callbacks).
 """
+from collections.abc import Iterable
 from contextlib import closing, suppress
+from itertools import count
 
 import torch
 
 from . import snapshot
-from .batches import call_model, describe, n_samples
+from .batches import Batch, call_model, describe, n_samples
 from .callback import Callback, CancelBatch, CancelEpoch, CancelFit, Emitter
 from .checks import check_loss, check_passes, check_target
 from .data import feed
+from .losses import mean_and_weight
 from .state import State
 from .window import Window
 
@@ -23,15 +26,17 @@ def run(state: State) -> None:
     with state.interrupt:
         try:
             with suppress(CancelFit), emit.fit():  # before_fit ... after_fit
-                for epoch in range(state.n_epochs):
+                for epoch in count() if state.n_epochs is None else range(state.n_epochs):
                     state.interrupt.check()
                     state.epoch = epoch
                     with suppress(CancelEpoch):
                         emit(Callback.before_epoch)
                         train(state, emit)
-                        if state.valid_dl is not None:
+                        if state.valid_sets:
                             validate(state, emit)
                     emit(Callback.after_epoch)
+                    if state.is_ending:
+                        break
         finally:
             state.opt.zero_grad()
             restore_modes()
@@ -53,22 +58,31 @@ def train(state: State, emit: Emitter) -> None:
                 if not window.admits(state.batch_index):
                     raise CancelBatch
                 emit(Callback.before_batch)
-                forward(state)
-                emit(Callback.after_pred)
-                compute_loss(state)
-                emit(Callback.after_loss)
-                window.backward(state.loss, state.n_samples)
-                emit(Callback.after_backward)
+                state.gradient(state, emit, window)
                 if window.is_full:
                     step(state, emit, window)
             except CancelBatch:
                 window.drop()
             emit(Callback.after_batch)
             state.interrupt.check()
-    if window.is_open:  # the loader ended before it said it would
+            if state.is_ending:
+                break
+    if window.is_open:  # the epoch ended before its loader said it would
         with suppress(CancelBatch):
             step(state, emit, window)
-    check_passes("training", state.batch_index + 1, state.n_batches)
+    check_passes("training", state.batch_index + 1, None if state.is_ending else state.n_batches)
+
+
+def gradient(state: State, emit: Emitter, window: Window) -> None:
+    """Add the gradient of `state.batch` to the window: what `State.gradient` is unless a callback wraps it."""
+    forward(state)
+    emit(Callback.after_pred)
+    compute_loss(state)
+    if state.batch_index == 0:
+        check_loss(state.loss)
+    emit(Callback.after_loss)
+    window.backward(state.loss, state.loss_weight, state.loss_scale)
+    emit(Callback.after_backward)
 
 
 def forward(state: State) -> None:
@@ -76,30 +90,28 @@ def forward(state: State) -> None:
     inputs, state.target = state.unpack(state.batch)
     state.n_samples = n_samples(state.target, inputs)
     try:
-        state.pred = call_model(state.model, inputs)
+        state.pred = call_model(state.forward, inputs)
     except Exception as error:
         error.add_note(f"in the model: epoch {state.epoch}, step {state.step}, inputs {describe(inputs)}")
         raise
 
 
 def compute_loss(state: State) -> None:
-    """The loss of `state.pred`; the first one of an epoch is looked at before it is trusted."""
-    is_first = state.batch_index == 0
-    if is_first:
+    """The loss of `state.pred`; the first target of an epoch is looked at before it is trusted."""
+    if state.batch_index == 0:
         check_target(state.pred, state.target, state.loss_func)
     try:
-        state.loss = state.loss_func(state.pred, state.target)
+        loss = state.loss_func(state.pred, state.target)
+        state.loss, state.loss_weight = mean_and_weight(loss, state.n_samples)
     except Exception as error:
         error.add_note(f"in the loss: epoch {state.epoch}, step {state.step}, output {describe(state.pred)}, "
                        f"target {describe(state.target)}")
         raise
-    if is_first:
-        check_loss(state.loss)
 
 
 def step(state: State, emit: Emitter, window: Window) -> None:
     """One weight update."""
-    state.step_loss, state.step_samples = window.close(), window.n_samples
+    state.step_loss, state.step_weight = window.close(), window.weight
     emit(Callback.before_step)
     state.opt.step()
     try:
@@ -111,21 +123,26 @@ def step(state: State, emit: Emitter, window: Window) -> None:
 
 @torch.no_grad()
 def validate(state: State, emit: Emitter) -> None:
-    """One pass over the validation data, in eval mode, without gradients."""
-    assert state.valid_dl is not None
+    """One pass over every validation set, in eval mode, without gradients."""
     state.model.eval()
+    with emit.evaluating():
+        emit(Callback.before_validate)
+        for name, loader in state.valid_sets:
+            state.valid_set = name
+            look(state, emit, loader)
+    emit(Callback.after_validate)
+
+
+def look(state: State, emit: Emitter, loader: Iterable[Batch]) -> None:
+    """One pass over one validation set."""
     state.batch_index = -1
-    emit(Callback.before_validate)
-    batches = feed(state.valid_dl, state.device, None, state.interrupt, f"epoch {state.epoch}, validation data")
-    with closing(batches):
+    what = f"{state.valid_set} validation data".lstrip()
+    with closing(feed(loader, state.device, None, state.interrupt, f"epoch {state.epoch}, {what}")) as batches:
         for index, batch in enumerate(batches):
             state.batch_index, state.batch = index, batch
             emit(Callback.before_valid_batch)
             forward(state)
-            if index == 0:
-                check_target(state.pred, state.target, state.loss_func)
-            state.loss = state.loss_func(state.pred, state.target)
+            compute_loss(state)
             emit(Callback.after_valid_batch)
             state.interrupt.check()
-    check_passes("validation", state.batch_index + 1)
-    emit(Callback.after_validate)
+    check_passes(what.removesuffix(" data"), state.batch_index + 1)

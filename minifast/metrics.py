@@ -82,7 +82,7 @@ class Metrics(Callback):
 
     order = Order.SETUP  # first: in `after_validate` the row is complete for all others
 
-    def __init__(self, metrics: Iterable[Any] = ()) -> None:
+    def __init__(self, metrics: Iterable[Any] = (), *, train: bool = False) -> None:
         self._meters: dict[str, _Meter | _Adapter] = {"valid_loss": _Meter("valid_loss", None)}
         for metric in metrics:
             name = metric_name(metric)
@@ -90,6 +90,11 @@ class Metrics(Callback):
                 raise ValueError(f"two columns of the epoch table would be called {name!r}. Give one metric another "
                                  "__name__.")
             self._meters[name] = _Adapter(name, metric) if _is_object(metric) else _Meter(name, metric)
+
+    def names(self, sets: Iterable[str]) -> tuple[str, ...]:
+        """The keys of a complete epoch row, for validation sets of these names."""
+        return ("epoch", "train_loss", *(f"{name}_{key}" if name else key for name in sets for key in self._meters),
+                "time")
 
     def before_validate(self, state: State) -> None:
         for meter in self._meters.values():

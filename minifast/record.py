@@ -1,5 +1,6 @@
 """What one fit did: a row per weight update, a row per epoch, and their plots."""
 import csv
+import math
 import os
 from array import array
 from collections.abc import Sequence
@@ -7,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from . import plots, tables
 from .scalars import Ema, ScalarColumn
@@ -27,7 +29,8 @@ class FitRecord:
         self.lr_columns = [array("d") for _ in self.group_names]
         self.mom_column = array("d")
         self.loss_column = ScalarColumn()
-        self.sample_column = array("q")
+        self.weight_column = ScalarColumn()  # what each loss is the mean over
+        self.columns: dict[str, ScalarColumn] = {}  # what callbacks have logged, nan where they have not
         self._smooth = array("d")
         self._ema = Ema()
 
@@ -70,7 +73,22 @@ class FitRecord:
 
     def mean_loss(self, start: int) -> float:
         """The mean loss over all samples of the steps from `start` on."""
-        return float(np.average(self.loss_column.tail(start), weights=self.sample_column[start:]))
+        weights = np.array(self.weight_column.tail(start))
+        return float(np.average(self.loss_column.tail(start), weights=weights)) if weights.any() else math.nan
+
+    def log(self, name: str, value: Tensor | float) -> None:
+        """Write `value`, a number or (), into the column `name` of the newest step: to be called in `after_step`."""
+        column = self.columns.setdefault(name, ScalarColumn())
+        for _ in range(len(column), len(self) - 1):
+            column.append(math.nan)
+        column.append(value)
+
+    def column(self, name: str) -> Column:
+        """What callbacks have logged under `name`, (steps,). Raises KeyError that lists the names there are."""
+        if name not in self.columns:
+            raise KeyError(f"there is no column {name!r}; callbacks have logged: {', '.join(self.columns) or 'none'}")
+        values = self.columns[name].read()
+        return np.pad(values, (0, len(self) - len(values)), constant_values=np.nan)
 
     def plot_lr(self, show_moms: bool = False, *, ax: "Axes | None" = None) -> "Axes":
         """Draw the learning rate of every layer group at each step and, if asked, the momentum on a second axis."""
@@ -124,14 +142,15 @@ class FitRecord:
                                "what a fit will do is drawn by learn.plan(...).plot().")
 
     def to_csv(self, path: str | os.PathLike[str], *, epochs: bool = False) -> None:
-        """Write one line per step (step, lr of each layer group, momentum, loss, smooth_loss), or per epoch."""
+        """Write one line per step (step, lr of each layer group, momentum, loss, ...), or per epoch."""
         if epochs:
             names = tables.columns(self.epochs)
             rows = [[row.get(name, "") for name in names] for row in self.epochs]
         else:
             lrs = ["lr"] if len(self.group_names) == 1 else [f"lr_{name}" for name in self.group_names]
-            names = ["step", *lrs, "momentum", "loss", "smooth_loss"]
-            columns = (*self.lr_columns, self.mom_column, self.losses.tolist(), self.smooth_losses.tolist())
+            names = ["step", *lrs, "momentum", "loss", "smooth_loss", *self.columns]
+            columns = (*self.lr_columns, self.mom_column, self.losses.tolist(), self.smooth_losses.tolist(),
+                       *(self.column(name).tolist() for name in self.columns))
             rows = [[step, *values] for step, values in enumerate(zip(*columns, strict=True))]
         with open(path, "w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([names, *rows])

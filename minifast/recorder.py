@@ -49,7 +49,7 @@ class Recorder(Callback):
             column.append(head["lr"])
         record.mom_column.append(get_momentum(state.opt))
         record.loss_column.append(state.step_loss)
-        record.sample_column.append(state.step_samples)
+        record.weight_column.append(state.step_weight)
 
     def before_validate(self, state: State) -> None:
         self._note_train_loss(state)
@@ -99,6 +99,13 @@ class Recorder(Callback):
     def smooth_losses(self) -> Column:
         """`losses` as an exponential moving average (0.98, bias-corrected), (steps,)."""
         return self.newest.smooth_losses
+
+    def column(self, name: str) -> Column:
+        """What callbacks have logged under `name` at each step of the newest fit, (steps,), nan where they have not.
+
+        E.g. "grad_norm" of `GradientClip`. Raises KeyError that lists the names there are.
+        """
+        return self.newest.column(name)
 
     @property
     def epochs(self) -> list[dict[str, Any]]:

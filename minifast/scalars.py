@@ -11,7 +11,7 @@ FLUSH_EVERY = 1024
 
 
 class ScalarColumn:
-    """Append 0-dimensional tensors without waiting for the device; read them as float64.
+    """Append 0-dimensional tensors (or numbers) without waiting for the device; read them as float64.
 
     What was appended stays on the device until someone reads, or until 1,024 are waiting: then all of it comes over
     in one copy. So a run of any length holds 8 bytes a row and at most 1,024 small tensors.
@@ -23,14 +23,17 @@ class ScalarColumn:
     """
 
     def __init__(self) -> None:
-        self._waiting: list[Tensor] = []
+        self._waiting: list[Tensor | float] = []
         self._values = array("d")
 
-    def append(self, value: Tensor) -> None:
+    def append(self, value: Tensor | float) -> None:
         """Add one value; a tensor of any floating or integer dtype, without its graph."""
-        self._waiting.append(value)
-        if len(self._waiting) >= FLUSH_EVERY:
-            self._flush()
+        if isinstance(value, Tensor) or self._waiting:
+            self._waiting.append(value)
+            if len(self._waiting) >= FLUSH_EVERY:
+                self._flush()
+        else:
+            self._values.append(value)
 
     def read(self) -> NDArray[np.float64]:
         """All values so far: a copy, shape (rows,)."""
@@ -46,9 +49,11 @@ class ScalarColumn:
         return len(self._values) + len(self._waiting)
 
     def _flush(self) -> None:
-        if self._waiting:
+        tensors = [value for value in self._waiting if isinstance(value, Tensor)]
+        if tensors:
             # .cpu() first: some accelerators have no float64
-            self._values.extend(torch.stack(self._waiting).cpu().double().tolist())
+            read = iter(torch.stack(tensors).cpu().double().tolist())
+            self._values.extend(next(read) if isinstance(value, Tensor) else value for value in self._waiting)
             self._waiting.clear()
 
 

@@ -31,7 +31,7 @@ class Scheduler(Callback):
 
         "lr" and "weight_decay": the fraction of each group's own; "momentum" and any other: the value itself.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} is to define value(hyper, step, n_steps) -> float.")
 
     def check_steps(self, n_steps: int) -> None:
         """Warn or raise if `n_steps` updates are not what the schedule is made for."""
@@ -45,7 +45,7 @@ class Scheduler(Callback):
         self.check_steps(state.n_steps)
 
     def before_batch(self, state: State) -> None:
-        step = min(state.step, state.n_steps - 1)  # a loader may yield more than its len()
+        step = state.position
         for hyper in self.sets:
             write(state, hyper, self.value(hyper, step, state.n_steps))
 

@@ -80,8 +80,8 @@ def modes(model: nn.Module) -> Restore:
 
 
 def _model(model: nn.Module) -> Restore:
-    params = [(p, p.detach().clone(), p.requires_grad, _clone(p.grad)) for p in model.parameters()]
-    buffers = [(module, name, buffer, _clone(buffer)) for module in model.modules()
+    params = [(p, p.detach().clone(), p.requires_grad, clone(p.grad)) for p in model.parameters()]
+    buffers = [(module, name, buffer, clone(buffer)) for module in model.modules()
                for name, buffer in module._buffers.items()]
     restore_modes = modes(model)
 
@@ -90,7 +90,7 @@ def _model(model: nn.Module) -> Restore:
         for p, value, requires_grad, grad in params:
             p.copy_(value)
             p.requires_grad_(requires_grad)
-            p.grad = _clone(grad)
+            p.grad = clone(grad)
         for module, name, buffer, value in buffers:
             if buffer is not None and not _is_expanded(buffer):
                 buffer.copy_(value)
@@ -100,12 +100,12 @@ def _model(model: nn.Module) -> Restore:
 
 
 def _optimizer(opt: Optimizer) -> Restore:
-    state = {p: _clone(values) for p, values in opt.state.items()}
+    state = {p: clone(values) for p, values in opt.state.items()}
     groups = [{key: copy.copy(value) for key, value in group.items()} for group in opt.param_groups]
 
     def restore() -> None:
         opt.state.clear()
-        opt.state.update({p: _clone(values) for p, values in state.items()})
+        opt.state.update({p: clone(values) for p, values in state.items()})
         opt.param_groups[len(groups):] = []
         for group, kept in zip(opt.param_groups, groups, strict=True):
             group.clear()
@@ -129,11 +129,12 @@ def _is_expanded(tensor: Tensor) -> bool:
         size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
-def _clone(value: Any) -> Any:
+def clone(value: Any) -> Any:
+    """A copy of a nest that shares no tensor with it."""
     if isinstance(value, Tensor):
         return value.detach().clone()
     if isinstance(value, dict):
-        return {key: _clone(inner) for key, inner in value.items()}
+        return {key: clone(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(_clone(inner) for inner in value)
+        return type(value)(clone(inner) for inner in value)
     return copy.deepcopy(value)

@@ -8,11 +8,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .batches import Batch, UnpackBatch
+from .losses import Weight
 from .signals import DeferredInterrupt
 
 if TYPE_CHECKING:
-    from .callback import Callback
+    from .callback import Callback, Emitter
     from .recorder import Recorder
+    from .window import Window
 
 
 @dataclass(slots=True, repr=False)  # a repr of fields that are not set yet would be an error
@@ -25,17 +27,19 @@ class State:
     """
 
     model: nn.Module
-    loss_func: Callable[[Any, Any], Tensor]
+    forward: Callable[..., Any]  # called with the inputs: the model, or it compiled; `before_fit` may wrap it
+    loss_func: Callable[[Any, Any], Any]  # (output, target) -> mean loss, or (sum, count); `before_fit` may wrap it
+    gradient: Callable[["State", "Emitter", "Window"], None]  # forward, loss, backward; `before_fit` may wrap it
     opt: Optimizer
     device: torch.device
     unpack: UnpackBatch  # batch -> (inputs, target)
     group_names: tuple[str, ...]  # of the layer groups, first layers first
     lrs: tuple[float, ...]  # peak learning rate of each layer group; a schedule with peaks of its own replaces them
-    n_epochs: int
+    n_epochs: int | None  # None: until a callback ends the fit
     steps_per_epoch: int | None  # weight updates per epoch; None where only the finder trains on an unsized loader
     n_steps: int  # weight updates in the whole fit: the length of its schedules
     train_dl: Iterable[Batch]
-    valid_dl: Iterable[Batch] | None
+    valid_sets: Sequence[tuple[str, Iterable[Batch]]]  # (name, loader) of each; a single one has the name ""
     callbacks: Sequence["Callback"]
     recorder: "Recorder"  # its rows end with the newest step of this fit
     accumulate: int = 1  # micro-batches per weight update
@@ -44,16 +48,28 @@ class State:
     norms_in_eval: tuple[nn.Module, ...] = ()  # frozen norm layers that do not train
     weight_decays: tuple[float, ...] = ()  # of each of the optimizer's param_groups, as the fit began
     interrupt: DeferredInterrupt = field(default_factory=DeferredInterrupt)
+    metric_names: tuple[str, ...] = ()  # keys that every complete epoch row of this fit has
     lr_scale: float = 1.0  # multiplies every scheduled learning rate: lowered by callbacks that watch for a plateau
+    schedule_step: int | None = None  # where the schedules are, if that is not at `step`: written by TimeLimit
+    loss_scale: Tensor | None = None  # () the gradient that backward begins with, if that is not 1: for fp16
+    is_ending: bool = False  # set it to end the fit after this batch, with validation (CancelFit: without)
 
     epoch: int = 0  # 0-based
     step: int = 0  # weight updates done, over the whole fit; rises right after `after_step`
     batch_index: int = 0  # 0-based number of the batch in its epoch, in training and in validation
     batch: Batch = field(init=False)  # on the device; `before_batch` may replace it
+    valid_set: str = field(init=False)  # the name of the validation set that is looked at
     n_samples: int = field(init=False)  # samples in the newest batch
     target: Any = field(init=False)  # of the newest batch; None if it has none
     pred: Any = field(init=False)  # the model's output for the newest batch
     loss: Tensor = field(init=False)  # () mean loss of the newest batch
+    loss_weight: Weight = field(init=False)  # what `loss` is the mean over: its samples, or what loss_func counted
     step_loss: Tensor = field(init=False)  # () mean loss over all samples of the newest update, without graph
-    step_samples: int = field(init=False)  # samples in the newest update
+    step_weight: Weight = field(init=False)  # what `step_loss` is the mean over
     metrics: dict[str, Any] = field(init=False)  # the newest epoch row; complete in `after_validate`, but for "time"
+
+    @property
+    def position(self) -> int:
+        """The step that schedules use, 0 .. n_steps - 1: `step`, but for a fit that is limited in time."""
+        step = self.step if self.schedule_step is None else self.schedule_step
+        return min(step, self.n_steps - 1)  # a loader may yield more than its len()

@@ -1,66 +1,97 @@
 """The gradients of one weight update, gathered over one or several micro-batches."""
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+
+from .losses import Weight, nonzero
 
 
 class Window:
     """Adds up the gradients of `size` micro-batches so that they are those of one big batch.
 
-    The big batch's loss is the mean over its samples. So each micro-batch's mean is weighted by its samples, relative
-    to the first one's: even micro-batches are not scaled at all before the division at the end. The last window of an
-    epoch, after batch `n_batches` (None: unknown), may be short. A window that lost a micro-batch is dropped whole.
+    The big batch's loss is the mean over its samples (or tokens, ...: whatever the losses are means over). So each
+    micro-batch's mean is weighted by its samples, relative to the first one's: even micro-batches are not scaled at
+    all before the division at the end. The last window of an epoch, after batch `n_batches` (None: unknown), may be
+    short. A window that lost a micro-batch is dropped whole.
     """
 
     def __init__(self, opt: Optimizer, size: int, n_batches: int | None) -> None:
         self._size, self._n_batches = size, n_batches
         self._params = [p for group in opt.param_groups for p in group["params"]]
-        self._dropped = False
+        self._is_dropped = self.is_full = False
+        self._is_sum = self.is_open = False
         self._loss: Tensor | float = 0.0
-        self._unit = self.n_samples = 0
+        self._unit: float = 1  # the weight of the first micro-batch
+        self.weight: Weight = 0  # what the losses so far are means over
+        self._forget()
         opt.zero_grad()
 
     def admits(self, batch_index: int) -> bool:
         """Batch `batch_index` of the epoch begins: whether its window is still wanted."""
         if batch_index % self._size == 0:
-            self._dropped = False
+            self._is_dropped = False
         self.is_full = (batch_index + 1) % self._size == 0 or batch_index + 1 == self._n_batches
-        return not self._dropped
+        return not self._is_dropped
 
-    def backward(self, loss: Tensor, n_samples: int) -> None:
-        """Add the gradient of `loss`, the mean over `n_samples` samples."""
-        if self._size == 1:
-            loss.backward()
-            self._loss = loss.detach()
+    def backward(self, loss: Tensor, weight: Weight, gradient: Tensor | None = None) -> None:
+        """Add the gradient of `loss`, a mean over `weight` samples, starting from `gradient` () (None: 1)."""
+        if not self._is_sum:
+            loss.backward(gradient)
+            self._loss, self.weight = loss.detach(), weight
+        elif isinstance(weight, Tensor):
+            (loss * (weight / self._unit)).backward(gradient)
+            self._loss = loss.detach() * weight + self._loss
+            self.weight = self.weight + weight
         else:
-            self._unit = self._unit or n_samples
-            (loss if n_samples == self._unit else loss * (n_samples / self._unit)).backward()
-            self._loss = loss.detach() * n_samples + self._loss
-        self.n_samples += n_samples
+            self._unit = self._unit if self.is_open else weight or 1
+            (loss if weight == self._unit else loss * (weight / self._unit)).backward(gradient)
+            self._loss = loss.detach() * weight + self._loss
+            self.weight = self.weight + weight
+        self.is_open = True
 
-    @property
-    def is_open(self) -> bool:
-        """Whether gradients wait for a step."""
-        return self.n_samples > 0
+    @contextmanager
+    def in_parts(self) -> Iterator[None]:
+        """A block for one micro-batch in several parts: either all of them are added, or, on an error, none."""
+        kept = self._is_sum, self._loss, self._unit, self.weight, self.is_open
+        grads = [p.grad for p in self._params]
+        for p in self._params:
+            p.grad = None
+        self._is_sum = True
+        try:
+            yield
+        except BaseException:
+            self._is_sum, self._loss, self._unit, self.weight, self.is_open = kept
+            for p, grad in zip(self._params, grads, strict=True):
+                p.grad = grad
+            raise
+        for p, grad in zip(self._params, grads, strict=True):
+            p.grad = grad if p.grad is None else p.grad if grad is None else p.grad.add_(grad)
 
     def close(self) -> Tensor:
         """Turn the summed gradients into those of the mean; gives the mean loss over the window's samples, ()."""
-        assert isinstance(self._loss, Tensor)
-        if self._size == 1:
-            return self._loss
-        if self.n_samples != self._unit:
+        loss = torch.as_tensor(self._loss)
+        if not self._is_sum:
+            return loss
+        if isinstance(self.weight, Tensor) or self.weight != self._unit:
             grads = [p.grad for p in self._params if p.grad is not None]
-            torch._foreach_mul_(grads, self._unit / self.n_samples)
-        return self._loss / self.n_samples
+            torch._foreach_mul_(grads, self._unit / nonzero(self.weight))
+        return loss / nonzero(self.weight)
 
     def end(self) -> None:
         """Forget the gradients: the update is done, or will not be."""
-        for p in self._params:  # what opt.zero_grad() does, without its hooks and its profiler: 10 us a step
+        for p in self._params:  # what opt.zero_grad() does, without its hooks and its profiler
             p.grad = None
-        self._loss = 0.0
-        self._unit = self.n_samples = 0
+        self._forget()
 
     def drop(self) -> None:
         """Forget the gradients gathered so far, and refuse the rest of the window."""
         self.end()
-        self._dropped = True
+        self._is_dropped = True
+
+    def _forget(self) -> None:
+        self._is_sum = self._size > 1
+        self._loss, self._unit, self.weight = 0.0, 1, 0
+        self.is_open = False  # whether gradients wait for a step

@@ -245,7 +245,7 @@ def test_before_step_sees_the_mean_and_the_window():
     seen, learn = [], accumulating(data)
 
     def look(state):
-        seen.append((state.batch_index, state.step, state.step_samples, state.step_loss.item(),
+        seen.append((state.batch_index, state.step, state.step_weight, state.step_loss.item(),
                      [p.grad.clone() for p in state.model.parameters()]))  # fmt: skip
 
     fit(learn, 1, 3, callbacks=[At("before_step", look)])

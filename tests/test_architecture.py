@@ -17,13 +17,13 @@ import minifast
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "minifast"
 FLOORS = {
-    0: {"errors", "signals", "suggest", "schedules", "plots", "tables", "batches", "scalars"},
+    0: {"errors", "signals", "suggest", "schedules", "plots", "tables", "batches", "losses", "scalars"},
     1: {"groups", "hypers", "data", "snapshot", "window", "record", "plan", "predict", "weights"},
     2: {"state", "checks", "image_folder"},
     3: {"callback"},
-    4: {"loop", "scheduler", "lr_find", "recorder", "progress", "metrics", "first_batch", "ownership"},
+    4: {"loop", "scheduler", "lr_find", "recorder", "progress", "metrics", "first_batch", "ownership", "budget"},
     5: {"lr", "composed"},
-    6: {"cycles"},
+    6: {"cycles", "fitting"},
     7: {"learner"},
     8: {"__init__", "demo"},
     9: {"__main__"},

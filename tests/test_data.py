@@ -284,7 +284,7 @@ def test_no_validation_data(dls):
 def test_steps_per_epoch_shortens_an_epoch(steps, accumulate, seen):
     learn = learner(batches(5))
     learn.fit_one_cycle(2, 0.1, steps_per_epoch=steps, accumulate=accumulate)
-    assert list(learn.recorder.newest.sample_column) == seen * 2
+    assert list(learn.recorder.newest.weight_column.read()) == seen * 2
     assert learn.recorder.lrs.tolist() == OneCycle(0.1).values(2 * steps)["lr"]
 
 
@@ -313,7 +313,7 @@ def test_no_sample_is_lost_to_a_length_that_lies(said):
     learn = learner(Lying(batches(5), said))
     with pytest.warns(UserWarning, match="yielded 5 batches"):
         learn.fit(0.1, accumulate=2)
-    assert sum(learn.recorder.newest.sample_column) == 20
+    assert sum(learn.recorder.newest.weight_column.read()) == 20
 
 
 # ---- what goes wrong
@@ -418,7 +418,7 @@ def test_a_last_batch_of_one_sample_is_no_food_for_batchnorm(kind, call):
 def test_a_last_batch_that_can_be_trained_on(kind, options, model):
     learn = learner(of_13(kind, **options), model=model())
     learn.fit(0.1)
-    assert sum(learn.recorder.newest.sample_column) == 13 - options.get("drop_last", False)
+    assert sum(learn.recorder.newest.weight_column.read()) == 13 - options.get("drop_last", False)
 
 
 def test_a_last_batch_of_one_sample_to_validate_on():

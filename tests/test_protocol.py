@@ -506,14 +506,14 @@ def test_fields_are_unset_until_the_loop_writes_them():
     unset = {}
 
     def look(event):
-        names = ("batch", "n_samples", "target", "pred", "loss", "step_loss", "step_samples", "metrics")
+        names = ("batch", "n_samples", "target", "pred", "loss", "step_loss", "step_weight", "metrics")
         return lambda state: unset.setdefault(event, {name for name in names if not hasattr(state, name)})
 
     learner(batches(1), batches(1)).fit(0.1, callbacks=[At(event, look(event)) for event in EVENTS])
-    assert unset["before_fit"] >= {"batch", "n_samples", "target", "pred", "loss", "step_loss", "step_samples"}
-    assert unset["before_batch"] == {"n_samples", "target", "pred", "loss", "step_loss", "step_samples"}
-    assert unset["after_pred"] == {"loss", "step_loss", "step_samples"}
-    assert unset["after_backward"] == {"step_loss", "step_samples"}
+    assert unset["before_fit"] >= {"batch", "n_samples", "target", "pred", "loss", "step_loss", "step_weight"}
+    assert unset["before_batch"] == {"n_samples", "target", "pred", "loss", "step_loss", "step_weight"}
+    assert unset["after_pred"] == {"loss", "step_loss", "step_weight"}
+    assert unset["after_backward"] == {"step_loss", "step_weight"}
     assert unset["before_step"] == unset["after_fit"] == set()
 
 

@@ -179,7 +179,7 @@ def test_memory_stays_flat():
     recorder, loss = Recorder(), torch.tensor(1.0)
     opt = torch.optim.SGD([nn.Parameter(loss)], lr=0.1)
     opt.param_groups[0]["layer_group"] = 0
-    state = SimpleNamespace(opt=opt, group_names=("model",), epoch=0, step_samples=4, step_loss=loss)
+    state = SimpleNamespace(opt=opt, group_names=("model",), epoch=0, step_weight=4, step_loss=loss)
     recorder.before_fit(state)
     recorder.before_epoch(state)
     tracemalloc.start()
