@@ -1,6 +1,7 @@
 """minifast: callback-based training for PyTorch that can be read in an evening."""
 from . import schedules, suggest
 from .batches import split_batch
+from .budget import TimeLimit
 from .callback import Callback, CancelBatch, CancelEpoch, CancelFit, Order
 from .composed import PiecewiseLR, Schedule
 from .data import DataLoaders, TensorLoader, digits
@@ -20,11 +21,13 @@ from .lr import (
 from .lr_find import LRFind, LRFinder
 from .metrics import Metrics, accuracy, error_rate, rmse, top_k_accuracy
 from .plan import Plan
+from .preflight import Finding, Report
 from .progress import Progress
 from .record import FitRecord
 from .recorder import Recorder
 from .scheduler import Scheduler
 from .state import State
+from .timeline import Moment, Profile, Trace
 
 __version__ = "0.1.0"
 
@@ -39,6 +42,7 @@ __all__ = [
     "CosineAnnealing",
     "DataLoaders",
     "ExponentialLR",
+    "Finding",
     "FitRecord",
     "FlatCos",
     "LRFind",
@@ -48,17 +52,22 @@ __all__ = [
     "Learner",
     "LinearLR",
     "Metrics",
+    "Moment",
     "OneCycle",
     "Order",
     "PiecewiseLR",
     "Plan",
     "PolynomialLR",
+    "Profile",
     "Progress",
     "Recorder",
+    "Report",
     "Schedule",
     "Scheduler",
     "State",
     "TensorLoader",
+    "TimeLimit",
+    "Trace",
     "accuracy",
     "digits",
     "error_rate",

@@ -1,6 +1,6 @@
 """How a Learner makes one fit: its arguments checked, its `State` made, what it sets put back."""
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
@@ -53,8 +53,7 @@ def fit(learn: "Learner", n_epochs: int, lr: Any, schedule: Scheduler | None, **
         return find(learn, finder, [callback for callback in given if callback is not finder], **options)
     state = prepare(learn, n_epochs, lr, schedule, **options)
     check_trainable(learn.model, state.group_names)
-    with _fitting(learn, {hyper for callback in state.callbacks for hyper in callback.sets}, options.get("wd")):
-        state.weight_decays = tuple(group.get("weight_decay", 0.0) for group in learn.opt.param_groups)
+    with fitting(learn, state, options.get("wd")):
         loop.run(state)
 
 
@@ -97,11 +96,13 @@ def find(learn: "Learner", finder: LRFinder, given: list[Callback], *, wd: float
     batches, recorder = n_batches(learn.dls.train), Recorder()
     running = [cb for cb in _callbacks(learn, [finder, *given]) if cb.in_lr_find or cb is finder]
     shown = [Progress("lr_find")] if _is_verbose(learn, verbose) else []
-    with learn.sandbox([cb for cb in running if cb is not finder]), _fitting(learn, {"momentum"}, wd):
-        loop.run(new_state(
+    with learn.sandbox([cb for cb in running if cb is not finder]):
+        state = new_state(
             learn, n_epochs=finder.num_it, n_steps=finder.num_it, accumulate=accumulate, n_batches=batches,
             steps_per_epoch=None if batches is None else math.ceil(batches / accumulate), valid_sets=(),
-            recorder=recorder, callbacks=[recorder, *running, *shown]))
+            recorder=recorder, callbacks=[recorder, *running, *shown])
+        with fitting(learn, state, wd):
+            loop.run(state)
     learn.recorder.lr_find = finder.result()
     if shown:
         say(str(learn.recorder.lr_find))
@@ -110,12 +111,17 @@ def find(learn: "Learner", finder: LRFinder, given: list[Callback], *, wd: float
 def new_state(learn: "Learner", **fields: Any) -> State:
     """A State of this learner's parts, with `fields` in place of those of a fit that does nothing."""
     defaults: dict[str, Any] = {
-        "model": learn.model, "forward": learn.forward, "loss_func": learn.loss_func or output_loss,
+        "model": learn.model, "forward": learn.forward, "loss_func": loss_func(learn),
         "gradient": loop.gradient, "opt": learn.opt, "device": learn.device, "unpack": learn.unpack,
         "group_names": learn.groups.names, "lrs": (), "n_epochs": 1, "steps_per_epoch": None, "n_steps": 1,
         "train_dl": learn.dls.train, "valid_sets": valid_sets(learn.dls.valid), "callbacks": (),
         "recorder": learn.recorder, "norms_in_eval": norms_in_eval(learn.groups, learn.train_bn)}
     return State(**defaults | fields)
+
+
+def loss_func(learn: "Learner") -> Callable[[Any, Any], Any]:
+    """(output, target) -> loss: the learner's, or what the output carries."""
+    return learn.loss_func or output_loss
 
 
 def check_assigned(learn: "Learner") -> None:
@@ -175,14 +181,16 @@ def _callbacks(learn: "Learner", given: list[Callback]) -> list[Callback]:
 
 
 @contextmanager
-def _fitting(learn: "Learner", scheduled: set[str], wd: float | None) -> Iterator[None]:
+def fitting(learn: "Learner", state: State, wd: float | None) -> Iterator[None]:
     """One fit at a time, with weight decay `wd`; what it sets, but the learning rate, is put back afterwards."""
     learn.is_fitting = True
+    scheduled = {hyper for callback in state.callbacks for hyper in callback.sets}
     restore = keep_hypers(learn.opt, {*scheduled, "weight_decay"} - {"lr"})
     fill_momentum(learn.opt, "momentum" in scheduled)
     try:
         if wd is not None:
             set_weight_decay(learn.opt, learn.groups, wd, learn.wd_norm_bias)
+        state.weight_decays = tuple(group.get("weight_decay", 0.0) for group in learn.opt.param_groups)
         yield
     finally:
         learn.is_fitting = False

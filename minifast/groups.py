@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from .tables import table
+from .tables import listed, table
 
 Splitter = Callable[[nn.Module], Any] | Mapping[str, str | Sequence[str]] | None
 
@@ -76,10 +76,10 @@ def split(model: nn.Module, splitter: Splitter = None) -> LayerGroups:
         claimed |= {id(p) for p in wanted}
         if not claims[name]:
             raise ValueError(f"layer group {name!r} has no parameters of its own. Parameters of this model: "
-                             f"{_first(n for n, _ in named)}.")
+                             f"{listed(n for n, _ in named)}.")
     left = [name for name, p in named if id(p) not in claimed]
     if left:
-        raise ValueError(f"{len(left)} of {len(named)} parameters are in no layer group: {_first(left)}. "
+        raise ValueError(f"{len(left)} of {len(named)} parameters are in no layer group: {listed(left)}. "
                          "Let the splitter name them too, e.g. with a last group '*'.")
     foreign = claimed - {id(p) for _, p in named}
     if foreign:
@@ -118,7 +118,7 @@ def _matching(group: str, globs: Sequence[str], named: list[tuple[str, nn.Parame
     for glob in globs:
         if not any(fnmatchcase(name, glob) for name, _ in named):
             raise ValueError(f"layer group {group!r}: no parameter matches {glob!r}. Parameters of this model: "
-                             f"{_first(name for name, _ in named)}.")
+                             f"{listed(name for name, _ in named)}.")
     return [p for name, p in named if any(fnmatchcase(name, glob) for glob in globs)]
 
 
@@ -149,8 +149,3 @@ def _group(model: nn.Module, claims: dict[str, list[nn.Parameter]]) -> LayerGrou
                          for name, params in claims.items())
     groups.lrs, groups.wds = [float("nan")] * len(groups), [None] * len(groups)
     return groups
-
-
-def _first(names: Iterable[str], n: int = 5) -> str:
-    listed = list(names)
-    return ", ".join(listed[:n]) + (f" and {len(listed) - n} more" if len(listed) > n else "")

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .batches import Batch
 from .data import DataLoaders, TensorLoader
+from .tables import listed
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -34,7 +35,7 @@ def image_folder(folder: Path, batch_size: int = 64, device: torch.device | str 
     for name in valid_classes:
         if name not in classes:
             raise ValueError(f"the class {name!r} is in {folder / 'valid'} only: {folder / 'train'} has "
-                             f"{_listed(classes)}")
+                             f"{listed(classes)}")
     if len(classes) < 2:
         raise ValueError(f"{folder / 'train'} has one class only ({classes[0]}): nothing to tell apart")
     size, mode = _common_form([path for path, _ in (*train, *valid)])
@@ -121,7 +122,3 @@ def _reading(path: Path) -> "Iterator[Image]":
 def _as_float(batch: tuple[Tensor, ...]) -> Batch:
     images, labels = batch
     return images.float() / 255, labels
-
-
-def _listed(names: Sequence[str], n: int = 5) -> str:
-    return ", ".join(names[:n]) + (f" and {len(names) - n} more" if len(names) > n else "")

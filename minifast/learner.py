@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from . import fitting, loop, snapshot
+from . import fitting, loop, preflight, snapshot, timeline
 from .batches import Batch, UnpackBatch, call_model, scores, split_batch, to_device
 from .callback import Callback, Emitter, evaluating
 from .cycles import check_not_swapped, epochs_and_schedule
@@ -25,9 +25,11 @@ from .metrics import Metrics
 from .ownership import check_callbacks
 from .plan import Plan
 from .predict import predict_all
+from .preflight import Report
 from .recorder import Recorder
 from .scheduler import Scheduler
 from .signals import DeferredInterrupt
+from .timeline import Profile, Trace
 from .weights import load_weights, save_weights
 
 Data = DataLoaders | tuple[Iterable[Batch], Iterable[Batch] | Mapping[str, Iterable[Batch]] | None]
@@ -306,6 +308,49 @@ class Learner:
         if "lr" in values:
             values["lr"] = values["lr"][:, None] * lrs
         return Plan(n_epochs, per_epoch, self._groups.names, values, repr(schedule))
+
+    def check(self) -> Report:
+        """Look everything over before a long fit, in seconds, and undo it: gives a `Report`, true if all is well.
+
+        Looked at: whether a fit could begin; shapes, dtypes and values of the first batches; the target against the
+        output; the loss at the start against that of guessing; a finite gradient for every trainable parameter; eval
+        mode; leaks between the samples of a batch; the loader's time against the step's; whether one batch can be
+        learned by heart. Each is "ok", a "note" or a "problem". In a script: `sys.exit(learn.check().exit_code)`.
+
+        >>> learn = Learner(nn.Linear(4, 1), ([(torch.ones(8, 4), torch.ones(8))], None), nn.L1Loss(), verbose=False)
+        >>> print(learn.check())
+        ok       parts   5 trainable parameters on cpu
+        ok       data    inputs float32 (8, 4), target float32 (8,)
+        problem  batch   ValueError: the model's output (8, 1) and the target (8,) would be broadcast ...
+        1 problem
+        """
+        return preflight.check(self)
+
+    def overfit(self, steps: int = 100, lr: LR | None = None) -> list[float]:
+        """Train on the first batch alone for `steps` weight updates and undo it; gives the loss of each.
+
+        A model that cannot bring this close to 0 will not learn the data either. lr: None for the learner's. Only
+        callbacks with `in_lr_find` run.
+        """
+        return preflight.overfit(self, steps, lr)
+
+    def trace(self, n: int = 2, *, callbacks: Iterable[Callback] = (), accumulate: int = 1) -> Trace:
+        """Run `n` batches of training and of validation and undo them; gives what happened, in order.
+
+        Printed, it is a table: each event and piece of work, the callback that was called, its microseconds, and what
+        it changed. callbacks, accumulate: as in `fit`.
+        """
+        return timeline.trace(self, n, callbacks=callbacks, accumulate=accumulate)
+
+    def profile(self, n: int = 50, *, callbacks: Iterable[Callback] = (), accumulate: int = 1,
+                ops: bool = False) -> Profile:
+        """Run `n` batches (one pass at most) of training and of validation and undo them; gives where the time went.
+
+        Waiting for data, forward, loss, backward, optimizer step and each callback; on a GPU each is waited for, so
+        the sum is more than a fit takes. The first 3 batches, in which much is done for the first time, are not
+        counted where there are enough. ops: add `torch.profiler`'s table of operators.
+        """
+        return timeline.profile(self, n, callbacks=callbacks, accumulate=accumulate, ops=ops)
 
     def validate(self, dl: Iterable[Batch] | None = None) -> dict[str, float]:
         """The validation loss and the metrics over `dl`, None for the validation data: keys as in an epoch row.

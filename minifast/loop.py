@@ -3,7 +3,7 @@
 Deliberately absent, because it would cost every batch: reading a number from the device (`.item()`, `.cpu()`,
 `float(loss)`), looking up who listens (bound once per fit), a progress bar and schedules (both are callbacks).
 """
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing, suppress
 from itertools import count
 
@@ -19,9 +19,9 @@ from .state import State
 from .window import Window
 
 
-def run(state: State) -> None:
+def run(state: State, emitter: Callable[[Sequence[Callback], State], Emitter] = Emitter) -> None:
     """Train and validate for `state.n_epochs`, emitting every event of `Callback` in its order."""
-    emit = Emitter(state.callbacks, state)
+    emit = emitter(state.callbacks, state)
     restore_modes = snapshot.modes(state.model)
     with state.interrupt:
         try:

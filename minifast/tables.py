@@ -51,6 +51,16 @@ class Table(list[dict[str, Any]]):
     __str__ = __repr__
 
 
+def listed(names: Iterable[Any], n: int = 5) -> str:
+    """The first `n` of `names`, and how many more there are.
+
+    >>> listed(range(7))
+    '0, 1, 2, 3, 4 and 2 more'
+    """
+    texts = list(map(str, names))
+    return ", ".join(texts[:n]) + (f" and {len(texts) - n} more" if len(texts) > n else "")
+
+
 def columns(rows: Iterable[Mapping[str, Any]]) -> list[str]:
     """The keys of all rows, in the order of their first appearance.
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .batches import describe
+from .tables import listed
 
 
 def save_weights(model: nn.Module, path: str | os.PathLike[str]) -> Path:
@@ -42,7 +43,7 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     own = model.state_dict()
     if not isinstance(loaded, Mapping):
         raise ValueError(f"{path} holds a {type(loaded).__name__}, not the weights of a model.")
-    problems = [f"{kind} {_first(names)}" for kind, names in (
+    problems = [f"{kind} {listed(names)}" for kind, names in (
         ("missing", [name for name in own if name not in loaded]),
         ("unexpected", [name for name in loaded if name not in own]),
         ("of another shape", [f"{name} {_shape(loaded[name])} for {_shape(own[name])}" for name in own
@@ -63,7 +64,3 @@ def _plain(value: Any) -> Any:
 
 def _shape(value: Any) -> Any:
     return tuple(value.shape) if isinstance(value, Tensor) else describe(value)
-
-
-def _first(names: list[Any], n: int = 5) -> str:
-    return ", ".join(map(str, names[:n])) + (f" and {len(names) - n} more" if len(names) > n else "")

@@ -24,9 +24,10 @@ FLOORS = {
     4: {"loop", "scheduler", "lr_find", "recorder", "progress", "metrics", "first_batch", "ownership", "budget"},
     5: {"lr", "composed"},
     6: {"cycles", "fitting"},
-    7: {"learner"},
-    8: {"__init__", "demo"},
-    9: {"__main__"},
+    7: {"timeline", "preflight"},
+    8: {"learner"},
+    9: {"__init__", "demo"},
+    10: {"__main__"},
 }
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules}
 TOP_LEVEL = {"pyproject.toml", "minifast", "tests", "nbs", "README.md", "Makefile", "LICENSE", "CHANGELOG.md"}

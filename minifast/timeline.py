@@ -1,0 +1,233 @@
+"""What happens in a few batches of a fit: who is called when, what it changes, and where the time goes."""
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.optim import Optimizer
+
+from . import fitting, loop
+from .callback import Callback, Emitter, Event
+from .data import n_batches
+from .errors import check_flag, check_int
+from .state import State
+from .tables import shown, table
+
+if TYPE_CHECKING:
+    from .learner import Learner
+
+WARM_UP = 3  # batches
+# What the loop does before each event of a batch.
+WORK = {"before_batch": "waiting for data", "after_pred": "forward", "after_loss": "loss", "after_backward": "backward",
+        "after_step": "optimizer step", "before_valid_batch": "waiting for data (validation)",
+        "after_valid_batch": "forward and loss (validation)"}
+
+
+@dataclass(frozen=True)
+class Moment:
+    """One callback that was called, or one piece of work of the loop (`callback` is None)."""
+
+    event: str  # the event, or what the loop did before it
+    callback: str | None
+    changed: str  # what the callback changed, in words
+    seconds: float
+    epoch: int
+    step: int
+    batch_index: int
+
+
+class Trace(list[Moment]):
+    """What happened in a few batches, in order; prints as a table."""
+
+    def __repr__(self) -> str:
+        rows = [[f"{moment.step}.{moment.batch_index}" if moment.batch_index >= 0 else "", moment.event,
+                 moment.callback or "(the loop)", f"{moment.seconds * 1e6:,.0f}", moment.changed] for moment in self]
+        return table(["step.batch", "event or work", "callback", "us", "changes"], rows) if rows else "(no event)"
+
+    __str__ = __repr__
+
+
+@dataclass(frozen=True, repr=False)
+class Profile:
+    """Where the time of some batches went; prints as a table, the largest share first."""
+
+    rows: list[dict[str, Any]]  # what, callback, calls, seconds, share (0..1 of the whole)
+    seconds: float  # all of it
+    n_batches: int  # training batches
+    ops: str = ""  # torch.profiler's table of operators, if it was asked for
+
+    def share(self, what: str) -> float:
+        """The share of the time, 0..1, that went into `what`: a piece of work or a callback's class name."""
+        return float(sum(row["share"] for row in self.rows if what in (row["what"], row["callback"])))
+
+    def __repr__(self) -> str:
+        rows = [[row["callback"] or row["what"], "callback" if row["callback"] else "", row["calls"],
+                 f"{row['seconds'] * 1e6 / row['calls']:,.0f}", f"{row['share']:.1%}"] for row in self.rows]
+        head = (f"{self.n_batches} training batches in {self.seconds:.2f} s: "
+                f"{self.seconds / max(1, self.n_batches) * 1e6:,.0f} us each, all included\n")
+        return head + table(["what", "", "calls", "us a call", "share"], rows) + ("\n\n" + self.ops if self.ops else "")
+
+    __str__ = __repr__
+
+
+def trace(learn: "Learner", n: int = 2, *, callbacks: Iterable[Callback] = (), accumulate: int = 1) -> Trace:
+    """Run `n` training batches and as many of validation, and undo them; gives what happened."""
+    return Trace(_run(learn, check_int("n", n), callbacks, accumulate, _TracingEmitter))
+
+
+def profile(learn: "Learner", n: int = 50, *, callbacks: Iterable[Callback] = (), accumulate: int = 1,
+            ops: bool = False) -> Profile:
+    """Run `n` training batches (one pass at most) and as many of validation, and undo them; gives where the time went.
+
+    The first `WARM_UP` batches, in which much is done for the first time, are not counted where there are enough.
+    """
+    n, table_of_ops = check_int("n", n), ""
+    if check_flag("ops", ops):
+        from torch.profiler import profile as torch_profile
+        with torch_profile() as profiler:
+            moments = _run(learn, n, callbacks, accumulate, _TimingEmitter)
+        table_of_ops = profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=15)
+    else:
+        moments = _run(learn, n, callbacks, accumulate, _TimingEmitter)
+    last = max((moment.batch_index for moment in moments), default=-1)
+    first = min(WARM_UP, max(0, last - WARM_UP))
+    moments = [moment for moment in moments if moment.batch_index >= first]
+    total = sum(moment.seconds for moment in moments)
+    sums: dict[tuple[str, str | None], list[float]] = {}
+    for moment in moments:
+        sums.setdefault((moment.event if moment.callback is None else "", moment.callback), []).append(moment.seconds)
+    rows = [{"what": what, "callback": name, "calls": len(seconds), "seconds": sum(seconds),
+             "share": sum(seconds) / total if total else 0.0} for (what, name), seconds in sums.items()]
+    batches = sum(moment.event == WORK["before_batch"] for moment in moments)
+    return Profile(sorted(rows, key=lambda row: -float(row["share"])), total, batches, table_of_ops)
+
+
+def _run(learn: "Learner", n: int, callbacks: Iterable[Callback], accumulate: int, emitter: type["_TimingEmitter"]
+         ) -> list[Moment]:
+    with learn.sandbox(callbacks := list(callbacks)):
+        state = fitting.prepare(learn, 1, learn.lr, None, callbacks=callbacks, accumulate=accumulate, verbose=False,
+                                steps_per_epoch=n if n_batches(learn.dls.train) is None else None)
+        limit = n if state.max_batches is None else min(n, state.max_batches)
+        state.max_batches, state.n_batches = limit, limit if state.n_batches is None else min(limit, state.n_batches)
+        state.valid_sets = [(name, _First(loader, n)) for name, loader in state.valid_sets]
+        moments: list[Moment] = []
+        with fitting.fitting(learn, state, None):
+            loop.run(state, partial(emitter, moments))
+    return moments
+
+
+class _First:
+    """The first `n` batches of a loader."""
+
+    def __init__(self, loader: Iterable[Any], n: int) -> None:
+        self.loader, self.n = loader, n
+
+    def __iter__(self) -> Iterator[Any]:
+        for _, batch in zip(range(self.n), self.loader, strict=False):
+            yield batch
+
+
+class _TimingEmitter(Emitter):
+    """Notes when each callback was called, and what the loop did in between."""
+
+    def __init__(self, moments: list[Moment], callbacks: Iterable[Callback], state: State) -> None:
+        super().__init__(callbacks, state)
+        self.moments = moments
+        self._waits = state.device.type != "cpu"
+        self._left = time.perf_counter()
+
+    def __call__(self, event: Event) -> None:
+        name = event.__name__
+        if name in WORK:
+            self._note(WORK[name], None, "", self._now() - self._left)
+        hooks = self.hooks[event]
+        for hook in hooks:
+            self.hooks[event] = (hook,)
+            try:
+                self._timed(name, type(getattr(hook, "__self__", hook)).__name__, lambda: Emitter.__call__(self, event))
+            finally:
+                self.hooks[event] = hooks
+        self._left = self._now()
+
+    def _call(self, event: Event, cb: Callback) -> None:
+        if getattr(type(cb), event.__name__) is not event:
+            self._timed(event.__name__, type(cb).__name__, lambda: Emitter._call(self, event, cb))
+        self._left = self._now()
+
+    def _timed(self, event: str, callback: str, call: Any) -> None:
+        before, began = self._look(), self._now()
+        try:
+            call()
+        finally:
+            seconds = self._now() - began
+            self._note(event, callback, self._difference(before), seconds)
+
+    def _note(self, event: str, callback: str | None, changed: str, seconds: float) -> None:
+        state = self.state
+        self.moments.append(Moment(event, callback, changed, seconds, state.epoch, state.step,
+                                 -1 if event in ("before_fit", "after_fit") else state.batch_index))
+
+    def _now(self) -> float:
+        if self._waits:
+            torch.accelerator.synchronize(self.state.device)
+        return time.perf_counter()
+
+    def _look(self) -> Any:
+        return None
+
+    def _difference(self, before: Any) -> str:
+        return ""
+
+
+class _TracingEmitter(_TimingEmitter):
+    """Notes what each callback changed, too."""
+
+    def _look(self) -> dict[str, Any]:
+        state = self.state
+        fields = {name: getattr(state, name) for name in state.__dataclass_fields__ if hasattr(state, name)}
+        fields["metrics"] = dict(fields.get("metrics", {}))
+        params = [p for group in state.opt.param_groups for p in group["params"]]
+        return fields | _hypers(state.opt) | {
+            "weights": [p._version for p in params], "requires_grad": [p.requires_grad for p in params],
+            "gradients": [None if p.grad is None else (id(p.grad), p.grad._version) for p in params],
+            "modes": [module.training for module in state.model.modules()]}
+
+    def _difference(self, before: dict[str, Any]) -> str:
+        after = self._look()
+        return ", ".join(_change(name, before.get(name), value) for name, value in after.items()
+                         if not _same(before.get(name), value))
+
+
+def _hypers(opt: Optimizer) -> dict[str, Any]:
+    names = dict.fromkeys(name for group in opt.param_groups for name in group if name not in ("params", "layer_group"))
+    hypers = {name: tuple(group.get(name) for group in opt.param_groups) for name in names}
+    if "betas" in hypers:
+        hypers["momentum"] = tuple(betas and betas[0] for betas in hypers.pop("betas"))
+    return hypers
+
+
+def _same(before: Any, after: Any) -> bool:
+    plain = (int, float, str, bool, dict, tuple, list, type(None))
+    if isinstance(before, plain) and isinstance(after, plain):
+        try:
+            return bool(before == after)
+        except (RuntimeError, ValueError):  # a batch of tensors, which have no truth value
+            return before is after
+    return before is after
+
+
+def _change(name: str, before: Any, after: Any) -> str:
+    if name == "metrics":
+        return "metrics: " + ", ".join(key for key in after if key not in before or after[key] != before[key])
+    if isinstance(after, tuple) and after and all(isinstance(value, (int, float)) for value in after):
+        old, new = _newest(before), _newest(after)
+        return f"{name} {old} -> {new}" if old != new else name
+    if isinstance(after, (bool, int, float)):
+        return f"{name} {shown(before)} -> {shown(after)}"
+    return name
+
+
+def _newest(values: Any) -> str:
+    return shown(values[-1]) if isinstance(values, tuple) and values else shown(values)

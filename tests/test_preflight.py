@@ -1,0 +1,187 @@
+"""`learn.check()` finds what is wrong, finds nothing where nothing is, and leaves nothing behind; `learn.overfit()`."""
+import pytest
+import torch
+from helpers import batches, everything, learner
+from torch import nn
+
+from minifast import Learner, accuracy, digits
+
+
+def levels(report):
+    return {finding.what: finding.level for finding in report}
+
+
+def says(report, what):
+    return next(finding.says for finding in report if finding.what == what)
+
+
+def classifier(model=None, n=32, classes=3, **options):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(n, 4, generator=generator)
+    y = (x.sum(1) > 0).long()
+    torch.manual_seed(0)
+    model = model or nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, classes))
+    data = options.pop("data", ([(x, y)], [(x, y)]))
+    return Learner(model, data, options.pop("loss_func", nn.CrossEntropyLoss()), lr=0.03, verbose=False, device="cpu",
+                   **options)  # fmt: skip
+
+
+def test_a_sound_learner_passes():
+    learn = Learner(nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10)), digits(),
+                    nn.CrossEntropyLoss(), metrics=[accuracy], lr=0.01, verbose=False)  # fmt: skip
+    report = learn.check()
+    assert set(levels(report).values()) == {"ok"}
+    assert bool(report) is True
+    assert report.exit_code == 0
+    assert report.problems == []
+    assert str(report).endswith("no problem")
+    assert "guessing among 10 classes costs 2.303" in says(report, "loss")
+
+
+def test_nothing_is_left_of_it():
+    learn = classifier(nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 3)))
+    learn.fit(0.01)
+    before = everything(learn)
+    learn.check()
+    learn.overfit(3)
+    assert everything(learn) == before
+
+
+class Net(nn.Module):
+    """A classifier with one of the usual faults."""
+
+    def __init__(self, fault=""):
+        super().__init__()
+        self.fault, self.body, self.head, self.unused = fault, nn.Linear(4, 16), nn.Linear(16, 3), nn.Linear(2, 2)
+
+    def forward(self, x):
+        x = self.body(x).relu()
+        if self.fault == "mean over the batch":
+            x = x - x.mean(0)
+        if self.fault == "softmax over the batch":
+            x = x.softmax(0)
+        if self.fault == "dropout":
+            x = nn.functional.dropout(x)
+        return self.head(x)
+
+
+def test_parameters_without_a_gradient_are_named():
+    report = classifier(Net()).check()
+    assert levels(report)["gradients"] == "problem"
+    assert "2 of 6 parameters get none: unused.weight, unused.bias" in says(report, "gradients")
+    assert report.exit_code == 1
+    assert not report
+    assert str(report).endswith("1 problem")
+
+
+@pytest.mark.parametrize("fault", ["mean over the batch", "softmax over the batch"])
+def test_a_leak_between_samples_is_found(fault):
+    assert levels(classifier(Net(fault)).check())["leaks"] == "problem"
+
+
+def test_batchnorm_and_attention_over_positions_are_no_leak():
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Unflatten(1, (2, 4)),
+                          nn.TransformerEncoderLayer(4, 2, 8, batch_first=True), nn.Flatten(), nn.Linear(8, 3))  # fmt: skip
+    assert levels(classifier(model).check())["leaks"] == "ok"
+
+
+def test_dropout_in_eval_mode_is_found():
+    found = levels(classifier(Net("dropout")).check())
+    assert (found["eval mode"], found["leaks"]) == ("problem", "note")
+
+
+def test_labels_out_of_range():
+    x = torch.randn(8, 4)
+    report = classifier(data=([(x, torch.full((8,), 3))], None)).check()
+    assert "labels must be 0..2 for the model's 3 outputs, got 3..3" in report.problems[0].says
+
+
+@pytest.mark.parametrize("loss_func", [nn.MSELoss(), nn.functional.l1_loss, lambda p, t: (p - t).square().mean()])
+def test_the_silent_broadcast(loss_func):
+    x = torch.randn(8, 4)
+    report = classifier(nn.Linear(4, 1), data=([(x, torch.randn(8))], None), loss_func=loss_func).check()
+    assert "broadcast" in report.problems[0].says
+    assert "(8, 1)" in report.problems[0].says and "(8,)" in report.problems[0].says
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_values_that_are_not_finite(bad):
+    x = torch.randn(8, 4)
+    x[3, 1] = bad
+    report = classifier(data=([(x, torch.zeros(8, dtype=torch.long))], None)).check()
+    assert "the first batch has NaN or infinite values in float32 (8, 4)" in report.problems[0].says
+
+
+def test_a_loss_far_above_guessing():
+    model = nn.Linear(4, 3)
+    nn.init.constant_(model.bias, 0.0)
+    with torch.no_grad():
+        model.weight.mul_(100)
+    report = classifier(model).check()
+    assert levels(report)["loss"] == "note"
+    assert "guessing among 3 classes costs 1.099" in says(report, "loss")
+    assert report.exit_code == 0
+
+
+def test_large_inputs_are_worth_a_note():
+    x = torch.full((8, 4), 255.0)
+    report = classifier(data=([(x, torch.zeros(8, dtype=torch.long))], None)).check()
+    assert "inputs are as large as float32 (8, 4): 255" in says([f for f in report if f.level == "note"], "data")
+
+
+def test_frozen_and_empty_are_problems():
+    learn = classifier()
+    for p in learn.model.parameters():
+        p.requires_grad_(False)
+    assert "there is no trainable parameter" in learn.check().problems[0].says
+    assert "0 batches" in classifier(data=([], None)).check().problems[0].says
+
+
+def test_bad_validation_data():
+    x, y = torch.randn(8, 4), torch.zeros(8, dtype=torch.long)
+    report = classifier(data=([(x, y)], {"good": [(x, y)], "odd": [(x, y + 5)]})).check()
+    assert levels(report)["validation good"] == "ok"
+    assert "labels must be 0..2" in report.problems[0].says
+
+
+def test_labels_that_cannot_be_learned():
+    """The same input with different labels."""
+    x, y = torch.ones(30, 4), torch.arange(30) % 3
+    report = classifier(data=([(x, y)], None)).check()
+    assert levels(report)["overfitting"] == "note"
+
+
+def test_a_model_that_fails_is_a_finding_with_its_words():
+    report = classifier(nn.Linear(5, 3)).check()
+    assert "mat1 and mat2 shapes cannot be multiplied (32x4 and 5x3)" in report.problems[0].says
+
+
+def test_overfit_gives_the_loss_of_each_step():
+    learn = classifier()
+    losses = learn.overfit(40)
+    assert len(losses) == 40
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_overfit_trains_on_the_first_batch_alone():
+    seen = []
+
+    class Net(nn.Linear):
+        def forward(self, x):
+            seen.append(x.sum().item())
+            return super().forward(x)
+
+    learn = learner(batches(3), batches(1), model=Net(3, 1))
+    learn.overfit(5, lr=0.01)
+    assert seen == [batches(3)[0][0].sum().item()] * 5
+
+
+def test_bad_arguments_and_data():
+    learn = learner()
+    with pytest.raises(ValueError, match=r"steps must be an int >= 1, got 0 \(int\)"):
+        learn.overfit(0)
+    with pytest.raises(ValueError, match=r"lr must be a finite number > 0, got -1 \(int\)"):
+        learn.overfit(lr=-1)
+    for call in (learner(iter(batches(2))).check, learner(iter(batches(2))).overfit):
+        with pytest.raises(ValueError, match="the data is an iterator"):
+            call()
