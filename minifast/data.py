@@ -285,11 +285,12 @@ def feed(loader: Iterable[Batch], device: torch.device, limit: int | None, inter
     An error of the loader gains a note that counts the batch. One that comes after Ctrl-C is the interrupt itself:
     worker processes get the signal too and die of it.
     """
-    iterator, count = iter(loader), 0
+    iterator, count = None, 0
     on_cpu = device.type == "cpu"  # batches come from loaders on the CPU: nothing to walk through
     try:
         while limit is None or count < limit:
             try:
+                iterator = _begin(loader) if iterator is None else iterator
                 batch = next(iterator)
             except StopIteration:
                 return
@@ -304,3 +305,13 @@ def feed(loader: Iterable[Batch], device: torch.device, limit: int | None, inter
         # an error's traceback keeps the iterator, and with it the worker processes, alive for as long as it is kept
         if hasattr(iterator, "_shutdown_workers") and not getattr(loader, "persistent_workers", False):
             iterator._shutdown_workers()
+
+
+def _begin(loader: Iterable[Batch]) -> Iterator[Batch]:
+    try:
+        return iter(loader)
+    except (RuntimeError, OSError):
+        if getattr(loader, "_iterator", None) is None:
+            raise
+        loader._iterator = None  # type: ignore[attr-defined]  # persistent workers died, e.g. of Ctrl-C in a terminal
+        return iter(loader)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import time
 from collections import OrderedDict, namedtuple
 from functools import partial
 from importlib import resources
@@ -202,6 +203,20 @@ def columns():
 
 def of_workers(n, **options):
     return DataLoader(TensorDataset(*columns()), 4, num_workers=n, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_persistent_workers_that_died_are_started_again():
+    """As they do of Ctrl-C in a terminal, where they were not forked and so do not know to ignore it."""
+    loader = of_workers(2, persistent_workers=True, **FORKED)
+    learn = learner(loader)
+    learn.fit(0.1)
+    with pytest.raises(RuntimeError, match=r"DataLoader worker \(pid\(?s?\)? .* is killed by signal|exited"):  # torch's
+        loader._iterator._workers[0].kill()
+        time.sleep(5)  # it is raised in whatever the main thread does when the signal comes
+    learn.fit(0.1)
+    assert len(learn.recorder.losses) == 3
 
 
 BATCHES = [range(4), range(4, 8), range(8, 12)]

@@ -80,8 +80,9 @@ def test_a_leak_between_samples_is_found(fault):
 
 
 def test_batchnorm_and_attention_over_positions_are_no_leak():
-    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Unflatten(1, (2, 4)),
-                          nn.TransformerEncoderLayer(4, 2, 8, batch_first=True), nn.Flatten(), nn.Linear(8, 3))  # fmt: skip
+    attention = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Unflatten(1, (2, 4)), attention,
+                          nn.Flatten(), nn.Linear(8, 3))  # fmt: skip
     assert levels(classifier(model).check())["leaks"] == "ok"
 
 
@@ -101,7 +102,8 @@ def test_the_silent_broadcast(loss_func):
     x = torch.randn(8, 4)
     report = classifier(nn.Linear(4, 1), data=([(x, torch.randn(8))], None), loss_func=loss_func).check()
     assert "broadcast" in report.problems[0].says
-    assert "(8, 1)" in report.problems[0].says and "(8,)" in report.problems[0].says
+    assert "(8, 1)" in report.problems[0].says
+    assert "(8,)" in report.problems[0].says
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -82,7 +82,8 @@ def test_a_schedule_shows_its_numbers():
 def test_it_prints_as_a_table():
     text = str(learner(batches(2)).trace(1))
     assert text.splitlines()[0].split() == ["step.batch", "event", "or", "work", "callback", "us", "changes"]
-    assert "(the loop)" in text and "optimizer step" in text
+    assert "(the loop)" in text
+    assert "optimizer step" in text
 
 
 def test_an_error_of_a_callback_is_raised_as_in_a_fit():
