@@ -1,11 +1,15 @@
 """minifast: callback-based training for PyTorch that can be read in an evening."""
 from . import schedules, suggest
+from .activations import ActivationStats
 from .batches import split_batch
 from .budget import TimeLimit
 from .callback import Callback, CancelBatch, CancelEpoch, CancelFit, Order
 from .composed import PiecewiseLR, Schedule
 from .data import DataLoaders, TensorLoader, digits
+from .export import export_info, load_exported
 from .groups import LayerGroup, LayerGroups
+from .hooks import Hook, Hooks, hook_outputs
+from .layer_stats import GradientStats
 from .learner import Learner
 from .lr import (
     CircularLR,
@@ -27,11 +31,13 @@ from .record import FitRecord
 from .recorder import Recorder
 from .scheduler import Scheduler
 from .state import State
+from .summary import Summary
 from .timeline import Moment, Profile, Trace
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ActivationStats",
     "Callback",
     "CancelBatch",
     "CancelEpoch",
@@ -45,6 +51,9 @@ __all__ = [
     "Finding",
     "FitRecord",
     "FlatCos",
+    "GradientStats",
+    "Hook",
+    "Hooks",
     "LRFind",
     "LRFinder",
     "LayerGroup",
@@ -65,12 +74,16 @@ __all__ = [
     "Schedule",
     "Scheduler",
     "State",
+    "Summary",
     "TensorLoader",
     "TimeLimit",
     "Trace",
     "accuracy",
     "digits",
     "error_rate",
+    "export_info",
+    "hook_outputs",
+    "load_exported",
     "rmse",
     "schedules",
     "split_batch",

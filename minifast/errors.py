@@ -1,6 +1,7 @@
 """Checks of what users pass in: each failure says what was given, what is expected and what to do."""
 import numbers
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -55,6 +56,13 @@ def check_flag(name: str, value: Any) -> bool:
     if isinstance(value, bool):
         return value
     raise TypeError(f"{name} must be True or False, got {_shown(value)}.")
+
+
+def check_same_names(what: str, saved: Sequence[str], own: Sequence[str]) -> None:
+    """Raises ValueError if a saved record is of other layers than this fit's."""
+    if list(saved) != list(own):
+        raise ValueError(f"the saved record is of other {what} ({', '.join(saved)}) than this fit's "
+                         f"({', '.join(own)}): resume with the same model and the same arguments.")
 
 
 def _shown(value: Any) -> str:

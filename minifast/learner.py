@@ -16,6 +16,7 @@ from .callback import Callback, Emitter, evaluating
 from .cycles import check_not_swapped, epochs_and_schedule
 from .data import DataLoaders, as_dataloaders, count_steps, feed, generators, in_order, second_copy, valid_sets
 from .errors import check_flag, check_int, check_number
+from .export import export
 from .fitting import FitOptions
 from .groups import LayerGroups, Splitter, split
 from .hypers import LR, as_device, check_lr, freeze, group_lrs, label_groups, make_optimizer, spread_lrs
@@ -29,7 +30,9 @@ from .preflight import Report
 from .recorder import Recorder
 from .scheduler import Scheduler
 from .signals import DeferredInterrupt
+from .summary import Summary, summary
 from .timeline import Profile, Trace
+from .tta import tta
 from .weights import load_weights, save_weights
 
 Data = DataLoaders | tuple[Iterable[Batch], Iterable[Batch] | Mapping[str, Iterable[Batch]] | None]
@@ -334,6 +337,14 @@ class Learner:
         """
         return preflight.overfit(self, steps, lr)
 
+    def summary(self) -> Summary:
+        """The layers of the model, their shapes for one training batch, and the memory they take; prints as a table.
+
+        Random generators and buffers are left as they were. Raises ValueError for data that is good for one pass.
+        """
+        fitting.check_assigned(self)
+        return summary(self)
+
     def trace(self, n: int = 2, *, callbacks: Iterable[Callback] = (), accumulate: int = 1) -> Trace:
         """Run `n` batches of training and of validation and undo them; gives what happened, in order.
 
@@ -387,6 +398,24 @@ class Learner:
         """The model's output for one batch of inputs `x` (without targets), in eval mode, on the CPU."""
         with self._looking():
             return to_device(scores(call_model(self.model, to_device(x, self.device))), "cpu")
+
+    def tta(self, dl: Iterable[Batch] | None = None, *, transform: Callable[[Any], Any] | None = None, n: int = 4,
+            beta: float = 0.25, use_max: bool = False) -> tuple[Any, Any]:
+        """(predictions, targets) as of `get_preds`, from `n` augmented passes and, with weight `beta`, a plain one.
+
+        transform: called on the inputs of each batch; None: the training loader's own. Raw outputs are averaged. More
+        in `minifast.tta.tta`.
+        """
+        return tta(self, dl, transform=transform, n=n, beta=beta, use_max=use_max)
+
+    def export(self, path: str | os.PathLike[str], *, inputs: Any = None, labels: Sequence[str] | None = None,
+               metadata: Mapping[str, Any] | None = None) -> Path:
+        """Write the model for inference, without pickle: a program (`*.pt2`), or a folder of weights and a description.
+
+        A program runs without the model's class. `load_exported` reads both. labels: names of the classes; metadata:
+        plain values. More in `minifast.export.export`.
+        """
+        return export(self, path, inputs=inputs, labels=labels, metadata=metadata)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the weights, plain tensors, to `path`; gives the path. Raises FileNotFoundError without the folder."""

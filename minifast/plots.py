@@ -95,3 +95,24 @@ def _curves(ax: "Axes", curves: NDArray[np.float64], label: str, names: Sequence
                   color=f"C{first_color + k}" if n <= MANY else colormaps["viridis"](k / (n - 1)))
              for k, curve in enumerate(curves)]
     return drawn if n <= MANY else [drawn[0], drawn[-1]]
+
+
+def step_curves(steps: NDArray[np.int64], columns: NDArray[np.float64], names: Sequence[str], label: str,
+                ax: "Axes | None" = None) -> "Axes":
+    """Draw the columns of `columns`, (rows, names), against `steps`; one that is all nan is left out.
+
+    Up to 8 are named in a legend above the axes; more of them share a range of colours, and the first and the last
+    are named.
+    """
+    from matplotlib import colormaps
+    ax = axes(ax)
+    shown = [(name, column) for name, column in zip(names, columns.T, strict=True) if np.isfinite(column).any()]
+    for k, (name, column) in enumerate(shown):
+        color = f"C{k}" if len(shown) <= MANY else colormaps["viridis"](k / (len(shown) - 1))
+        ax.plot(steps, column, color=color, label=name, linewidth=1, marker="o" if len(steps) == 1 else None)
+    handles = ax.get_lines() if len(shown) <= MANY else [ax.get_lines()[0], ax.get_lines()[-1]]
+    if len(shown) > 1:  # above the axes: inside, it would hide one curve or another
+        ax.legend(handles=handles, loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, fontsize="small")
+    count_on_x(ax, STEPS)
+    ax.set_ylabel(label)
+    return ax

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .batches import Batch, UnpackBatch, call_model, n_samples, scores, to_device
+from .batches import Batch, UnpackBatch, call_model, describe, n_samples, scores, to_device
+from .losses import mean_and_weight
 
 
 @torch.no_grad()
@@ -33,7 +34,7 @@ def predict_all(model: Callable[..., Any], batches: Iterable[Batch], unpack: Unp
 
 def concatenate(parts: list[Any]) -> Any:
     """Batches of a nest of tensors as one: concatenated along the first dimension."""
-    return _join(_cat, parts)
+    return join(_cat, parts)
 
 
 def sample_losses(loss_func: Any, pred: Any, target: Any) -> Tensor:
@@ -51,30 +52,36 @@ def sample_losses(loss_func: Any, pred: Any, target: Any) -> Tensor:
         losses = loss_func(pred, target, reduction="none")
     if isinstance(losses, Tensor) and losses.ndim and losses.shape[0] == n:
         return losses.reshape(n, -1).mean(1)
-    return torch.stack([loss_func(_sample(pred, i), _sample(target, i)).reshape(()) for i in range(n)])
+    singly = [mean_and_weight(loss_func(sample_of(pred, i), sample_of(target, i)), 1)[0] for i in range(n)]
+    return torch.stack([loss.reshape(()) for loss in singly])
 
 
-def _sample(nest: Any, i: int) -> Any:
+def sample_of(nest: Any, i: int) -> Any:
     """Sample `i` of a batch, as a batch of one."""
-    return _join(lambda leaf: leaf[0][i:i + 1] if isinstance(leaf[0], Tensor) and leaf[0].ndim else leaf[0], [nest])
+    return join(lambda leaf: leaf[0][i:i + 1] if isinstance(leaf[0], Tensor) and leaf[0].ndim else leaf[0], [nest])
 
 
 def _cat(leaves: list[Any]) -> Any:
     if isinstance(leaves[0], Tensor):
-        return torch.cat([leaf.reshape(-1) if leaf.ndim == 0 else leaf for leaf in leaves])
+        parts = [leaf.reshape(-1) if leaf.ndim == 0 else leaf for leaf in leaves]
+        odd = next((part for part in parts if part.shape[1:] != parts[0].shape[1:]), None)
+        if odd is not None:
+            raise ValueError(f"the batches do not fit together: {describe(parts[0])} and {describe(odd)} differ beyond "
+                             "the first dimension. Pad all of them to one size, or call predict batch by batch.")
+        return torch.cat(parts)
     return None if leaves[0] is None else leaves
 
 
-def _join(function: Callable[[list[Any]], Any], nests: list[Any]) -> Any:
+def join(function: Callable[[list[Any]], Any], nests: list[Any]) -> Any:
     """Nests of one structure as one: each leaf is `function` of the list of theirs."""
     first = nests[0]
     if isinstance(first, Mapping):
-        joined = {key: _join(function, [nest[key] for nest in nests]) for key in first}
+        joined = {key: join(function, [nest[key] for nest in nests]) for key in first}
         return joined if type(first) is dict else type(first)(joined)  # type: ignore[call-arg]
     if isinstance(first, (tuple, list)):
-        columns = [_join(function, list(column)) for column in zip(*nests, strict=True)]
+        columns = [join(function, list(column)) for column in zip(*nests, strict=True)]
         return type(first)(*columns) if hasattr(first, "_fields") else type(first)(columns)
     if dataclasses.is_dataclass(first) and not isinstance(first, type):
-        return dataclasses.replace(first, **{field.name: _join(function, [getattr(nest, field.name) for nest in nests])
+        return dataclasses.replace(first, **{field.name: join(function, [getattr(nest, field.name) for nest in nests])
                                              for field in dataclasses.fields(first) if field.init})
     return function(nests)

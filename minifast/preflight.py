@@ -16,7 +16,7 @@ from .data import DataLoaders, n_batches, valid_sets
 from .errors import check_int
 from .hypers import check_lr
 from .losses import mean_and_weight
-from .predict import _sample as sample_of
+from .predict import sample_of
 from .tables import listed
 
 if TYPE_CHECKING:

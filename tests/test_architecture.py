@@ -17,14 +17,15 @@ import minifast
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "minifast"
 FLOORS = {
-    0: {"errors", "signals", "suggest", "schedules", "plots", "tables", "batches", "losses", "scalars"},
-    1: {"groups", "hypers", "data", "snapshot", "window", "record", "plan", "predict", "weights"},
-    2: {"state", "checks", "image_folder"},
+    0: {"errors", "signals", "suggest", "schedules", "plots", "tables", "batches", "losses", "scalars", "archive"},
+    1: {"groups", "hypers", "data", "snapshot", "window", "record", "plan", "predict", "weights", "hooks"},
+    2: {"state", "checks", "image_folder", "tta", "export"},
     3: {"callback"},
-    4: {"loop", "scheduler", "lr_find", "recorder", "progress", "metrics", "first_batch", "ownership", "budget"},
+    4: {"loop", "scheduler", "lr_find", "recorder", "progress", "metrics", "first_batch", "ownership", "budget",
+        "activations", "layer_stats"},
     5: {"lr", "composed"},
     6: {"cycles", "fitting"},
-    7: {"timeline", "preflight"},
+    7: {"timeline", "preflight", "summary"},
     8: {"learner"},
     9: {"__init__", "demo"},
     10: {"__main__"},

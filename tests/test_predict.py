@@ -4,13 +4,13 @@ import dataclasses
 import os
 import pickle
 import stat
-from collections import namedtuple
+from collections import OrderedDict, namedtuple
 from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import bits, everything, learner, rngs
+from helpers import batches, bits, everything, learner, rngs
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler, TensorDataset
@@ -228,6 +228,29 @@ def test_of_an_output_with_logits_those(wrap):
     expected = learn.model.linear(x).detach()
     assert torch.equal(learn.predict(x), expected)
     assert torch.allclose(learn.get_preds(in_batches(4, 7))[0], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("of_ones_own", [dict, OrderedDict])
+def test_batches_of_keywords(of_ones_own):
+    class Keywords(nn.Linear):
+        def forward(self, x, labels):
+            return super().forward(x)
+
+    x, y = samples()
+    learn = learner(model=Keywords(3, 1), loss_func=F.mse_loss)
+    data = [of_ones_own(x=x[rows], labels=y[rows]) for rows in (slice(4), slice(4, None))]
+    preds, targets, losses = learn.get_preds(data, with_loss=True)
+    assert torch.equal(targets, y)
+    assert torch.allclose(preds, F.linear(x, learn.model.weight, learn.model.bias), rtol=1e-6)
+    assert torch.allclose(losses, (preds - y).square().flatten())
+
+
+def test_batches_of_different_widths_are_an_error():
+    learn = learner()
+    learn.model = nn.Identity()
+    message = r"do not fit together: float32 \(2, 7\) and float32 \(2, 9\) differ beyond the first dimension. Pad all"
+    with pytest.raises(ValueError, match=message):
+        learn.get_preds([(torch.ones(2, width), torch.ones(2)) for width in (7, 7, 9)])
 
 
 def test_several_inputs_and_no_target():
@@ -496,3 +519,13 @@ def test_a_trap_that_works_where_it_is_trusted(tmp_path):
     torch.save(Evil(tmp_path / "sentinel"), tmp_path / "weights.pth")
     torch.load(tmp_path / "weights.pth", weights_only=False)
     assert (tmp_path / "sentinel").exists()
+
+
+@pytest.mark.parametrize("counted", [int, torch.tensor])
+def test_a_loss_with_a_count_has_a_loss_for_each_sample(counted):
+    def loss_func(pred, target):
+        losses = nn.functional.mse_loss(pred, target, reduction="none")
+        return losses.sum(), counted(losses.numel())
+
+    plain, summed = learner(batches(3), batches(2)), learner(batches(3), batches(2), loss_func=loss_func)
+    torch.testing.assert_close(summed.get_preds(with_loss=True)[2], plain.get_preds(with_loss=True)[2])

@@ -1,0 +1,242 @@
+"""What the layers put out while they train: mean, spread, dead units, and the colour plot of their histograms."""
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from . import plots
+from .batches import tensors
+from .callback import Callback, Order
+from .errors import check_int, check_same_names
+from .hooks import hook_outputs
+from .state import State
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+STATS = ("mean", "std", "near_zero")
+NEAR_ZERO = 0.05  # |activation| below it counts as near zero
+DECADES = (-4, 4)  # of the histogram: |activation| from 1e-4 to 1e4, what is beyond goes to the outermost bins
+MOST_COUNTED = 2**16  # values of one histogram: enough for a picture, and float32, in which torch counts, is exact
+FLUSH_EVERY = 128  # rows that wait on the device
+
+
+@dataclass(eq=False)
+class ActivationStats(Callback):
+    """Records mean, standard deviation, share near zero and a histogram of what layers put out, while they train.
+
+    layers: None for every module with parameters and without children, or a glob, or several, over module names
+    ("*.conv?"). every: record each `every`-th weight update, an int >= 1. bins: of the histograms, an int >= 2: of
+    |activation| on a log scale, 1e-4 .. 1e4, so that they hold a training that explodes; zeros are in the first bin.
+
+    A row is one weight update; of several micro-batches the first is looked at, and of a layer that runs several times
+    in a batch its first run, and of an output of several tensors the first floating-point one. nan: the layer did not
+    run. Values that are not finite reach mean and std, but no histogram (inf: its last bin). Of more than 65,536
+    outputs every k-th is counted in the histogram. Validation is not recorded. What is recorded is that of the newest
+    fit, 4 * (3 + bins) bytes a layer and row, and readable while it runs. A recorded step may take twice the time:
+    raise `every` where that matters.
+
+    Hooks are on the model from `before_fit` to `after_fit`. A model that was compiled before has none inside.
+    Raises ValueError for arguments out of range, and in `before_fit` for a glob that no module matches.
+
+    >>> ActivationStats("*.relu", every=10)
+    ActivationStats(layers='*.relu', every=10, bins=40)
+    """
+
+    order = Order.RECORD  # last in before_batch: a callback that calls the model there is not recorded
+
+    layers: str | Sequence[str] | None = None
+    every: int = 1
+    bins: int = 40
+
+    def __post_init__(self) -> None:
+        globs = [self.layers] if isinstance(self.layers, str) else self.layers
+        if globs is not None and not (isinstance(globs, Sequence) and globs
+                                      and all(isinstance(glob, str) and glob for glob in globs)):
+            raise ValueError(f"layers must be a glob over module names, several of them, or None, got "
+                             f"{self.layers!r:.80}. Pass e.g. '*.conv1'.")
+        self.every, self.bins = check_int("every", self.every), check_int("bins", self.bins, minimum=2)
+        self.names: tuple[str, ...] = ()  # of the watched layers
+        self._clear()
+
+    def _clear(self) -> None:
+        self._steps: list[int] = []
+        self._waiting: list[Tensor] = []
+        self._flushed: list[Tensor] = []
+        self._found: dict[nn.Module, Tensor] | None = None  # of the update under way
+        self._listening = False
+
+    def before_fit(self, state: State) -> None:
+        watched = self._watched(state.model)
+        self._hooks = hook_outputs(watched.values(), self._note)
+        self._modules = list(watched.values())
+        self.names = tuple(watched)
+        self._clear()
+        self._nan = torch.full((len(STATS) + self.bins,), float("nan"), device=state.device)
+        self._hooks.__enter__()
+
+    def before_batch(self, state: State) -> None:
+        if state.batch_index % state.accumulate == 0:
+            self._listening = state.step % self.every == 0
+            self._found = {} if self._listening else None
+
+    def after_pred(self, state: State) -> None:
+        self._listening = False
+
+    def after_batch(self, state: State) -> None:
+        self._listening = False  # of a batch that was cancelled before its forward pass
+
+    def after_step(self, state: State) -> None:
+        if self._found is None:
+            return
+        if not self._found:
+            raise RuntimeError(f"none of the watched layers ran: {', '.join(self.names[:5])}"
+                               f"{', ...' if len(self.names) > 5 else ''}. A model that was compiled before runs "
+                               "without hooks: train with compile=False, or watch others, ActivationStats(layers=...).")
+        self._steps.append(state.step)
+        self._waiting.append(torch.stack([self._found.get(module, self._nan) for module in self._modules]))
+        self._found = None
+        if len(self._waiting) >= FLUSH_EVERY:
+            self._flush()
+
+    def after_fit(self, state: State) -> None:
+        self._hooks.__exit__()
+        self._modules, self._found = [], None
+        del self._hooks
+
+    @property
+    def steps(self) -> NDArray[np.int64]:
+        """The recorded weight updates, by their 0-based number, (rows,)."""
+        return np.array(self._steps, dtype=np.int64)
+
+    @property
+    def stats(self) -> dict[str, NDArray[np.float32]]:
+        """"mean", "std" (of the population) and "near_zero" (share of |activation| < 0.05), each (rows, layers)."""
+        values = self._values()
+        return {stat: values[:, :, i] for i, stat in enumerate(STATS)}
+
+    @property
+    def hists(self) -> NDArray[np.float32]:
+        """How many outputs lay in each bin, (rows, layers, bins)."""
+        return self._values()[:, :, len(STATS):]
+
+    @property
+    def edges(self) -> NDArray[np.float64]:
+        """The edges of the bins, in |activation|, (bins + 1,); the outermost bins also hold what lies beyond."""
+        return np.logspace(*DECADES, self.bins + 1)
+
+    def plot(self, stat: str = "mean", *, ax: "Axes | None" = None) -> "Axes":
+        """Draw "mean", "std" or "near_zero" of every layer that ran against the step.
+
+        Raises ValueError for another name, RuntimeError if nothing was recorded.
+        """
+        if stat not in STATS:
+            raise ValueError(f"stat must be one of {', '.join(STATS)}, got {stat!r}.")
+        self._check_any()
+        label = f"share of |activation| < {NEAR_ZERO}" if stat == "near_zero" else f"{stat} of the activations"
+        return plots.step_curves(self.steps, self.stats[stat].astype(np.float64), self.names, label, ax)
+
+    def plot_hist(self, layer: str | int = -1, *, ax: "Axes | None" = None) -> "Axes":
+        """Draw the colour plot of one layer: a column per step, the brighter the larger the share of its outputs there.
+
+        layer: its name, or its number in `names`. Healthy training has a bright band that moves little; a bright
+        first bin is a layer of zeros; waves that climb and collapse are a learning rate that is too high. Raises
+        ValueError for a layer that is not watched, RuntimeError if nothing was recorded.
+        """
+        self._check_any()
+        names = dict(enumerate(self.names)) | {i - len(self.names): name for i, name in enumerate(self.names)}
+        name = layer if layer in self.names else names.get(layer) if isinstance(layer, int) else None
+        if name is None:
+            raise ValueError(f"layer must be a watched one ({', '.join(self.names)}) or its number, got {layer!r}.")
+        ax = plots.axes(ax)
+        steps, counts = self.steps, self.hists[:, self.names.index(str(name))]
+        half = self.every / 2  # the columns stand `every` steps apart
+        shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)  # the last batch of an epoch may be smaller
+        ax.imshow(np.log1p(1000 * shares.T), origin="lower", aspect="auto", interpolation="nearest", cmap="magma",
+                  extent=(steps[0] - half, steps[-1] + half, *DECADES))
+        powers = range(DECADES[0], DECADES[1] + 1)
+        ax.set_yticks(powers, [f"$10^{{{power}}}$" for power in powers])
+        used = np.flatnonzero((counts > 0).any(0))
+        if used.size:
+            ax.set_ylim(*np.log10(self.edges)[[used[0], used[-1] + 1]])
+        plots.count_on_x(ax, plots.STEPS)
+        ax.set_ylabel("|activation|")
+        ax.set_title(f"{name}: log(1 + 1000 * share of the outputs)", fontsize="small")
+        return ax
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was recorded so far, as plain values."""
+        return {"names": list(self.names), "steps": list(self._steps), "values": torch.from_numpy(self._values())}
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Go on after the rows of `state_dict`. Raises ValueError if they are of other layers."""
+        check_same_names("layers", saved["names"], self.names)
+        self._clear()
+        self._steps = list(saved["steps"])
+        self._flushed = [saved["values"].cpu().clone()]
+
+    def _watched(self, model: nn.Module) -> dict[str, nn.Module]:
+        named = dict(model.named_modules())
+        if self.layers is None:
+            leaves = {name: module for name, module in named.items()
+                      if not list(module.children()) and list(module.parameters(recurse=False))}
+            if not leaves:
+                raise ValueError(f"the model ({type(model).__name__}) has no module that holds parameters and no "
+                                 "children: say which to watch, ActivationStats(layers=...).")
+            return leaves
+        globs = [self.layers] if isinstance(self.layers, str) else self.layers
+        for glob in globs:
+            if not any(fnmatchcase(name, glob) for name in named):
+                raise ValueError(f"layers={glob!r} matches no module. Those of this model: "
+                                 f"{', '.join(list(named)[1:9])}{', ...' if len(named) > 9 else ''}.")
+        return {name: module for name, module in named.items() if any(fnmatchcase(name, glob) for glob in globs)}
+
+    @torch.no_grad()
+    def _note(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        if not self._listening or self._found is None or module in self._found:
+            return
+        out = next((tensor for tensor in tensors(output) if tensor.is_floating_point() and tensor.numel()), None)
+        if out is not None:
+            out = out.detach().float()
+            mean = out.mean()
+            std = torch.linalg.vector_norm(out - mean) / out.numel() ** 0.5  # 10 times as fast as std() on a CPU
+            near_zero = (out.abs() < NEAR_ZERO).float().mean()
+            self._found[module] = torch.cat([torch.stack([mean, std, near_zero]), histogram(out, self.bins)])
+
+    def _values(self) -> NDArray[np.float32]:
+        """All rows so far, (rows, layers, statistics and bins)."""
+        self._flush()
+        return torch.cat([torch.empty(0, len(self.names), len(STATS) + self.bins), *self._flushed]).numpy()
+
+    def _flush(self) -> None:
+        if self._waiting:
+            self._flushed.append(torch.stack(self._waiting).cpu())
+            self._waiting.clear()
+
+    def _check_any(self) -> None:
+        if not self._steps:
+            raise RuntimeError("no step was recorded. Train first, e.g. learn.fit(0.01, callbacks=[stats]).")
+
+
+def histogram(values: Tensor, bins: int) -> Tensor:
+    """Counts of |values| in `bins` equal steps of the logarithm from 1e-4 to 1e4, float32 (bins,); nan is not counted.
+
+    >>> histogram(torch.tensor([0.0, 1e-9, -3.0, 5.0, 2e7, float("nan")]), bins=4)
+    tensor([2., 0., 2., 1.])
+    """
+    low, high = DECADES
+    flat = values.flatten()
+    stride = -(-len(flat) // MOST_COUNTED)
+    flat = flat[::stride + (stride % 2 == 0)]  # odd: an even one would always hit the same columns of an image
+    powers = flat.abs().log10_().clamp_(low, high).nan_to_num_(nan=low - 1)
+    if powers.is_cuda and torch.are_deterministic_algorithms_enabled():  # torch then refuses histc
+        edges = torch.linspace(low, high, bins + 1, device=powers.device)
+        below = torch.searchsorted(powers.sort().values, edges)
+        below[-1] = len(powers)  # the last bin holds its right edge
+        return below.diff().float()
+    return torch.histc(powers, bins, low, high)

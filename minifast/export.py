@@ -1,0 +1,276 @@
+"""A trained model in files without pickle: a `torch.export` program, or its weights with a description."""
+import copy
+import hashlib
+import importlib.metadata
+import io
+import json
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from . import archive
+from .batches import call_model, n_samples, scores, tensors, to_device
+from .data import feed, in_order, is_one_shot, second_copy, valid_sets
+from .predict import join
+from .signals import DeferredInterrupt
+from .weights import load_weights, save_weights
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
+    from .learner import Learner
+
+WEIGHTS, DESCRIPTION = "weights.pt", "model.json"  # the two files of a folder
+FORMAT = "minifast export 1"
+
+
+def export(learn: "Learner", path: str | os.PathLike[str], *, inputs: Any = None, labels: Sequence[str] | None = None,
+           metadata: Mapping[str, Any] | None = None) -> Path:
+    """Write the model to `path`, for the CPU and in eval mode; gives the path. No pickled object is in it.
+
+    A path that ends in .pt2: a program made by `torch.export`, which runs without the model's class and gives what
+    `predict` gives. The first dimension of the inputs, the samples, may vary; the others are fixed. A model that
+    branches on its data or on the number of samples, or takes len(x) for x.shape[0], cannot be one. Any other path: a
+    folder of weights.pt, as `save` writes it, and model.json, which describes the model; it is made if need be.
+    Both are read by `load_exported` and `export_info`.
+
+    inputs: a batch as `predict` takes it, traced and described, not written; None: the inputs of the first validation
+    batch, or training batch, without the target. labels: names of the classes. metadata: text, numbers, True, False
+    and None, in lists and in dicts with text as keys.
+
+    Each file is replaced whole or not at all; the learner is left as it was. Raises ValueError, with torch's words, for
+    a model that cannot be a program, and OSError where the file or the folder cannot be.
+    """
+    path = Path(path)
+    is_program = _check_path(path)
+    labels, metadata = _check_labels(labels), _check_metadata(metadata)
+    inputs = _first_inputs(learn) if inputs is None else to_device(inputs, "cpu")
+    described: dict[str, Any] = {
+        "format": FORMAT, "versions": {"torch": str(torch.__version__), "minifast": _version()},
+        "model": type(learn.model).__qualname__, "groups": list(learn.groups.names),
+        "inputs": _described(inputs, n_samples(None, inputs)), "state": _described(learn.model.state_dict()),
+        "labels": labels, "metadata": metadata}
+    if is_program:
+        with learn._looking():
+            _write(path, _program(learn.model, inputs, described))
+        return path
+    path.mkdir(exist_ok=True)
+    try:
+        described["sha256"] = _sha256(save_weights(learn.model, path / WEIGHTS))
+        _write(path / DESCRIPTION, json.dumps(described, indent=1).encode())
+    finally:
+        if not any(path.iterdir()):
+            path.rmdir()
+    return path
+
+
+def load_exported(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Module:
+    """What `export` wrote, as a module for inference on the CPU: called like the model, it gives what `predict` gives.
+
+    A program comes as a module of its own; torch lets nobody call train() or eval() on it. A folder of weights needs
+    `model`, of the class that was exported: it is filled, put in eval mode and returned; all of the weights fit, or
+    nothing is changed.
+
+    Nothing is unpickled, imported or evaluated, and no name in a file is used as a path. For weights torch promises
+    that (weights_only=True). For programs it does not: `torch.export.load` would unpickle objects, load native code
+    and evaluate text. So it is given a copy that holds tensors, a graph of known operators, and checked names only;
+    anything else is refused. That closes the ways we know of: from strangers, take weights.
+
+    Raises ValueError that says what is wrong with the file or does not fit the model, FileNotFoundError without it.
+    """
+    path = Path(path)
+    if model is not None and not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {model!r:.80} ({type(model).__name__}).")
+    if path.is_dir():
+        described = export_info(path)
+        if model is None:
+            raise ValueError(f"{path} holds weights, which need a model ({described.get('model')}). Call "
+                             "load_exported(path, model=...) with one.")
+        if described.get("sha256") != _sha256(path / WEIGHTS):
+            raise ValueError(f"{path / WEIGHTS} is damaged, or not the file that {DESCRIPTION} describes. Nothing was "
+                             "loaded. Export again.")
+        load_weights(model, path / WEIGHTS)
+        return model.eval()
+    if model is not None:
+        raise ValueError(f"{path} is a program, which needs no model. Leave out model=.")
+    content = path.read_bytes()
+    try:
+        return _load(archive.checked(content)).module()
+    except Exception as error:
+        raise _refusal(path, error) from error
+
+
+def export_info(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The description in what `export` wrote, plain values; the model itself is not loaded.
+
+    Keys: format, versions, model (the class's name), groups (layer groups), inputs and state (dtype and shape of each
+    tensor, "n" for the number of samples), labels, metadata. Raises ValueError if there is none.
+    """
+    path = Path(path)
+    try:
+        if path.is_dir():
+            text = (path / DESCRIPTION).read_bytes()
+        else:
+            text = archive.entries(path.read_bytes())["extra/minifast.json"]
+        described = json.loads(text)
+        if described["format"] != FORMAT:
+            raise ValueError(f"its format is {described['format']!r:.40}, not {FORMAT!r}")
+    except OSError:
+        raise
+    except Exception as error:
+        raise _refusal(path, error) from error
+    return described  # type: ignore[no-any-return]
+
+
+# ---- what goes into the files
+
+
+def _check_path(path: Path) -> bool:
+    """Whether `path` is that of a program. Raises OSError or ValueError if it cannot be written to."""
+    is_program = path.suffix.lower() == ".pt2"
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"cannot export to {path}: there is no folder {path.parent}. Make it first.")
+    if is_program and path.is_dir():
+        raise IsADirectoryError(f"cannot export to {path}: it is a folder, and a program (.pt2) is a file.")
+    if not is_program and path.suffix.lower() in (".pt", ".pth", ".pkl", ".onnx", ".json", ".safetensors"):
+        raise ValueError(f"cannot export to {path}: pass a name that ends in .pt2 for a program, or that of a folder "
+                         f"for weights and their description. Weights alone: learn.save({path.name!r}).")
+    if not is_program and path.exists() and not path.is_dir():
+        raise FileExistsError(f"cannot export to {path}: it is a file, and weights with their description are a "
+                              "folder. Pass another name, or one that ends in .pt2 for a program.")
+    return is_program
+
+
+def _check_labels(labels: Any) -> list[str] | None:
+    if labels is None:
+        return None
+    if not isinstance(labels, (list, tuple)) or not all(isinstance(label, str) for label in labels):
+        raise TypeError(f"labels must be a list of class names, got {labels!r:.80}.")
+    return list(labels)
+
+
+def _check_metadata(metadata: Any) -> dict[str, Any]:
+    if metadata is None:
+        return {}
+    try:
+        if isinstance(metadata, dict) and json.loads(json.dumps(metadata, allow_nan=False)) == metadata:
+            return metadata
+    except (TypeError, ValueError):
+        pass
+    raise TypeError("metadata must be a dict with text as keys, of text, finite numbers, True, False, None, lists and "
+                    f"such dicts, got {metadata!r:.80}.")
+
+
+def _version() -> str | None:
+    try:
+        return importlib.metadata.version(__package__)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _first_inputs(learn: "Learner") -> Any:
+    """The inputs of the first batch, on the CPU, without what is also the target; no loader is disturbed."""
+    fits = [loader for _, loader in valid_sets(learn.dls.valid)]
+    data = fits[0] if fits else learn.dls.train
+    if is_one_shot(data):
+        raise ValueError(f"the data is an iterator ({type(data).__name__}), and a batch drawn from it would be lost. "
+                         "Pass inputs=, a batch as predict takes it.")
+    batches = feed(second_copy(in_order(data)), torch.device("cpu"), 1, DeferredInterrupt())
+    with learn._looking(data), closing(batches):
+        batch = next(batches, None)
+    if batch is None:
+        raise ValueError("the data yielded 0 batches. Pass inputs=, a batch as predict takes it.")
+    inputs, target = learn.unpack(batch)
+    if isinstance(inputs, Mapping):
+        inputs = {key: value for key, value in inputs.items() if value is not target}
+    return to_device(inputs, "cpu")
+
+
+def _described(nest: Any, n: int | None = None) -> Any:
+    """A nest with each tensor replaced by its dtype and shape, "n" where the first dimension is that."""
+    if isinstance(nest, Mapping):
+        return {str(key): _described(value, n) for key, value in nest.items()}
+    if isinstance(nest, (tuple, list)):
+        return [_described(value, n) for value in nest]
+    if not isinstance(nest, Tensor):
+        return {"type": type(nest).__name__}
+    shape: list[Any] = list(nest.shape)
+    return {"dtype": str(nest.dtype).removeprefix("torch."), "shape": ["n", *shape[1:]] if shape[:1] == [n] else shape}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write a file whole, or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# ---- programs
+
+
+class _Scores(nn.Module):
+    """A model that gives the scores of its output only: a class of the output's own would be missing elsewhere."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return scores(self.model(*args, **kwargs))
+
+
+def _program(model: nn.Module, inputs: Any, described: dict[str, Any]) -> bytes:
+    """The file of a program, which was loaded once to see that it can be. Raises ValueError with torch's words."""
+    n = n_samples(None, inputs)
+    # torch takes a dimension of 1 for a constant; and each tensor is one of its own, to be told apart from the others
+    rows = [0, 0] if n == 1 else slice(None)
+    inputs = join(lambda leaves: leaves[0][rows].clone() if _has_samples(leaves[0], n) else leaves[0], [inputs])
+    is_dynamic = [tensor for tensor in tensors(inputs) if _has_samples(tensor, max(n, 2))]
+    shapes = torch.export.ShapesCollection()
+    for tensor in is_dynamic:
+        shapes[tensor] = {0: torch.export.Dim.DYNAMIC}
+    args = (inputs,) if not isinstance(inputs, (tuple, list, Mapping)) else tuple(inputs)
+    args, kwargs = ((), dict(inputs)) if isinstance(inputs, Mapping) else (args, {})
+    try:
+        twin = copy.deepcopy(model).to("cpu").eval().requires_grad_(False)
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*were assigned during export", UserWarning)  # said of each nn.LSTM
+            output = call_model(twin, inputs)
+            traced = twin if scores(output) is output else _Scores(twin)
+            program = torch.export.export(traced, args, kwargs, dynamic_shapes=shapes, strict=False)
+        buffer = io.BytesIO()
+        torch.export.save(program, buffer, extra_files={"minifast.json": json.dumps(described)})
+        content = archive.checked(buffer.getvalue())
+        _load(content)
+    except Exception as error:
+        raise ValueError(f"torch.export cannot make a program of this {type(model).__name__}: {type(error).__name__}: "
+                         f"{str(error).strip():.600}\nExport its weights instead: pass a path that does not end in "
+                         ".pt2.") from error
+    return content
+
+
+def _has_samples(leaf: Any, n: int) -> bool:
+    return isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == n
+
+
+def _load(checked: bytes) -> "ExportedProgram":
+    return torch.export.load(io.BytesIO(checked))
+
+
+def _refusal(path: Path, error: Exception) -> ValueError:
+    reason = f": {error}" if type(error) is ValueError else f" ({type(error).__name__})"
+    return ValueError(f"{path} is damaged, or not what export wrote{reason:.300}. Nothing was loaded.")

@@ -1,0 +1,130 @@
+"""Predictions averaged over augmented copies of each sample."""
+import copy
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from . import snapshot
+from .batches import Batch, call_model, describe, scores
+from .data import TensorLoader, feed, generators, in_order
+from .errors import check_flag, check_int, check_number
+from .predict import join, predict_all
+from .signals import DeferredInterrupt
+
+if TYPE_CHECKING:
+    from .learner import Learner
+
+Transform = Callable[[Any], Any]
+
+
+def tta(learn: "Learner", dl: Iterable[Batch] | None = None, *, transform: Transform | None = None, n: int = 4,
+        beta: float = 0.25, use_max: bool = False) -> tuple[Any, Any]:
+    """(predictions, targets) as `get_preds` gives them, from `n` augmented passes and a plain one.
+
+    predictions = (1 - beta) * mean(augmented) + beta * plain, element by element; n >= 1, beta in 0..1. What is
+    averaged are the raw outputs, because their mean is an output of the same kind whatever the model gives, so that
+    metrics and losses read it as they read the output itself. Of logits it stands for the geometric mean of the
+    probabilities, normalised. use_max: the largest of the n + 1 outputs instead, and `beta` has no part in it. That
+    has a meaning for outputs that can be compared between passes (probabilities, sigmoid logits), not for softmax
+    logits.
+
+    transform: called n times on the inputs of each batch, a copy, on the device, without gradients; gives the inputs
+    of one pass. None: the training loader's own, if that is a `TensorLoader` with one. It is called with the whole
+    batch, as there, so of a `dl` that is a `TensorLoader` it gets the tensors before that one's own transform; the
+    plain pass and the targets come after it.
+
+    The samples are in the order of the data set. Passes differ as far as `transform` draws random numbers; all
+    generators are put back, so that the result is a function of the global seed. Outputs are averaged batch by batch:
+    no n-fold copy. Raises ValueError for arguments out of range or no transform, TypeError for outputs that are not
+    floats. Source: fastai 2's tta.
+
+    >>> from minifast import Learner
+    >>> x = torch.arange(3.0).reshape(3, 1)
+    >>> learn = Learner(torch.nn.Linear(1, 1), ([(x, x)], [(x, x)]), torch.nn.MSELoss(), verbose=False)
+    >>> preds, targets = tta(learn, transform=lambda x: x + 8)
+    >>> plain, _ = learn.get_preds()
+    >>> (preds - plain) / learn.model.weight.item()
+    tensor([[6.], [6.], [6.]])
+    """
+    n, beta = check_int("n", n), check_number("beta", beta, minimum=0, maximum=1)
+    use_max = check_flag("use_max", use_max)
+    if transform is not None and not callable(transform):
+        raise TypeError(f"transform must be a function of the inputs, got {transform!r:.80}.")
+    data = learn._data(dl)
+    on_batch = _loader_transform(learn.dls.train) if transform is None else None
+    own = None  # the transform of the plain pass, where the loader is read without it
+    if on_batch is not None and isinstance(data, TensorLoader):
+        own, bare = data.transform, copy.copy(data)
+        bare.transform = None
+        data = bare
+
+    def augmented(batch: Batch) -> Any:
+        batch = _clone(batch)  # a transform that writes in place must reach neither the next pass nor the data
+        given = batch if transform is None else learn.unpack(batch)[0]
+        try:
+            return transform(given) if transform is not None else learn.unpack(on_batch(given))[0]  # type: ignore[misc]
+        except Exception as error:
+            error.add_note(f"in the transform of tta, called with {describe(given)}")
+            raise
+
+    def unpack(batch: Batch) -> tuple[Any, Any]:
+        inputs, target = learn.unpack(batch if own is None else own(_clone(batch)))
+        return (inputs, batch), target
+
+    def outputs(inputs: Any, batch: Batch) -> Any:
+        plain = scores(call_model(learn.model, inputs))
+        total = None
+        for _ in range(n):
+            output = join(_wide, [scores(call_model(learn.model, augmented(batch)))])
+            total = output if total is None else join(_max if use_max else _sum, [total, output])
+        return join(_max if use_max else lambda leaves: _blend(leaves[0], leaves[1], n, beta), [plain, total])
+
+    restore = snapshot.rng([*generators(transform), *generators(on_batch)])
+    try:
+        with learn._looking(data):
+            batches = feed(in_order(data), learn.device, None, DeferredInterrupt())
+            preds, targets = predict_all(outputs, batches, unpack)
+    finally:
+        restore()
+    return preds, targets
+
+
+def _loader_transform(loader: Iterable[Batch]) -> Transform:
+    transform = loader.transform if isinstance(loader, TensorLoader) else None
+    if transform is None:
+        raise ValueError(f"tta needs a transform, and the training data ({type(loader).__name__}) is no TensorLoader "
+                         "with one of its own. Pass a function of the inputs, e.g. "
+                         "tta(transform=lambda x: x + 0.1 * torch.randn_like(x)).")
+    return transform
+
+
+def _clone(nest: Any) -> Any:
+    return join(lambda leaves: leaves[0].clone() if isinstance(leaves[0], Tensor) else leaves[0], [nest])
+
+
+def _wide(leaves: list[Any]) -> Any:
+    """An output as something to add up: half precision as float32."""
+    leaf = leaves[0]
+    if not isinstance(leaf, Tensor):
+        return leaf
+    if not leaf.is_floating_point():
+        raise TypeError(f"tta averages outputs that are floats, got {describe(leaf)}. Let the model give its scores.")
+    return leaf.float() if leaf.dtype in (torch.float16, torch.bfloat16) else leaf
+
+
+def _sum(leaves: list[Any]) -> Any:
+    return leaves[0] + leaves[1] if isinstance(leaves[0], Tensor) else leaves[0]
+
+
+def _max(leaves: list[Any]) -> Any:
+    first, second = leaves
+    return torch.maximum(first, second.to(first.dtype)) if isinstance(first, Tensor) else first
+
+
+def _blend(plain: Any, total: Any, n: int, beta: float) -> Any:
+    if not isinstance(plain, Tensor) or beta == 1:
+        return plain
+    mean = total / n
+    return (mean if beta == 0 else (1 - beta) * mean + beta * plain).to(plain.dtype)  # 0 * inf would be nan
