@@ -11,6 +11,7 @@ from .groups import LayerGroup, LayerGroups
 from .hooks import Hook, Hooks, hook_outputs
 from .layer_stats import GradientStats
 from .learner import Learner
+from .loggers import CSVLogger, RunLog, TensorBoardLogger, WandbLogger
 from .lr import (
     CircularLR,
     CircularLRBeta,
@@ -27,8 +28,10 @@ from .metrics import Metrics, accuracy, error_rate, rmse, top_k_accuracy
 from .plan import Plan
 from .preflight import Finding, Report
 from .progress import Progress
+from .race import Race
 from .record import FitRecord
 from .recorder import Recorder
+from .runs import LoggedFit, Run, plot_runs, read_run
 from .scheduler import Scheduler
 from .state import State
 from .summary import Summary
@@ -38,6 +41,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ActivationStats",
+    "CSVLogger",
     "Callback",
     "CancelBatch",
     "CancelEpoch",
@@ -60,6 +64,7 @@ __all__ = [
     "LayerGroups",
     "Learner",
     "LinearLR",
+    "LoggedFit",
     "Metrics",
     "Moment",
     "OneCycle",
@@ -69,21 +74,28 @@ __all__ = [
     "PolynomialLR",
     "Profile",
     "Progress",
+    "Race",
     "Recorder",
     "Report",
+    "Run",
+    "RunLog",
     "Schedule",
     "Scheduler",
     "State",
     "Summary",
+    "TensorBoardLogger",
     "TensorLoader",
     "TimeLimit",
     "Trace",
+    "WandbLogger",
     "accuracy",
     "digits",
     "error_rate",
     "export_info",
     "hook_outputs",
     "load_exported",
+    "plot_runs",
+    "read_run",
     "rmse",
     "schedules",
     "split_batch",

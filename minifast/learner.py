@@ -22,11 +22,13 @@ from .groups import LayerGroups, Splitter, split
 from .hypers import LR, as_device, check_lr, freeze, group_lrs, label_groups, make_optimizer, spread_lrs
 from .lr import ConstantLR, CosineAnnealing, FlatCos, OneCycle
 from .lr_find import LRFind, LRFinder
+from .lr_repeats import find_repeatedly
 from .metrics import Metrics
 from .ownership import check_callbacks
 from .plan import Plan
 from .predict import predict_all
 from .preflight import Report
+from .race import Race, race
 from .recorder import Recorder
 from .scheduler import Scheduler
 from .signals import DeferredInterrupt
@@ -208,19 +210,33 @@ class Learner:
         fitting.fit(self, epochs, slice(base_lr / 2 / lr_mult, base_lr / 2), second, **rest)
 
     def lr_find(self, start_lr: LR = 1e-7, end_lr: LR = 10.0, num_it: int = 100, *, stop_div: bool = True,
-                callbacks: Iterable[Callback] = ()) -> LRFind:
+                repeats: int = 1, callbacks: Iterable[Callback] = ()) -> LRFind:
         """Train with a growing learning rate until the loss explodes, and undo all of it.
 
-        The arguments are those of `LRFinder`. Only callbacks with `in_lr_find = True` run, and no validation. The
-        result is returned, and drawn by `recorder.plot()`. However it ends, model, optimizer, random generators and
-        Recorder are bit for bit what they were: a fit after it equals a fit without it.
+        The arguments are those of `LRFinder`. repeats: runs from the same weights with other random numbers, of which
+        the result holds the median and the band. Its `verdict` says whether to rely on it. Only callbacks with
+        `in_lr_find = True` run, and no validation. The result is returned, and drawn by `recorder.plot()`. However it
+        ends, model, optimizer, random generators and Recorder are bit for bit what they were: a fit after it equals a
+        fit without it.
 
         Raises ValueError for values out of range and for data that is good for one pass only.
         """
+        if check_int("repeats", repeats, example="lr_find(repeats=3)") > 1:
+            return find_repeatedly(self, start_lr, end_lr, num_it, repeats=repeats, stop_div=stop_div,
+                                   callbacks=callbacks)
         finder = LRFinder(start_lr, end_lr, num_it, stop_div=stop_div)
         fitting.check_assigned(self)
         fitting.find(self, finder, check_callbacks(callbacks, "callbacks"))
         return cast(LRFind, self.recorder.lr_find)
+
+    def race(self, lrs: Iterable[LR], steps: int = 100, *, schedule: Scheduler | None = None,
+             callbacks: Iterable[Callback] = ()) -> Race:
+        """Train shortly with each of `lrs`, from the same weights on the same batches, undo it, and say which wins.
+
+        lrs: two or more learning rates in any form. steps: weight updates of each. schedule: over these steps, None for
+        a constant rate. "No clear winner" is an answer. More in `minifast.race.race`.
+        """
+        return race(self, lrs, steps, schedule=schedule, callbacks=callbacks)
 
     @contextmanager
     def sandbox(self, callbacks: Iterable[Callback] = ()) -> Iterator["Learner"]:

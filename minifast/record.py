@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Column = NDArray[np.float64]
+OWN_COLUMNS = ("fit", "step", "lr", "momentum", "loss", "smooth_loss")  # and lr_<layer group>: of a file with all steps
 
 
 class FitRecord:
@@ -77,8 +78,15 @@ class FitRecord:
         return float(np.average(self.loss_column.tail(start), weights=weights)) if weights.any() else math.nan
 
     def log(self, name: str, value: Tensor | float) -> None:
-        """Write `value`, a number or (), into the column `name` of the newest step: to be called in `after_step`."""
-        column = self.columns.setdefault(name, ScalarColumn())
+        """Write `value`, a number or (), into the column `name` of the newest step: to be called in `after_step`.
+
+        Raises ValueError for the name of a column that every record has.
+        """
+        column = self.columns.get(name)
+        if column is None:
+            if name in OWN_COLUMNS or name.startswith("lr_"):
+                raise ValueError(f"{name!r} is a column that every record has. Log under another name.")
+            column = self.columns[name] = ScalarColumn()
         for _ in range(len(column), len(self) - 1):
             column.append(math.nan)
         column.append(value)
@@ -99,7 +107,7 @@ class FitRecord:
         return plots.plot_hypers(columns, self.group_names, ax=ax)
 
     def plot_losses(self, *, ax: "Axes | None" = None) -> "Axes":
-        """Draw the training loss of each step, raw and smoothed, and the validation loss where epochs ended.
+        """Draw the training loss of each step, raw and smoothed, and the validation losses where epochs ended.
 
         On a log scale where a few losses are so large that they would flatten all others.
         """
@@ -108,10 +116,11 @@ class FitRecord:
         losses = self.losses
         plots.line(ax, losses, color="C0", alpha=0.35, linewidth=1, label="training, each step")
         plots.line(ax, self.smooth_losses, color="C0", label="training, smoothed")
-        points = [(end - 1, row["valid_loss"]) for end, row in zip(self.epoch_ends, self.epochs, strict=True)
-                  if "valid_loss" in row]
-        if points:
-            ax.plot(*zip(*points, strict=True), color="C1", marker="o", label="validation")
+        for i, name in enumerate(name for name in tables.columns(self.epochs) if _is_valid_loss(name)):
+            points = [(end - 1, row[name]) for end, row in zip(self.epoch_ends, self.epochs, strict=True)
+                      if name in row]
+            label = ", ".join(["validation", *filter(None, [name.removesuffix("valid_loss").rstrip("_")])])
+            ax.plot(*zip(*points, strict=True), color=f"C{1 + i % 9}", marker="o", label=label)
         finite = losses[np.isfinite(losses)]
         if finite.size and finite.min() > 0 and finite.max() > 100 * np.median(finite):
             ax.set_yscale("log")
@@ -121,19 +130,25 @@ class FitRecord:
         return ax
 
     def plot_metrics(self, *, ax: "Axes | None" = None) -> "Axes":
-        """Draw every metric against the epoch. Raises RuntimeError if there is none."""
+        """Draw every metric against the epoch, of the training data dashed. Raises RuntimeError if there is none."""
         names = [name for name in tables.columns(self.epochs)
-                 if name not in ("epoch", "train_loss", "valid_loss", "time")]
+                 if name not in ("epoch", "train_loss", "time") and not _is_valid_loss(name)]
         if not names:
             raise RuntimeError("no metric was recorded. Pass e.g. Learner(..., metrics=[accuracy]) and validation "
                                "data, then fit.")
         ax = plots.axes(ax)
+        metrics = list(dict.fromkeys(name.removeprefix("train_") for name in names))
         for name in names:
             rows = [(row["epoch"], row[name]) for row in self.epochs if name in row]
-            ax.plot(*zip(*rows, strict=True), marker="o", label=name)
+            color = metrics.index(name.removeprefix("train_")) % 10
+            ax.plot(*zip(*rows, strict=True), color=f"C{color}", marker="o", label=name,
+                    linestyle="--" if name.startswith("train_") else "-")
         plots.count_on_x(ax, "epoch")
         ax.set_ylabel(names[0] if len(names) == 1 else "metric")
-        ax.legend()
+        if len(names) > 4:  # above the axes: inside, they would hide the curves
+            ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, fontsize="small")
+        else:
+            ax.legend()
         return ax
 
     def _check_any(self) -> None:
@@ -154,3 +169,8 @@ class FitRecord:
             rows = [[step, *values] for step, values in enumerate(zip(*columns, strict=True))]
         with open(path, "w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([names, *rows])
+
+
+def _is_valid_loss(name: str) -> bool:
+    """Of one of several validation sets it is called e.g. noisy_valid_loss."""
+    return name == "valid_loss" or name.endswith("_valid_loss")

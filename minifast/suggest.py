@@ -225,7 +225,7 @@ def suggestions(lrs: Curve, losses: Curve, num_it: int) -> tuple[dict[str, float
     except ValueError as problem:
         return nothing, str(problem)
     with np.errstate(all="ignore"):  # losses up to 1e308 are finite; their differences need not be
-        fall, needed = _largest_fall(kept_losses), _needed_fall(kept_losses)
+        fall, needed = largest_fall(kept_losses), needed_fall(kept_losses)
         if not fall > needed:
             return nothing, (
                 f"no descent: the largest fall of the loss is {fall:.3g}, more than {needed:.3g} is needed; "
@@ -234,11 +234,13 @@ def suggestions(lrs: Curve, losses: Curve, num_it: int) -> tuple[dict[str, float
         return {name: _or_none(rule, kept_lrs, kept_losses) for name, rule in RULES.items()}, ""
 
 
-def _largest_fall(losses: Curve) -> float:
+def largest_fall(losses: Curve) -> float:
+    """The largest fall from any loss to a later one, >= 0."""
     return float(np.max(np.maximum.accumulate(losses) - losses))
 
 
-def _needed_fall(losses: Curve) -> float:
+def needed_fall(losses: Curve) -> float:
+    """How far a curve has to fall for that to be a descent, in the unit of the loss."""
     level = np.median(np.abs(losses))
     noise = np.median(np.abs(np.diff(losses))) * np.sqrt(len(losses))
     return float(max(MIN_FALL_OF_LEVEL * level, MIN_FALL_OF_NOISE * noise))

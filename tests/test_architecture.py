@@ -18,14 +18,14 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "minifast"
 FLOORS = {
     0: {"errors", "signals", "suggest", "schedules", "plots", "tables", "batches", "losses", "scalars", "archive"},
-    1: {"groups", "hypers", "data", "snapshot", "window", "record", "plan", "predict", "weights", "hooks"},
+    1: {"groups", "hypers", "data", "snapshot", "window", "record", "plan", "predict", "weights", "hooks", "verdict", "runs"},
     2: {"state", "checks", "image_folder", "tta", "export"},
     3: {"callback"},
     4: {"loop", "scheduler", "lr_find", "recorder", "progress", "metrics", "first_batch", "ownership", "budget",
-        "activations", "layer_stats"},
+        "activations", "layer_stats", "loggers"},
     5: {"lr", "composed"},
     6: {"cycles", "fitting"},
-    7: {"timeline", "preflight", "summary"},
+    7: {"timeline", "preflight", "summary", "lr_repeats", "race"},
     8: {"learner"},
     9: {"__init__", "demo"},
     10: {"__main__"},

@@ -13,7 +13,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import nn
 
-from minifast import CancelBatch, CancelEpoch, CosineAnnealing, OneCycle, PiecewiseLR, Recorder, digits, plots
+from minifast import (
+    Callback,
+    CancelBatch,
+    CancelEpoch,
+    CosineAnnealing,
+    OneCycle,
+    PiecewiseLR,
+    Recorder,
+    digits,
+    plots,
+)
 from minifast.metrics import accuracy
 
 GROUPS = {"body": "0.*", "neck": "1.*", "head": "2.*"}
@@ -467,3 +477,39 @@ def test_plot_is_of_the_newest_run_and_survives_fits():
     learn.lr_find(1e-3, 1.0, num_it=20, stop_div=False)
     learn.fit(0.1)
     assert learn.recorder.plot(0, 0).get_lines()[0].get_xdata()[0] == 1e-3
+
+
+# ---- columns that callbacks log
+
+
+class Logs(Callback):
+    """Logs the step times ten in every second step, from the second on."""
+
+    def __init__(self, name="tenfold", make=float):
+        self.name, self.make = name, make
+
+    def after_step(self, state):
+        if state.step % 2:
+            state.recorder.newest.log(self.name, self.make(10.0 * state.step))
+
+
+@pytest.mark.parametrize("make", [float, torch.tensor])
+def test_what_callbacks_log_stands_beside_its_step(make, tmp_path):
+    learn = three_groups()
+    learn.fit(0.01, 2, callbacks=[Logs(make=make)])
+    n = len(learn.recorder.lrs)
+    expected = [10.0 * step if step % 2 else np.nan for step in range(n)]
+    np.testing.assert_array_equal(learn.recorder.column("tenfold"), expected)
+    learn.recorder.to_csv(tmp_path / "steps.csv")
+    header, *rows = read(tmp_path / "steps.csv")
+    assert header[-1] == "tenfold"
+    assert [float(row[-1]) for row in rows[:4]] == pytest.approx(expected[:4], nan_ok=True)
+    learn.fit(0.01, 1)
+    with pytest.raises(KeyError, match="there is no column 'tenfold'; callbacks have logged: none"):
+        learn.recorder.column("tenfold")
+
+
+@pytest.mark.parametrize("name", ["loss", "lr", "lr_head", "step"])
+def test_the_columns_of_every_record_are_not_for_logging(name):
+    with pytest.raises(ValueError, match=f"'{name}' is a column that every record has"):
+        three_groups().fit(0.01, callbacks=[Logs(name)])

@@ -1,0 +1,136 @@
+"""What all loggers have in common: they read the Recorder's new rows now and then, and an error ends no training."""
+import logging
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from typing import Any, ClassVar
+
+from ..callback import Callback, Order
+from ..record import FitRecord
+from ..state import State
+
+PathLike = str | os.PathLike[str]
+log = logging.getLogger("minifast")
+
+
+class Logger(Callback):
+    """Hands the new steps and epochs of the Recorder on: about every `every_seconds`, and when an epoch or fit ends.
+
+    So it never waits for the device in a step; a look costs one copy of what the Recorder has not read yet. What could
+    not be written because of an OSError is tried again with the next look.
+    """
+
+    order = Order.RECORD
+    saves: ClassVar[tuple[str, ...]] = ("_n_steps", "_n_epochs")
+    every_seconds: float = math.inf
+    _is_open = False
+
+    def open(self, state: State) -> None:
+        """Begin. An error here ends the fit before it has begun."""
+
+    def write_steps(self, first: int, columns: dict[str, list[float]]) -> None:
+        """Write steps `first`, `first` + 1, ...: one value each in every column."""
+
+    def write_epoch(self, step: int, row: dict[str, Any]) -> None:
+        """Write the row of an epoch that ended after `step` updates."""
+
+    def close(self, state: State) -> None:
+        """End, however the fit ended."""
+
+    @property
+    def target(self) -> str:
+        """Where it writes, for messages."""
+        raise NotImplementedError
+
+    def before_fit(self, state: State) -> None:
+        self._n_steps = self._n_epochs = 0  # written so far
+        self._has_begun = self._has_warned = False
+        self.open(state)
+        self._is_open = True
+        self._next_look = time.perf_counter() + self.every_seconds
+
+    def before_epoch(self, state: State) -> None:
+        self._has_begun = True  # not before: until then the Recorder's newest record is that of an earlier fit
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        if self._is_open:  # a sandbox gives back what was before it, but what is written stays written
+            super().load_state_dict(saved)
+            self._has_begun = True
+
+    def after_batch(self, state: State) -> None:
+        if time.perf_counter() >= self._next_look:
+            self._look(state)
+
+    def after_epoch(self, state: State) -> None:
+        self._look(state)
+
+    def after_fit(self, state: State) -> None:
+        try:
+            if self._has_begun:
+                self._look(state)
+        finally:
+            self._is_open = False
+            self._try(self.close, state)
+
+    def _look(self, state: State) -> None:
+        record, first = state.recorder.newest, self._n_steps
+        if len(record) > first and self._try(self.write_steps, first, step_columns(record, first)):
+            self._n_steps = len(record)
+        for row, step in zip(record.epochs[self._n_epochs:], record.epoch_ends[self._n_epochs:], strict=True):
+            if not self._try(self.write_epoch, step, row):
+                break
+            self._n_epochs += 1
+        self._next_look = time.perf_counter() + self.every_seconds
+
+    def _try(self, write: Callable[..., None], *args: Any) -> bool:
+        """Whether `write(*args)` succeeded; the first time in a fit that it does not, that is logged."""
+        try:
+            write(*args)
+        except OSError as error:
+            if not self._has_warned:
+                self._has_warned = True
+                log.warning("%s cannot write to %s (%s): training goes on, and what is missing is tried again",
+                            type(self).__name__, self.target, error.strerror or error)
+            return False
+        return True
+
+
+def step_columns(record: FitRecord, first: int) -> dict[str, list[float]]:
+    """The steps from `first` on: lr of each layer group, momentum, loss, and what callbacks have logged."""
+    n = len(record) - first
+    lrs = ["lr"] if len(record.group_names) == 1 else [f"lr_{name}" for name in record.group_names]
+    logged = {name: column.tail(first).tolist() for name, column in record.columns.items()}
+    return {**{name: column[first:].tolist() for name, column in zip(lrs, record.lr_columns, strict=True)},
+            "momentum": record.mom_column[first:].tolist(), "loss": record.loss_column.tail(first).tolist(),
+            **{name: values + [math.nan] * (n - len(values)) for name, values in logged.items()}}
+
+
+def check_path(name: str, path: Any) -> str:
+    """`path` as text. Raises TypeError for what is no path, ValueError for an empty one."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"{name} must be a path, got {path!r:.80} ({type(path).__name__}).")
+    if not os.fspath(path):
+        raise ValueError(f"{name} must be a path, got an empty one.")
+    return os.fspath(path)
+
+
+@contextmanager
+def opening(owner: str, path: PathLike) -> Iterator[None]:
+    """An OSError inside names the logger and the path."""
+    try:
+        yield
+    except OSError as error:
+        raise type(error)(f"{owner} cannot write to {os.fspath(path)!r}: {error.strerror or error}. Pass a path that "
+                          "can be written.") from error
+
+
+def load(module: str, owner: str, extra: str) -> Any:
+    """Import `module`. Raises ImportError that names the extra to install."""
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise ImportError(f"{owner} needs the package {extra} ({error}). Install it: "
+                          f"pip install 'minifast[{extra}]'.") from error

@@ -1,0 +1,126 @@
+"""The learning-rate finder several times over: a median curve, a band, and whether the runs agree."""
+import random
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from . import snapshot
+from .callback import Callback
+from .data import generators, valid_sets
+from .errors import check_int
+from .hypers import LR
+from .lr_find import ALL_TRIED, CUT_SHORT, LRFind, suggested
+from .ownership import check_callbacks
+from .progress import Progress, say
+from .suggest import Curve
+from .verdict import NOISY, OK, judge
+
+if TYPE_CHECKING:
+    from .learner import Learner
+
+# The runs disagree if their suggestions differ by more than a decade. The suggestions aim at a rate well below that of
+# the least loss: "minimum" by a decade. Further apart, one run's peak to train with is another's end of the descent.
+# Three runs of a convnet on the digits differ by a factor of 2 (median of 20 seeds), with SGD by 3 at most, with AdamW
+# in 2 of 20 by 20: there the loss falls in two stages, and "valley" takes one or the other.
+MAX_FACTOR = 10.0
+
+
+def find_repeatedly(learn: "Learner", start_lr: LR = 1e-7, end_lr: LR = 10.0, num_it: int = 100, *, repeats: int = 3,
+                    stop_div: bool = True, callbacks: Iterable[Callback] = ()) -> LRFind:
+    """Run `learn.lr_find` `repeats` times from the same weights, with other random numbers each time.
+
+    The first run is the one that `lr_find` makes by itself. The later ones have another seed each, drawn from torch's
+    generator as it stands now, for all global random generators and those of the loaders: another order of the data,
+    other dropout. All of it is undone, however it ends; only the result stays, in `learn.recorder.lr_find`. Costs
+    `repeats * num_it` weight updates and, on top of `lr_find`, one more copy of model and optimizer state.
+
+    The other arguments are those of `lr_find`. Raises ValueError for repeats < 1.
+
+    >>> from minifast import Learner
+    >>> data = [(torch.randn(8, 4), torch.randn(8, 1)) for _ in range(5)]
+    >>> learn = Learner(torch.nn.Linear(4, 1), (data, None), torch.nn.MSELoss(), verbose=False)
+    >>> found = find_repeatedly(learn, repeats=2, num_it=20)
+    >>> len(found.runs), len(found.band[0]) == len(found.lrs)
+    (2, True)
+    """
+    repeats = check_int("repeats", repeats, example="lr_find(repeats=3)")
+    callbacks, verbose = check_callbacks(callbacks, "callbacks"), learn.verbose
+    runs: list[LRFind] = []
+    with learn.sandbox():
+        learn.verbose = False  # a bar for each run, but one report
+        loaders = (learn.dls.train, *(loader for _, loader in valid_sets(learn.dls.valid)))
+        own = [generator for loader in loaders for generator in generators(loader)]
+        for k in range(repeats):
+            if k == 1:  # not before: the first run is to see the random numbers that a single one would
+                seeds = [int(torch.randint(2**32, ())) for _ in range(repeats)]
+            if k:
+                _reseed(seeds[k], own)
+            shown = [Progress(f"lr_find {k + 1}/{repeats}")] if verbose else []
+            runs.append(learn.lr_find(start_lr, end_lr, num_it, stop_div=stop_div, callbacks=[*callbacks, *shown]))
+    found = median_of(runs)
+    learn.recorder.lr_find = found
+    if verbose:
+        say(str(found))
+    return found
+
+
+def median_of(runs: Sequence[LRFind]) -> LRFind:
+    """The result of several runs over the same learning rates; see `LRFind` for how they are put together."""
+    if len(runs) == 1:
+        return runs[0]
+    reached = sorted((len(run.lrs) for run in runs), reverse=True)
+    n = reached[len(runs) // 2]  # more than half of the runs got that far
+    lrs = max((run.lrs for run in runs), key=len)[:n]
+    losses, smooth = _median([run.losses for run in runs], n), _median([run.smooth_losses for run in runs], n)
+    curves = _stack([run.smooth_losses for run in runs], n, np.nan)
+    num_it, ends = runs[0].num_it, Counter(run.stopped for run in runs)
+    stopped = next(iter(ends)) if len(ends) == 1 else ", ".join(f"{why} ({k} of {len(runs)} runs)"
+                                                                for why, k in ends.items())
+    exploded = CUT_SHORT not in ends and (n < num_it or ALL_TRIED not in ends)
+    verdict, reason = judge(lrs, losses, smooth, num_it, stopped, exploded)
+    if verdict in (OK, NOISY):
+        disagreement = _disagreement(runs)
+        verdict, reason = (NOISY, disagreement) if disagreement else (verdict, reason)
+    found = suggested(lrs, smooth, num_it, verdict)
+    return LRFind(lrs, losses, smooth, found, found.get("valley"), stopped, reason, num_it, runs[0].pass_length,
+                  verdict, tuple(runs), (np.fmin.reduce(curves), np.fmax.reduce(curves)))
+
+
+def _disagreement(runs: Sequence[LRFind]) -> str:
+    """In which way the runs give no common answer; '' if they do."""
+    lrs = [run.suggestion for run in runs if run.suggestion is not None]
+    if len(lrs) < len(runs):
+        silent = next(run for run in runs if run.suggestion is None)
+        return (f"{len(runs) - len(lrs)} of {len(runs)} runs give no learning rate: {silent.reason}")
+    if max(lrs) > MAX_FACTOR * min(lrs):
+        return (f"the runs suggest {min(lrs):.1e} to {max(lrs):.1e}, a factor of {max(lrs) / min(lrs):.0f}, more than "
+                f"{MAX_FACTOR:.0f}; try larger batches, or learn.race([{min(lrs):.0e}, ..., {max(lrs):.0e}])")
+    return ""
+
+
+def _stack(columns: Sequence[Curve], n: int, missing: float) -> Curve:
+    """The first `n` values of each, (runs, n), `missing` where a run had stopped."""
+    return np.array([np.append(column, np.full(max(0, n - len(column)), missing))[:n] for column in columns])
+
+
+def _median(columns: Sequence[Curve], n: int) -> Curve:
+    with np.errstate(invalid="ignore"):
+        values = _stack(columns, n, np.inf)
+        median: Curve = np.median(np.where(np.isnan(values), np.inf, values), axis=0)
+    return median
+
+
+def _reseed(seed: int, own: Iterable[Any]) -> None:
+    """Seed all global random generators, and `own` ones, whatever their kind."""
+    snapshot.seed_all(seed)
+    for generator in own:
+        if isinstance(generator, torch.Generator):
+            generator.manual_seed(seed)
+        elif isinstance(generator, np.random.Generator):
+            bits = generator.bit_generator
+            bits.state = type(bits)(seed).state
+        elif isinstance(generator, (np.random.RandomState, random.Random)):
+            generator.seed(seed)
