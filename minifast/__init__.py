@@ -1,6 +1,7 @@
 """minifast: callback-based training for PyTorch that can be read in an evening."""
 from . import schedules, suggest
 from .activations import ActivationStats
+from .augment import CutMix, MixUp, ProgressiveResizing
 from .batches import split_batch
 from .budget import TimeLimit
 from .callback import Callback, CancelBatch, CancelEpoch, CancelFit, Order
@@ -36,6 +37,7 @@ from .scheduler import Scheduler
 from .state import State
 from .summary import Summary
 from .timeline import Moment, Profile, Trace
+from .unfreeze import Unfreeze
 
 __version__ = "0.1.0"
 
@@ -50,6 +52,7 @@ __all__ = [
     "CircularLRBeta",
     "ConstantLR",
     "CosineAnnealing",
+    "CutMix",
     "DataLoaders",
     "ExponentialLR",
     "Finding",
@@ -66,6 +69,7 @@ __all__ = [
     "LinearLR",
     "LoggedFit",
     "Metrics",
+    "MixUp",
     "Moment",
     "OneCycle",
     "Order",
@@ -74,6 +78,7 @@ __all__ = [
     "PolynomialLR",
     "Profile",
     "Progress",
+    "ProgressiveResizing",
     "Race",
     "Recorder",
     "Report",
@@ -87,6 +92,7 @@ __all__ = [
     "TensorLoader",
     "TimeLimit",
     "Trace",
+    "Unfreeze",
     "WandbLogger",
     "accuracy",
     "digits",

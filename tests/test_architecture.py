@@ -22,7 +22,7 @@ FLOORS = {
     2: {"state", "checks", "image_folder", "tta", "export"},
     3: {"callback"},
     4: {"loop", "scheduler", "lr_find", "recorder", "progress", "metrics", "first_batch", "ownership", "budget",
-        "activations", "layer_stats", "loggers"},
+        "activations", "layer_stats", "loggers", "augment", "unfreeze"},
     5: {"lr", "composed"},
     6: {"cycles", "fitting"},
     7: {"timeline", "preflight", "summary", "lr_repeats", "race"},

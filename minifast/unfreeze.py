@@ -1,0 +1,154 @@
+"""Gradual unfreezing as a schedule."""
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from .callback import Callback, Order
+from .errors import check_flag, check_int, check_number
+from .groups import is_norm
+from .hypers import fill_momentum
+from .state import State
+from .tables import listed
+
+
+@dataclass(eq=False)
+class Unfreeze(Callback):
+    """Freezes parts of the model and thaws each of them at its own share of the fit.
+
+    parts: name -> share of the fit, 0..1. A name is that of a layer group, of a module, or a glob over parameter names;
+    the first that is found. A part is frozen before the first update with position >= share * n_steps, and all of it
+    is trained from that one on: 0.0 trains from the start, 1.0 not at all. What is not named is left as it is.
+    train_bn: norm layers of frozen parts are left as they are, which is training unless `freeze` made them still, as
+    with the Learner's `train_bn`; False: they are frozen, in eval mode, with the rest.
+
+    A frozen parameter has no gradient: the optimizer neither moves nor decays it, and its optimizer state, if an
+    earlier fit made any, is left alone. Learning rates are scheduled all the time, so a part that is thawed late
+    joins in at the rate of that moment. What has to be frozen is a function of the position alone: that is how it
+    survives a kill and resume. After the fit, however it ended, what was thawed stays so, and what was still frozen
+    is as it was before. It does not run in `lr_find`.
+
+    Raises ValueError or TypeError for other arguments, names that are not found, a parameter that two of them mean,
+    and if nothing were left to train.
+
+    Source: Howard and Ruder 2018 (arXiv 1801.06146), section 3.3, there an epoch per layer.
+
+    >>> Unfreeze({"layer4": 0.3, "layer3": 0.5}).steps(n_steps=10)
+    {'layer4': 3, 'layer3': 5}
+    """
+
+    parts: Mapping[str, float]
+    train_bn: bool = True
+
+    order = Order.HYPER
+    sets = ("requires_grad",)  # one of them in a fit
+
+    def __post_init__(self) -> None:
+        example = 'Unfreeze({"layer4": 0.3})'
+        if not isinstance(self.parts, Mapping) or not all(isinstance(name, str) for name in self.parts):
+            raise TypeError(f"parts must be a dict of name -> share of the fit, got {self.parts!r:.80}. "
+                            f"Pass e.g. {example}.")
+        if not self.parts:
+            raise ValueError(f"parts must name at least one part of the model, got none. Pass e.g. {example}.")
+        self.parts = {name: check_number(f"parts[{name!r}]", share, minimum=0, maximum=1, example=example)
+                      for name, share in self.parts.items()}
+        self.train_bn = check_flag("train_bn", self.train_bn)
+
+    def steps(self, n_steps: int) -> dict[str, int]:
+        """The first update (0-based) of `n_steps` that trains each part; `n_steps` for a part that none does.
+
+        Raises ValueError for n_steps < 1.
+
+        >>> Unfreeze({"body": 0.07}).steps(100)  # although 0.07 * 100 > 7 in floating point
+        {'body': 7}
+        """
+        n_steps = check_int("n_steps", n_steps)
+        return {name: math.ceil(round(share * n_steps, 6)) for name, share in self.parts.items()}
+
+    def before_fit(self, state: State) -> None:
+        first = self.steps(state.n_steps)
+        frozen = [part for part in _find(self.parts, state) if first[part.name] > state.position]
+        of_norms = _params_of_norms(state.model) if self.train_bn else set()
+        held = {id(p) for part in frozen for p in part.params} - of_norms
+        if not any(p.requires_grad and id(p) not in held for p in state.model.parameters()):
+            raise ValueError(f"{self!r:.200} leaves nothing to train in update {state.position} of {state.n_steps}. "
+                             "Give one part, e.g. the head, the share 0, or do not name it.")
+        self._frozen = sorted(frozen, key=lambda part: first[part.name])
+        self._due = [first[part.name] for part in self._frozen]  # in step with _frozen
+        self._was = [(p, p.requires_grad) for part in frozen for p in part.params]
+        for p, _ in self._was:
+            if id(p) in held:
+                p.requires_grad_(False)
+        if not self.train_bn:
+            state.norms_in_eval += tuple(norm for part in frozen for norm in part.norms)
+
+    def before_batch(self, state: State) -> None:
+        if not self._due or state.position < self._due[0]:
+            return
+        if state.batch_index % state.accumulate:
+            return  # with a time limit positions pass within a window: half a gradient is none
+        while self._due and state.position >= self._due[0]:
+            del self._due[0]
+            self._thaw(self._frozen.pop(0), state)
+        fill_momentum(state.opt, any("momentum" in callback.sets for callback in state.callbacks))
+
+    def after_fit(self, state: State) -> None:
+        frozen = {id(p) for part in self._frozen for p in part.params}
+        for p, was in self._was:
+            if id(p) in frozen:
+                p.requires_grad_(was)
+        self._was, self._frozen, self._due = [], [], []  # no hold on the model
+
+    def _thaw(self, part: "_Part", state: State) -> None:
+        for p in part.params:
+            p.requires_grad_(True)
+        for norm in part.norms:
+            norm.train()
+        state.norms_in_eval = tuple(norm for norm in state.norms_in_eval if norm not in part.norms)
+
+
+@dataclass(frozen=True, eq=False)
+class _Part:
+    name: str
+    params: list[nn.Parameter]
+    norms: list[nn.Module]
+
+
+def _find(names: Iterable[str], state: State) -> list[_Part]:
+    """The parts of the model that `names` mean. Raises ValueError for none, and for a parameter in two of them."""
+    owner: dict[int, str] = {}
+    parts: list[_Part] = []
+    for name in names:
+        params = _params(name, state)
+        if not params:
+            parameters = listed(full for full, _ in state.model.named_parameters())
+            raise ValueError(f"there is no layer group, module or parameter {name!r} to unfreeze. Layer groups: "
+                             f"{listed(state.group_names)}. Parameters: {parameters}.")
+        both = next((owner[id(p)] for p in params if id(p) in owner), None)
+        if both is not None:
+            raise ValueError(f"{both!r} and {name!r} share a parameter: when would it be thawed? Name each once.")
+        owner |= {id(p): name for p in params}
+        parts.append(_Part(name, params, []))
+    norms = {part.name: part.norms for part in parts}
+    current = None
+    for module in state.model.modules():
+        own = next(module.parameters(recurse=False), None)
+        current = current if own is None else owner.get(id(own))  # without parameters: with the layer before, as in
+        if current is not None and is_norm(module):  # layer groups
+            norms[current].append(module)
+    return parts
+
+
+def _params(name: str, state: State) -> list[nn.Parameter]:
+    if name in state.group_names:
+        index = state.group_names.index(name)
+        return [p for group in state.opt.param_groups if group["layer_group"] == index for p in group["params"]]
+    named = state.model.named_parameters(remove_duplicate=False)  # tied weights have two names
+    found = {id(p): p for full, p in named if full.startswith(f"{name}.") or fnmatchcase(full, name)}
+    return list(found.values())
+
+
+def _params_of_norms(model: nn.Module) -> set[int]:
+    return {id(p) for module in model.modules() if is_norm(module) for p in module.parameters(recurse=False)}
