@@ -2,12 +2,14 @@
 from . import schedules, suggest
 from .activations import ActivationStats
 from .augment import CutMix, MixUp, ProgressiveResizing
+from .averaging import EMA, SWA
 from .batches import split_batch
 from .budget import TimeLimit
 from .callback import Callback, CancelBatch, CancelEpoch, CancelFit, Order
 from .composed import PiecewiseLR, Schedule
 from .data import DataLoaders, TensorLoader, digits
 from .export import export_info, load_exported
+from .gradients import GradientClip, GradientNorm
 from .groups import LayerGroup, LayerGroups
 from .hooks import Hook, Hooks, hook_outputs
 from .layer_stats import GradientStats
@@ -26,7 +28,9 @@ from .lr import (
 )
 from .lr_find import LRFind, LRFinder
 from .metrics import Metrics, accuracy, error_rate, rmse, top_k_accuracy
+from .microbatch import AutoMicrobatch
 from .plan import Plan
+from .precision import ChannelsLast, MixedPrecision
 from .preflight import Finding, Report
 from .progress import Progress
 from .race import Race
@@ -34,6 +38,7 @@ from .record import FitRecord
 from .recorder import Recorder
 from .runs import LoggedFit, Run, plot_runs, read_run
 from .scheduler import Scheduler
+from .snapshots import SnapshotEnsemble
 from .state import State
 from .summary import Summary
 from .timeline import Moment, Profile, Trace
@@ -42,12 +47,16 @@ from .unfreeze import Unfreeze
 __version__ = "0.1.0"
 
 __all__ = [
+    "EMA",
+    "SWA",
     "ActivationStats",
+    "AutoMicrobatch",
     "CSVLogger",
     "Callback",
     "CancelBatch",
     "CancelEpoch",
     "CancelFit",
+    "ChannelsLast",
     "CircularLR",
     "CircularLRBeta",
     "ConstantLR",
@@ -58,6 +67,8 @@ __all__ = [
     "Finding",
     "FitRecord",
     "FlatCos",
+    "GradientClip",
+    "GradientNorm",
     "GradientStats",
     "Hook",
     "Hooks",
@@ -70,6 +81,7 @@ __all__ = [
     "LoggedFit",
     "Metrics",
     "MixUp",
+    "MixedPrecision",
     "Moment",
     "OneCycle",
     "Order",
@@ -86,6 +98,7 @@ __all__ = [
     "RunLog",
     "Schedule",
     "Scheduler",
+    "SnapshotEnsemble",
     "State",
     "Summary",
     "TensorBoardLogger",

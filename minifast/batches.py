@@ -2,6 +2,7 @@
 import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -93,20 +94,76 @@ def to_device(nest: Any, device: torch.device | str) -> Any:
         return nest.to(device, non_blocking=str(device) != "cpu")  # a copy to the host must be waited for
     if hasattr(nest, "to"):
         return nest.to(device)
+    return _rebuilt(nest, lambda part: to_device(part, device))
+
+
+def map_tensors(function: Callable[[Tensor], Any], nest: Any) -> Any:
+    """The same nest with `function` of each of its tensors.
+
+    >>> map_tensors(lambda tensor: tensor.shape[0], {"x": torch.zeros(3, 2), "name": "a"})
+    {'x': 3, 'name': 'a'}
+    """
+    return function(nest) if isinstance(nest, Tensor) else _rebuilt(nest, lambda part: map_tensors(function, part))
+
+
+def parts(batch: Batch, n: int, size: int) -> list[Batch]:
+    """A batch of `n` samples as batches of at most `size`, of which no two differ by more than one sample.
+
+    Tensors and arrays whose first dimension is `n` are split along it (their parts are views), and so are lists of
+    `n` things that hold no tensors, such as texts. Numbers, text, None, tensors without dimensions and those whose
+    first dimension is 1 are kept whole. Raises ValueError for a tensor of another length, and TypeError for an object
+    that cannot be looked into.
+
+    >>> parts((torch.arange(5), ["a", "b", "c", "d", "e"], 0.5), 5, 3)
+    [(tensor([0, 1]), ['a', 'b'], 0.5), (tensor([2, 3, 4]), ['c', 'd', 'e'], 0.5)]
+    """
+    count = -(-n // size)
+    bounds = [n * i // count for i in range(count + 1)]
+    return [_cut(batch, n, slice(start, end)) for start, end in pairwise(bounds)]
+
+
+def _cut(nest: Any, n: int, samples: slice) -> Any:
+    """`samples` of a batch of `n`."""
+    shape = getattr(nest, "shape", None)  # of a tensor or a numpy array
+    if shape is not None:
+        if len(shape) == 0 or (shape[0] == 1 and n != 1):
+            return nest
+        if shape[0] == n:
+            return nest[samples]
+        raise ValueError(f"a batch of {n} samples cannot be split: it holds a tensor of shape {tuple(shape)}, whose "
+                         f"first dimension is neither {n} nor 1. Give it one row per sample, or make smaller batches.")
+    is_list = isinstance(nest, (list, tuple)) and not hasattr(nest, "_fields")
+    if is_list and len(nest) == n and next(tensors(nest), None) is None:
+        return nest[samples]
+    if _is_container(nest):
+        return _rebuilt(nest, lambda part: _cut(part, n, samples))
+    if hasattr(nest, "to"):
+        raise TypeError(f"a batch of {n} samples cannot be split: it holds a {type(nest).__name__}, and nobody knows "
+                        "which of it belongs to which sample. Yield tensors, tuples or dicts, or make smaller batches.")
+    return nest
+
+
+def _is_container(nest: Any) -> bool:
+    return isinstance(nest, (Mapping, tuple, list)) or (dataclasses.is_dataclass(nest) and not isinstance(nest, type))
+
+
+def _rebuilt(nest: Any, function: Callable[[Any], Any]) -> Any:
+    """A container of the same kind with `function` of each of its parts; anything else as it is."""
     if isinstance(nest, Mapping):
-        moved = {key: to_device(value, device) for key, value in nest.items()}
+        made = {key: function(value) for key, value in nest.items()}
         if type(nest) is dict or not isinstance(nest, dict):
-            return moved
+            return made
         twin = copy.copy(nest)  # a defaultdict or OrderedDict stays one
-        twin.update(moved)
+        for key, value in made.items():
+            twin[key] = value
         return twin
     if isinstance(nest, tuple) and hasattr(nest, "_fields"):
-        return type(nest)(*(to_device(value, device) for value in nest))
+        return type(nest)(*(function(value) for value in nest))
     if isinstance(nest, (tuple, list)):
-        return type(nest)(to_device(value, device) for value in nest)
+        return type(nest)(function(value) for value in nest)
     if dataclasses.is_dataclass(nest) and not isinstance(nest, type):
-        return dataclasses.replace(nest, **{f.name: to_device(getattr(nest, f.name), device)
-                                            for f in dataclasses.fields(nest) if f.init})
+        return dataclasses.replace(nest, **{field.name: function(getattr(nest, field.name))
+                                            for field in dataclasses.fields(nest) if field.init})
     return nest
 
 

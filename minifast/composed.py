@@ -48,6 +48,19 @@ class PiecewiseLR(Scheduler):
         i, start, end = schedules.piece_at(step, n_steps, [share for share, _ in self.pieces])
         return self.pieces[i][1].value(hyper, step - start, end - start)
 
+    def cycle_ends(self, n_steps: int) -> tuple[int, ...]:
+        """Where the cycles of the pieces end in a falling rate (a warm-up is no cycle), and the last step."""
+        shares = [share for share, _ in self.pieces]
+        ends = {n_steps - 1}
+        start = 0
+        while start < n_steps and "lr" in self.sets:
+            i, _, end = schedules.piece_at(start, n_steps, shares)
+            piece, n = self.pieces[i][1], end - start
+            ends |= {start + last for last in piece.cycle_ends(n)
+                     if last and piece.value("lr", last, n) < piece.value("lr", last - 1, n)}
+            start = end
+        return tuple(sorted(ends))
+
 
 @dataclass(frozen=True)
 class Schedule(Scheduler):

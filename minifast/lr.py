@@ -122,6 +122,9 @@ class CircularLR(Scheduler):
             warnings.warn(f"a cycle of {shortest} steps is shorter than cut_div={self.cut_div:g}: its rise takes one "
                           "step instead of none. Lower cut_div or train longer cycles.", stacklevel=2)
 
+    def cycle_ends(self, n_steps: int) -> tuple[int, ...]:
+        return schedules.cycle_ends(n_steps, self.n_cycles, self.cycle_mult)
+
     def value(self, hyper: str, step: int, n_steps: int) -> float:
         at, length = schedules.cycle_at(step, n_steps, self.n_cycles, self.cycle_mult)
         if hyper == "lr":
@@ -152,6 +155,9 @@ class CircularLRBeta(Scheduler):
         check_number("pct", self.pct, minimum=0, maximum=100)
         _check_cycles(self.n_cycles, self.cycle_mult)
         own_momentum(self, self.moms)
+
+    def cycle_ends(self, n_steps: int) -> tuple[int, ...]:
+        return schedules.cycle_ends(n_steps, self.n_cycles, self.cycle_mult)
 
     def value(self, hyper: str, step: int, n_steps: int) -> float:
         at, length = schedules.cycle_at(step, n_steps, self.n_cycles, self.cycle_mult)
@@ -215,6 +221,9 @@ class CosineAnnealing(Scheduler):
     def __post_init__(self) -> None:
         _check_cycles(self.n_cycles, self.cycle_mult)
         check_number("warmup_frac", self.warmup_frac, minimum=0, maximum=1)
+
+    def cycle_ends(self, n_steps: int) -> tuple[int, ...]:
+        return schedules.cycle_ends(n_steps, self.n_cycles, self.cycle_mult)
 
     def value(self, hyper: str, step: int, n_steps: int) -> float:
         return schedules.cosine_restarts(step, n_steps, self.n_cycles, self.cycle_mult, self.warmup_frac)

@@ -33,6 +33,15 @@ class Scheduler(Callback):
         """
         raise NotImplementedError(f"{type(self).__name__} is to define value(hyper, step, n_steps) -> float.")
 
+    def cycle_ends(self, n_steps: int) -> tuple[int, ...]:
+        """The 0-based steps after which a cycle of the learning rate is complete; a schedule without cycles is one.
+
+        >>> from minifast import CircularLR
+        >>> CircularLR(n_cycles=3).cycle_ends(15)
+        (4, 9, 14)
+        """
+        return (n_steps - 1,)
+
     def check_steps(self, n_steps: int) -> None:
         """Warn or raise if `n_steps` updates are not what the schedule is made for."""
 

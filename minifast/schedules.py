@@ -194,6 +194,21 @@ def cycle_at(step: int, n_steps: int, n_cycles: int = 1, cycle_mult: int = 1) ->
     return step - start, n_steps * _geometric(cycle + 1, cycle_mult) // total - start
 
 
+def cycle_ends(n_steps: int, n_cycles: int = 1, cycle_mult: int = 1) -> tuple[int, ...]:
+    """The last step of each cycle, as `cycle_at` places them. Cycles for which there is no step are left out.
+
+    >>> cycle_ends(7, n_cycles=3, cycle_mult=2)
+    (0, 2, 6)
+    """
+    ends: list[int] = []
+    step = 0
+    while step < n_steps:
+        position, length = cycle_at(step, n_steps, n_cycles, cycle_mult)
+        step += length - position
+        ends.append(step - 1)
+    return tuple(ends)
+
+
 def piece_at(step: int, n_steps: int, shares: Sequence[float]) -> tuple[int, int, int]:
     """Which piece `step` falls into: (its index, its first step, the step after its last).
 

@@ -53,13 +53,13 @@ class Window:
         self.is_open = True
 
     @contextmanager
-    def in_parts(self) -> Iterator[None]:
-        """A block for one micro-batch in several parts: either all of them are added, or, on an error, none."""
+    def in_parts(self, n: int) -> Iterator[None]:
+        """A block for one micro-batch in `n` parts: either all of them are added, or, on an error, none."""
         kept = self._is_sum, self._loss, self._unit, self.weight, self.is_open
         grads = [p.grad for p in self._params]
         for p in self._params:
             p.grad = None
-        self._is_sum = True
+        self._is_sum = self._is_sum or n > 1
         try:
             yield
         except BaseException:
@@ -75,8 +75,12 @@ class Window:
         loss = torch.as_tensor(self._loss)
         if not self._is_sum:
             return loss
-        if isinstance(self.weight, Tensor) or self.weight != self._unit:
-            grads = [p.grad for p in self._params if p.grad is not None]
+        grads = [p.grad for p in self._params if p.grad is not None]
+        if isinstance(self.weight, Tensor):
+            torch._foreach_div_(grads, nonzero(self.weight))  # 1 / an integer tensor would be rounded to float32
+            if self._unit != 1:
+                torch._foreach_mul_(grads, self._unit)
+        elif self.weight != self._unit:
             torch._foreach_mul_(grads, self._unit / nonzero(self.weight))
         return loss / nonzero(self.weight)
 

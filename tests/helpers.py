@@ -6,6 +6,7 @@ import random
 import numpy as np
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from minifast import Callback, Learner
 from minifast.callback import EVENTS
@@ -73,6 +74,34 @@ def spying(base=torch.optim.SGD):
             return result
 
     return Spy
+
+
+class NoWait(TorchDispatchMode):
+    """Fails where the host reads a number from a tensor: on a device it would wait."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._local_scalar_dense.default:
+            raise AssertionError("the host waits for the device")
+        return func(*args, **(kwargs or {}))
+
+
+class Unwaiting(Callback):
+    """No batch but the first may wait for the device, from `before_batch` to `after_step`."""
+
+    order, mode = -1000, None
+
+    def before_batch(self, state):
+        if state.batch_index:
+            self.mode = NoWait()
+            self.mode.__enter__()
+
+    def after_batch(self, state):
+        if self.mode is not None:
+            self.mode.__exit__(None, None, None)
+        self.mode = None
+
+    def after_fit(self, state):
+        self.after_batch(state)
 
 
 def batches(n=2, size=4, *, seed=0, dtype=torch.float32):

@@ -18,18 +18,20 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "minifast"
 FLOORS = {
     0: {"errors", "signals", "suggest", "schedules", "plots", "tables", "batches", "losses", "scalars", "archive"},
-    1: {"groups", "hypers", "data", "snapshot", "window", "record", "plan", "predict", "weights", "hooks", "verdict", "runs"},
+    1: {"groups", "hypers", "data", "snapshot", "window", "record", "plan", "predict", "weights", "hooks", "verdict",
+        "runs", "swap"},
     2: {"state", "checks", "image_folder", "tta", "export"},
-    3: {"callback"},
+    3: {"callback", "norms"},
     4: {"loop", "scheduler", "lr_find", "recorder", "progress", "metrics", "first_batch", "ownership", "budget",
-        "activations", "layer_stats", "loggers", "augment", "unfreeze"},
+        "activations", "layer_stats", "loggers", "augment", "unfreeze", "precision", "gradients", "microbatch",
+        "averaging"},
     5: {"lr", "composed"},
     6: {"cycles", "fitting"},
-    7: {"timeline", "preflight", "summary", "lr_repeats", "race"},
+    7: {"timeline", "preflight", "summary", "lr_repeats", "race", "snapshots"},
     8: {"learner"},
     9: {"__init__", "demo"},
     10: {"__main__"},
-}
+}  # fmt: skip
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules}
 TOP_LEVEL = {"pyproject.toml", "minifast", "tests", "nbs", "README.md", "Makefile", "LICENSE", "CHANGELOG.md"}
 

@@ -1,0 +1,203 @@
+"""Faster arithmetic: mixed precision and the channels-last memory format."""
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .batches import map_tensors, tensors
+from .callback import Callback, CancelBatch, Order
+from .state import State
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+MIN_SCALE = 2.0**-16  # what overflows here is finite at no scale; 32 overflows in a row lead here from 2**16
+
+
+@dataclass(eq=False)
+class MixedPrecision(Callback):
+    """Runs the model in half precision where that is safe, by `torch.autocast`; weights and optimizer stay float32.
+
+    precision: "bf16", or "fp16" for devices without bfloat16. The model's outputs are converted to float32, in fits,
+    validation and predictions alike: so the loss, metrics and what `get_preds` returns are computed in float32.
+    Outputs that are no nest of tensors (a plain object with attributes) are left as they are. Tensors of float64 are
+    left in float64, as by autocast itself.
+
+    bf16 needs no loss scaling and never waits for the device. fp16 multiplies the loss by the scale of a
+    `torch.amp.GradScaler`, kept as `scaler` over all fits and in `state_dict`; recorded losses and the gradients that
+    clipping sees are unscaled. An update whose gradients overflow is skipped like a cancelled batch (no step, no
+    `after_step`, schedules stand still) and the scale is halved. To know that, the host waits for the device once per
+    update. Once the scale has fallen to 2**-16, gradients that are not finite are no matter of the scale: then the
+    update is made, as it would be without `MixedPrecision`.
+
+    Given to the Learner, it holds for `validate`, `get_preds` and `predict`, too; there a model compiled by `compile=`
+    is called in its own precision by `validate`.
+
+    Raises ValueError for another precision, and before the fit for a device that lacks it, or for weights in float16.
+
+    >>> MixedPrecision("bf16")
+    MixedPrecision(precision='bf16')
+    """
+
+    precision: str = "bf16"
+
+    order = Order.SETUP  # unscales before anyone looks at the gradients
+    sets = ("the precision",)  # one of them in a fit
+    in_lr_find = True
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.precision, str) or self.precision not in DTYPES:
+            raise ValueError(f'precision must be "bf16" or "fp16", got {self.precision!r:.80}.')
+        self.scaler: torch.amp.GradScaler | None = None
+        self._saved: dict[str, Any] | None = None  # what a scaler that is not made yet begins with
+
+    def before_fit(self, state: State) -> None:
+        self._autocast(state.device.type)  # raises now what would be raised in the first batch
+        forward = state.forward
+
+        def in_autocast(*args: Any, **kwargs: Any) -> Any:
+            with self._autocast(state.device.type):
+                output = forward(*args, **kwargs)
+            return to_float32(output)
+        state.forward = in_autocast
+        if self.precision == "fp16":
+            self._check_weights(state.model)
+            self._one = torch.ones((), device=state.device)
+            if self.scaler is None:
+                self.scaler = torch.amp.GradScaler(state.device.type)
+                if self._saved is not None:
+                    self.scaler.load_state_dict(self._saved)
+
+    def before_batch(self, state: State) -> None:
+        if self.scaler is not None:
+            state.loss_scale = self.scaler.scale(self._one)
+
+    def after_loss(self, state: State) -> None:
+        if state.loss.dtype in DTYPES.values():  # of a loss that computes in half precision by itself
+            state.loss = state.loss.float()
+
+    def before_step(self, state: State) -> None:
+        if self.scaler is None:
+            return
+        scale = self.scaler.get_scale()
+        self.scaler.unscale_(state.opt)
+        self.scaler.update()
+        has_overflowed = self.scaler.get_scale() < scale
+        if has_overflowed and scale > MIN_SCALE:
+            raise CancelBatch
+
+    @contextmanager
+    def evaluating(self, model: nn.Module) -> Iterator[None]:
+        """Autocast for calls of the model only: data, metrics and the loss are left in float32."""
+        device = next((tensor.device.type for tensor in (*model.parameters(), *model.buffers())), "cpu")
+        entered: list[torch.autocast] = []
+
+        def enter(module: nn.Module, args: Any) -> None:
+            if not torch.compiler.is_compiling():  # the compiler cannot follow it; in a fit, `forward` does it
+                entered.append(self._autocast(device))
+                entered[-1].__enter__()
+
+        def leave(module: nn.Module, args: Any, output: Any) -> Any:
+            if not torch.compiler.is_compiling():
+                entered.pop().__exit__(None, None, None)
+            return to_float32(output)
+        hooks = [model.register_forward_pre_hook(enter), model.register_forward_hook(leave, prepend=True)]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for autocast in reversed(entered):  # of a model that failed
+                autocast.__exit__(None, None, None)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The loss scale and what it grows by; None before the first fit, and always with bf16."""
+        return {"scaler": self._saved if self.scaler is None else self.scaler.state_dict()}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Take up what `state_dict` gave."""
+        self._saved = saved["scaler"]
+        if self._saved is None:
+            self.scaler = None
+        elif self.scaler is not None:
+            self.scaler.load_state_dict(self._saved)
+
+    def _autocast(self, device: str) -> torch.autocast:
+        """A new one for each use: one that is entered twice forgets what it found."""
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                return torch.autocast(device, DTYPES[self.precision])
+        except (RuntimeError, UserWarning) as error:
+            raise ValueError(f'MixedPrecision("{self.precision}") does not work on the device {device!r}: {error} '
+                             "Pass another precision, or leave it out.") from error
+
+    @staticmethod
+    def _check_weights(model: nn.Module) -> None:
+        half = next((name for name, p in model.named_parameters() if p.dtype is torch.float16), None)
+        if half is not None:
+            raise ValueError(f'MixedPrecision("fp16") needs weights in float32, but {half} is float16. Call '
+                             "model.float() before the Learner is made.")
+
+
+def to_float32(output: Any) -> Any:
+    """The same nest with its half-precision tensors in float32.
+
+    >>> to_float32({"logits": torch.ones(1, dtype=torch.bfloat16)})
+    {'logits': tensor([1.])}
+    """
+    def convert(tensor: Tensor) -> Tensor:
+        return tensor.float() if tensor.dtype in DTYPES.values() else tensor
+    if any(tensor.dtype in DTYPES.values() for tensor in tensors(output)):
+        return map_tensors(convert, output)
+    return output
+
+
+@dataclass(eq=False)
+class ChannelsLast(Callback):
+    """Keeps images and convolutions in `torch.channels_last` during the fit: the order that fast kernels work in.
+
+    Parameters and buffers with 4 dimensions, their optimizer state, and all tensors of a batch with 4 dimensions.
+    Only the order in memory changes, so results are equal within rounding; at the end of the fit, model and optimizer
+    are put back, without a change of their values.
+
+    >>> ChannelsLast()
+    ChannelsLast()
+    """
+
+    order = Order.SETUP
+
+    def before_fit(self, state: State) -> None:
+        held = [*state.model.parameters(), *state.model.buffers()]
+        self._moved = [tensor for tensor in held if tensor.ndim == 4 and _is_plain(tensor)]
+        self._opt = state.opt
+        self._move(torch.channels_last)
+
+    def before_batch(self, state: State) -> None:
+        state.batch = map_tensors(_to_channels_last, state.batch)
+
+    def before_valid_batch(self, state: State) -> None:
+        state.batch = map_tensors(_to_channels_last, state.batch)
+
+    def after_fit(self, state: State) -> None:
+        self._move(torch.contiguous_format)
+        del self._moved, self._opt
+
+    def _move(self, memory_format: torch.memory_format) -> None:
+        for tensor in self._moved:
+            values = self._opt.state.get(tensor, {})
+            for name, value in values.items():
+                if isinstance(value, Tensor) and value.shape == tensor.shape:
+                    values[name] = value.contiguous(memory_format=memory_format)
+            tensor.data = tensor.data.contiguous(memory_format=memory_format)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return tensor.layout is torch.strided and tensor.is_contiguous()
+
+
+def _to_channels_last(tensor: Tensor) -> Tensor:
+    is_image = tensor.ndim == 4 and tensor.layout is torch.strided
+    return tensor.contiguous(memory_format=torch.channels_last) if is_image else tensor
