@@ -29,6 +29,7 @@ from .lr import (
 from .lr_find import LRFind, LRFinder
 from .metrics import Metrics, accuracy, error_rate, rmse, top_k_accuracy
 from .microbatch import AutoMicrobatch
+from .monitors import EarlyStopping, ReduceLROnPlateau, SaveBest
 from .plan import Plan
 from .precision import ChannelsLast, MixedPrecision
 from .preflight import Finding, Report
@@ -43,6 +44,7 @@ from .state import State
 from .summary import Summary
 from .timeline import Moment, Profile, Trace
 from .unfreeze import Unfreeze
+from .whole_set import WholeSet
 
 __version__ = "0.1.0"
 
@@ -63,6 +65,7 @@ __all__ = [
     "CosineAnnealing",
     "CutMix",
     "DataLoaders",
+    "EarlyStopping",
     "ExponentialLR",
     "Finding",
     "FitRecord",
@@ -93,9 +96,11 @@ __all__ = [
     "ProgressiveResizing",
     "Race",
     "Recorder",
+    "ReduceLROnPlateau",
     "Report",
     "Run",
     "RunLog",
+    "SaveBest",
     "Schedule",
     "Scheduler",
     "SnapshotEnsemble",
@@ -107,6 +112,7 @@ __all__ = [
     "Trace",
     "Unfreeze",
     "WandbLogger",
+    "WholeSet",
     "accuracy",
     "digits",
     "error_rate",

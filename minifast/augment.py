@@ -92,10 +92,10 @@ class MixUp(Mixing):
     (n, ...) are mixed as they are, and need none.
 
     Takes batches (inputs, target), inputs (n, ...) of any floating-point type. The loss must take probabilities, as
-    `nn.CrossEntropyLoss` does, with label_smoothing too. Metrics of the training data see the mixed targets, which
-    `accuracy` refuses; validation sees nothing of it. Each batch is mixed within itself, so with `accumulate` each
-    micro-batch is; as the partner is the sample before, the data should be shuffled. Shares come from torch's global
-    generator. Raises ValueError or TypeError for other arguments, batches and losses.
+    `nn.CrossEntropyLoss` does, with label_smoothing too. Metrics of the training data see the mixed targets, of which
+    `accuracy` takes the largest share; validation sees nothing of it. Each batch is mixed within itself, so with
+    `accumulate` each micro-batch is; as the partner is the sample before, the data should be shuffled. Shares come from
+    torch's global generator. Raises ValueError or TypeError for other arguments, batches and losses.
 
     Source: Zhang et al. 2017 (arXiv 1710.09412); the mixing is torchvision's `v2.MixUp`.
 

@@ -15,8 +15,9 @@ class TimeLimit(Callback):
 
     Schedules run on the share of the time that is used up, or of the steps that are done, whichever is larger: so
     they reach their end when the fit ends, by the clock or by its epochs. The time counts from the first batch, with
-    validation, and over a kill and resume. The fit ends with the first batch after the time, validation and all: a
-    little later than `minutes`. As the clock is never twice the same, no two such fits have equal bits.
+    validation, and over a kill and resume. The fit ends with the first weight update after the time (or, where every
+    batch is cancelled, without one), validation and all: a little later than `minutes`. As the clock is never twice
+    the same, no two such fits have equal bits.
 
     Raises ValueError unless minutes > 0.
 
@@ -34,16 +35,23 @@ class TimeLimit(Callback):
         self.minutes = check_number("minutes", self.minutes, above=0, example="TimeLimit(10)")
 
     def before_fit(self, state: State) -> None:
-        self._used, self._last_look = 0.0, -1.0  # seconds
+        self._used = 0.0  # seconds
+        self._last_look: float | None = None
+        self._batches_late = 0
 
     def before_batch(self, state: State) -> None:
         now = time.monotonic()
-        self._used += now - self._last_look if self._last_look >= 0 else 0.0
+        self._used += 0.0 if self._last_look is None else now - self._last_look
         self._last_look = now
         share = min(1.0, self._used / (60 * self.minutes))
         done = state.step if state.n_epochs is not None else 0
         state.schedule_step = max(done, int(share * (state.n_steps - 1)))
+        self._batches_late += share >= 1
 
     def after_step(self, state: State) -> None:
-        if state.schedule_step is not None and state.schedule_step >= state.n_steps - 1:
+        if self._batches_late:
+            state.is_ending = True
+
+    def after_batch(self, state: State) -> None:
+        if self._batches_late >= state.accumulate:  # even if nothing but cancelled batches comes
             state.is_ending = True

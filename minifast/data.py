@@ -303,8 +303,9 @@ def feed(loader: Iterable[Batch], device: torch.device, limit: int | None, inter
             count += 1
     finally:
         # an error's traceback keeps the iterator, and with it the worker processes, alive for as long as it is kept
-        if hasattr(iterator, "_shutdown_workers") and not getattr(loader, "persistent_workers", False):
-            iterator._shutdown_workers()
+        shut_down = getattr(iterator, "_shutdown_workers", None)
+        if shut_down is not None and not getattr(loader, "persistent_workers", False):
+            shut_down()
 
 
 def _begin(loader: Iterable[Batch]) -> Iterator[Batch]:

@@ -51,10 +51,10 @@ class Learner:
     layer group, a callable model -> list of modules or parameter lists, or a dict of name -> glob over parameter names.
     wd: weight decay, None for the optimizer's own default; norms and biases have none unless `wd_norm_bias`. train_bn:
     whether norm layers of frozen groups go on training. metrics: functions (pred, target) or objects with update,
-    compute and reset. train_metrics: compute them over the training data, too. callbacks: run in every fit. device:
-    None for the accelerator, if there is one. seed: seeds Python, numpy and torch now; None: nothing is seeded.
-    compile: whether fits call the model through `torch.compile`; a dict holds its options. unpack: batch -> (inputs,
-    target). verbose: print and show progress.
+    compute and reset. train_metrics: compute them over the training data too, as `train_<name>`. callbacks: run in
+    every fit. device: None for the accelerator, if there is one. seed: seeds Python, numpy and torch now; None: nothing
+    is seeded. compile: whether fits call the model through `torch.compile`; a dict holds its options. unpack: batch ->
+    (inputs, target). verbose: print and show progress.
 
     `model, dls, loss_func, metrics, callbacks, opt, recorder` may be read, and assigned between fits.
 
@@ -381,6 +381,8 @@ class Learner:
 
     def validate(self, dl: Iterable[Batch] | None = None) -> dict[str, float]:
         """The validation loss and the metrics over `dl`, None for the validation data: keys as in an epoch row.
+
+        Of several validation sets each has keys of its own, like noisy_valid_loss.
 
         Random generators are left as they were. Raises ValueError if there is no data.
         """

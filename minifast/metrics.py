@@ -1,34 +1,33 @@
-"""Metrics: functions of (pred, target) and objects with update, compute and reset, over the validation data."""
+"""Metrics: functions of (pred, target) and objects with update, compute and reset, over the data of an epoch."""
+import copy
 import math
-import re
-from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Iterable
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from .batches import scores
 from .callback import Callback, Order
-from .scalars import ScalarColumn
+from .meters import MeanMeter, MeanOf, Meter, is_object, make_meter, named
+from .predict import join
 from .state import State
 
-OTHER_COLUMNS = ("epoch", "train_loss", "time")  # of an epoch row, beside the validation loss and the metrics
+OTHER_COLUMNS = ("epoch", "train_loss", "time")  # of an epoch row, beside the validation losses and the metrics
 
 
 def accuracy(pred: Tensor, target: Tensor) -> Tensor:
     """Share of predictions whose highest score is the target's class, 0..1.
 
     pred: (n, classes, ...) scores, target: (n, ...) class indices; (n, ..., classes) with (n, ...) is understood too.
-    Raises ValueError for other shapes.
+    Targets of the scores' shape that are floating point are probabilities, as mixup and label smoothing make them:
+    their class is the most probable one. Raises ValueError for other shapes.
 
     >>> accuracy(torch.tensor([[0.1, 0.9], [0.8, 0.2]]), torch.tensor([1, 1]))
     tensor(0.5000)
     """
-    return (pred.argmax(_class_dim(pred, target)) == target).float().mean()
+    dim, labels = _classes(pred, target)
+    return (pred.argmax(dim) == labels).float().mean()
 
 
 def error_rate(pred: Tensor, target: Tensor) -> Tensor:
@@ -46,21 +45,11 @@ def top_k_accuracy(pred: Tensor, target: Tensor, k: int = 5) -> Tensor:
     >>> top_k_accuracy(torch.tensor([[0.1, 0.6, 0.3], [0.5, 0.2, 0.3]]), torch.tensor([2, 1]), k=2)
     tensor(0.5000)
     """
-    dim = _class_dim(pred, target)
+    dim, labels = _classes(pred, target)
     if not (isinstance(k, int) and 1 <= k <= pred.shape[dim]):
         raise ValueError(f"k must be 1..{pred.shape[dim]}, the number of classes, got {k}. "
                          "Pass functools.partial(top_k_accuracy, k=...).")
-    return (pred.topk(k, dim).indices == target.unsqueeze(dim)).any(dim).float().mean()
-
-
-class MeanOf:
-    """A metric that is a function of a mean over all samples: `finish(mean of each(pred, target))`."""
-
-    def __init__(self, name: str, each: Callable[[Tensor, Tensor], Tensor], finish: Callable[[float], float]) -> None:
-        self.__name__, self.each, self.finish = name, each, finish
-
-    def __call__(self, pred: Tensor, target: Tensor) -> float:
-        return self.finish(float(self.each(pred, target)))
+    return (pred.topk(k, dim).indices == labels.unsqueeze(dim)).any(dim).float().mean()
 
 
 def _mse(pred: Tensor, target: Tensor) -> Tensor:
@@ -76,137 +65,143 @@ rmse = MeanOf("rmse", _mse, math.sqrt)  # root mean squared error, over all samp
 class Metrics(Callback):
     """Accumulates the validation loss and `metrics` on the device and reads them once per epoch.
 
-    A function's batch values are averaged by samples. An object's `update(pred, target)` sees each batch and its
-    `compute()` gives the number, or a dict of numbers by name: the torchmetrics protocol.
+    A function's batch values are averaged by samples, the loss by what it is the mean over. An object's
+    `update(pred, target)` sees each batch and its `compute()` gives the number, or a dict of numbers by name: the
+    torchmetrics protocol. Columns must be known before the fit: of a dict they are the object's keys, if it has
+    `keys()`, or its attribute `names`.
+
+    Of several validation sets each has columns of its own, e.g. `noisy_valid_loss`, `noisy_accuracy`. train: also
+    compute the metrics over the training data, as `train_accuracy` etc. These see what the model puts out while it
+    trains (weights that move, dropout, augmented inputs), every batch whose gradient is taken; metric objects are
+    copied for it.
     """
 
     order = Order.SETUP  # first: in `after_validate` the row is complete for all others
 
     def __init__(self, metrics: Iterable[Any] = (), *, train: bool = False) -> None:
-        self._meters: dict[str, _Meter | _Adapter] = {"valid_loss": _Meter("valid_loss", None)}
-        for metric in metrics:
-            name = metric_name(metric)
-            if name in self._meters or name in OTHER_COLUMNS:
-                raise ValueError(f"two columns of the epoch table would be called {name!r}. Give one metric another "
-                                 "__name__.")
-            self._meters[name] = _Adapter(name, metric) if _is_object(metric) else _Meter(name, metric)
+        metrics = list(metrics)
+        self._loss = MeanMeter("valid_loss", None)
+        self._valid = [make_meter(metric) for metric in metrics]
+        self._train = [make_meter(copy.deepcopy(metric) if is_object(metric) else metric)
+                       for metric in (metrics if train else [])]
+        self._n_trained = 0  # training batches seen in this epoch
+        self._row: dict[str, float] = {}  # of the validation sets that were looked at so far
+        self._set: str | None = None  # the one that is looked at
+        self.names([""])
 
     def names(self, sets: Iterable[str]) -> tuple[str, ...]:
-        """The keys of a complete epoch row, for validation sets of these names."""
-        return ("epoch", "train_loss", *(f"{name}_{key}" if name else key for name in sets for key in self._meters),
-                "time")
+        """The keys of a complete epoch row, for validation sets of these names.
+
+        Raises ValueError if two of them are the same.
+        """
+        names = ("epoch", "train_loss", *(f"train_{column}" for meter in self._train for column in meter.columns),
+                 *(_prefix(name) + column for name in sets for meter in (self._loss, *self._valid)
+                   for column in meter.columns), "time")
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise ValueError(f"two columns of the epoch table would be called {twice!r}. Give one metric another "
+                             "__name__, or one validation set another name.")
+        return names
+
+    def before_fit(self, state: State) -> None:
+        names = dict.fromkeys([*state.metric_names, *self.names(name for name, _ in state.valid_sets)])
+        state.metric_names = (*(name for name in names if name != "time"), "time")
+        self._reset(self._train, state)
+
+    def before_epoch(self, state: State) -> None:
+        self._n_trained = 0
+        self._reset(self._train, state)
+
+    def after_backward(self, state: State) -> None:
+        if self._train:
+            with torch.no_grad():
+                self._update(self._train, state, join(_detached, [scores(state.pred)]))
+            self._n_trained += 1
 
     def before_validate(self, state: State) -> None:
-        for meter in self._meters.values():
-            meter.reset(state.device)
+        self._note_train(state)
+        self._row, self._set = {}, None
 
     def after_valid_batch(self, state: State) -> None:
-        pred = scores(state.pred)
-        for name, meter in self._meters.items():
-            with _named(name):
-                meter.update(state.loss, pred, state.target, state.n_samples)
+        if state.valid_set != self._set:
+            self._note_set()
+            self._set = state.valid_set
+            self._reset([self._loss, *self._valid], state)
+        self._loss.add(state.loss, state.loss_weight)
+        self._update(self._valid, state, scores(state.pred))
 
     def after_validate(self, state: State) -> None:
+        self._note_set()
+        state.metrics |= self._row
+
+    def after_epoch(self, state: State) -> None:
+        if self._n_trained:  # there was no validation
+            self._note_train(state)
+            state.metrics["time"] = state.metrics.pop("time")  # the last column
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the training data of this epoch has given so far."""
+        return {"n_trained": self._n_trained,
+                "train": [meter.state_dict() for meter in self._train] if self._n_trained else []}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        self._n_trained = saved["n_trained"]
+        if self._n_trained:
+            for meter, its in zip(self._train, saved["train"], strict=True):
+                with named(meter.name):
+                    meter.load_state_dict(its)
+
+    def _reset(self, meters: Iterable[Meter], state: State) -> None:
+        for meter in meters:
+            with named(meter.name):
+                meter.reset(state.device)
+
+    def _update(self, meters: Iterable[Meter], state: State, pred: Any) -> None:
+        for meter in meters:
+            with named(meter.name):
+                meter.update(pred, state.target, state.n_samples)
+
+    def _note_train(self, state: State) -> None:
+        if self._n_trained:
+            state.metrics |= self._columns(self._train, "train_", state.metrics)
+        self._n_trained = 0
+
+    def _note_set(self) -> None:
+        if self._set is not None:
+            prefix = _prefix(self._set)
+            self._row |= self._columns([self._loss, *self._valid], prefix, self._row)
+
+    def _columns(self, meters: Iterable[Meter], prefix: str, others: Iterable[str]) -> dict[str, float]:
+        """The columns of `meters`, which must differ from each other and from `others`."""
         row: dict[str, float] = {}
-        for name, meter in self._meters.items():
-            with _named(name):
-                columns = meter.compute()
-                twice = sorted(columns.keys() & {*row, *OTHER_COLUMNS})
+        for meter in meters:
+            with named(meter.name):
+                columns = {prefix + name: value for name, value in meter.compute().items()}
+                twice = sorted(columns.keys() & {*row, *others, *OTHER_COLUMNS})
                 if twice:
                     raise ValueError(f"two columns of the epoch table would be called {', '.join(twice)}. Rename one, "
                                      "e.g. by MetricCollection(..., prefix='my_').")
             row |= columns
-        state.metrics |= row
+        return row
 
 
-def metric_name(metric: Any) -> str:
-    """The key of a metric: its `__name__`, of a partial its function's, of an object its class name in snake case.
-
-    Raises TypeError for what is neither a function nor an object with update, compute and reset.
-
-    >>> metric_name(accuracy), metric_name(partial(top_k_accuracy, k=3)), metric_name(rmse)
-    ('accuracy', 'top_k_accuracy', 'rmse')
-    """
-    if isinstance(metric, type):
-        raise TypeError(f"{metric.__name__} is a class: pass an instance, {metric.__name__}(...).")
-    if not (_is_object(metric) or callable(metric)):
-        raise TypeError(f"a metric must be a function (pred, target) -> number, or an object with update, compute and "
-                        f"reset, got {metric!r:.80}.")
-    own = getattr(metric, "__name__", None)
-    named = metric.func if isinstance(metric, partial) else metric
-    return str(own or getattr(named, "__name__", None) or _snake_case(type(named).__name__))
+def _prefix(valid_set: str) -> str:
+    return f"{valid_set}_" if valid_set else ""
 
 
-def _is_object(metric: Any) -> bool:
-    return all(hasattr(metric, name) for name in ("update", "compute", "reset"))
+def _detached(leaves: list[Any]) -> Any:
+    return leaves[0].detach() if isinstance(leaves[0], Tensor) else leaves[0]
 
 
-def _snake_case(name: str) -> str:
-    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
-
-
-@contextmanager
-def _named(metric: str) -> Iterator[None]:
-    """Errors gain a note that names the metric."""
-    try:
-        yield
-    except Exception as error:
-        error.add_note(f"in the metric {metric}")
-        raise
-
-
-class _Meter:
-    """The sample-weighted mean of a function's batch values, or of the loss."""
-
-    def __init__(self, name: str, function: Callable[[Any, Any], Any] | None) -> None:
-        self.name = name
-        self.function = function.each if isinstance(function, MeanOf) else function
-        self.finish = function.finish if isinstance(function, MeanOf) else float
-
-    def reset(self, device: torch.device) -> None:
-        self.values, self.weights = ScalarColumn(), array("q")
-
-    def update(self, loss: Tensor, pred: Any, target: Any, n_samples: int) -> None:
-        value = loss if self.function is None else self.function(pred, target)
-        value = value.detach() if isinstance(value, Tensor) else torch.tensor(float(value), dtype=torch.float64)
-        if value.numel() != 1:
-            raise ValueError(f"{self.name} must return one number per batch, got shape {tuple(value.shape)}. "
-                             "Did you forget .mean()?")
-        self.values.append(value.reshape(()))
-        self.weights.append(n_samples)
-
-    def compute(self) -> dict[str, float]:
-        if not any(self.weights):
-            return {self.name: math.nan}
-        return {self.name: self.finish(float(np.average(self.values.read(), weights=self.weights)))}
-
-
-class _Adapter:
-    """A metric object behind the same four methods."""
-
-    def __init__(self, name: str, metric: Any) -> None:
-        self.name, self.metric = name, metric
-
-    def reset(self, device: torch.device) -> None:
-        if hasattr(self.metric, "to"):
-            self.metric = self.metric.to(device)
-        self.metric.reset()
-
-    def update(self, loss: Tensor, pred: Any, target: Any, n_samples: int) -> None:
-        self.metric.update(pred, target)
-
-    def compute(self) -> dict[str, float]:
-        value = self.metric.compute()
-        parts = value if isinstance(value, Mapping) else {self.name: value}
-        return {str(name): float(part) for name, part in parts.items()}
-
-
-def _class_dim(pred: Tensor, target: Tensor) -> int:
+def _classes(pred: Tensor, target: Tensor) -> tuple[int, Tensor]:
+    """(the dimension of the classes, the target's class indices)."""
     if pred.ndim == target.ndim + 1:
         if pred.shape[:1] + pred.shape[2:] == target.shape:
-            return 1
+            return 1, target
         if pred.shape[:-1] == target.shape:
-            return pred.ndim - 1
+            return pred.ndim - 1, target
+    if pred.shape == target.shape and pred.ndim >= 2 and pred.shape[1] > 1 and target.is_floating_point():
+        return 1, target.argmax(1)
     raise ValueError(f"scores of shape {tuple(pred.shape)} do not fit targets of shape {tuple(target.shape)}: wanted "
                      "(n, classes) and (n,). For one output per sample pass a function of your own, e.g. "
                      "lambda pred, target: ((pred > 0) == target).float().mean().")

@@ -1,5 +1,6 @@
 """What a person sees while training: a bar where there is a screen, and one line per epoch everywhere."""
 import logging
+import os
 import sys
 import time
 from typing import Any
@@ -10,6 +11,9 @@ from .tables import shown
 
 REFRESH = 0.25  # seconds between two looks at the loss, which wait for the device
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"  # fits in 80 columns
+BAR_OF_TIME = BAR.replace(" {n_fmt}/{total_fmt}", "")  # of a fit of which only the duration is known
+CELL = 10  # characters of a number in the table
+WIDTH = 120  # characters in a line of the table, where there is no terminal to ask
 log = logging.getLogger("minifast")
 
 
@@ -29,7 +33,7 @@ class Progress(Callback):
 
     def before_fit(self, state: State) -> None:
         self._columns: list[str] = []
-        self._screen = _screen(state.n_steps)
+        self._screen = _screen(state.n_steps, BAR if state.n_epochs is not None else BAR_OF_TIME)
         self._next_look = 0.0
         self._look(state)
 
@@ -46,19 +50,26 @@ class Progress(Callback):
             return
         lines, names = [], list(state.metrics)
         if not set(names) <= set(self._columns):  # the first row, or one with a metric that is new
-            self._columns = names
-            lines.append("  ".join(name.rjust(_width(name)) for name in names))
-        lines.append("  ".join(_cell(name, state.metrics.get(name)).rjust(_width(name)) for name in self._columns))
+            self._columns, header = names, _header(names, self._screen.width())
+            self._widths = [max(map(len, parts)) for parts in zip(*header, strict=True)]
+            lines += [self._line(parts) for parts in header]
+        lines.append(self._line([_cell(name, state.metrics.get(name)) for name in self._columns]))
         self._screen.line("\n".join(lines))
 
     def after_fit(self, state: State) -> None:
         self._screen.close()
 
+    def _line(self, cells: list[str]) -> str:
+        return "  ".join(cell.rjust(width) for cell, width in zip(cells, self._widths, strict=True)).rstrip()
+
     def _look(self, state: State, doing: str = "") -> None:
         if self._screen.has_bar:
             loss, lr = state.recorder.newest.smooth_loss(), float(state.opt.param_groups[-1]["lr"])
             note = doing or (f"loss {shown(loss)}, lr {lr:.2e}" if state.step else "")
-            self._screen.bar(state.step, self.title or f"epoch {state.epoch + 1}/{state.n_epochs}", note)
+            n_epochs = "" if state.n_epochs is None else f"/{state.n_epochs}"
+            at = state.schedule_step or 0  # what a limit in time says
+            done = max(at, state.step) if state.n_epochs is not None else at
+            self._screen.bar(done, self.title or f"epoch {state.epoch + 1}{n_epochs}", note)
         self._next_look = time.perf_counter() + REFRESH
 
 
@@ -82,6 +93,10 @@ class _Lines:
     def bar(self, step: int, title: str, note: str) -> None:
         """Show how far the fit has come."""
 
+    def width(self) -> int:
+        """How many characters a line may have."""
+        return WIDTH
+
     def close(self) -> None:
         """Take the bar away; the lines stay."""
 
@@ -100,7 +115,7 @@ class _Terminal(_Lines):
 
     has_bar = True
 
-    def __init__(self, n_steps: int) -> None:
+    def __init__(self, n_steps: int, form: str) -> None:
         super().__init__()
         from tqdm import tqdm
 
@@ -108,7 +123,13 @@ class _Terminal(_Lines):
             monitor_interval = 0  # no watching thread: we refresh by the clock ourselves
 
         # delay: the first drawing is ours, with a title
-        self._bar = Bar(total=n_steps, file=sys.stdout, leave=False, dynamic_ncols=True, bar_format=BAR, delay=1e-9)
+        self._bar = Bar(total=n_steps, file=sys.stdout, leave=False, dynamic_ncols=True, bar_format=form, delay=1e-9)
+
+    def width(self) -> int:
+        try:
+            return os.get_terminal_size(sys.stdout.fileno()).columns or WIDTH
+        except (OSError, ValueError, AttributeError):  # it says to be a terminal, but is none
+            return WIDTH
 
     def line(self, text: str) -> None:
         self._try(lambda: self._bar.write(text, file=sys.stdout))
@@ -127,12 +148,12 @@ class _Notebook(_Lines):
 
     has_bar = True
 
-    def __init__(self, n_steps: int) -> None:
+    def __init__(self, n_steps: int, form: str) -> None:
         super().__init__()
         from IPython.display import display
 
         self._display, self._output = display, None
-        self._n_steps, self._began = n_steps, time.perf_counter()
+        self._n_steps, self._form, self._began = n_steps, form, time.perf_counter()
         self._lines: list[str] = []
 
     def line(self, text: str) -> None:
@@ -143,7 +164,7 @@ class _Notebook(_Lines):
         from tqdm import tqdm
 
         self._show(tqdm.format_meter(step, self._n_steps, time.perf_counter() - self._began, ncols=100, prefix=title,
-                                     postfix=note, bar_format=BAR))
+                                     postfix=note, bar_format=self._form))
 
     def close(self) -> None:
         if self._lines:
@@ -169,20 +190,50 @@ class _Text:
         return self.text
 
 
-def _screen(n_steps: int) -> _Lines:
+def _screen(n_steps: int, form: str) -> _Lines:
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython else None
     if shell is not None and hasattr(shell, "kernel"):
-        return _Notebook(n_steps)
+        return _Notebook(n_steps, form)
     try:
         in_terminal = sys.stdout.isatty()
     except (AttributeError, ValueError):  # no standard output, or a closed one
         in_terminal = False
-    return _Terminal(n_steps) if in_terminal else _Lines()
+    return _Terminal(n_steps, form) if in_terminal else _Lines()
 
 
-def _width(name: str) -> int:
-    return len(name) if name == "epoch" else max(len(name), 10)
+def _header(names: list[str], width: int) -> list[list[str]]:
+    """The header's lines, cells as wide as their columns; names are broken into several if one line is too long.
+
+    >>> _header(["epoch", "noisy_valid_loss"], 80)
+    [['epoch', 'noisy_valid_loss']]
+    >>> _header(["epoch", "noisy_valid_loss"], 20)
+    [['     ', '     noisy'], ['epoch', 'valid_loss']]
+    """
+    parts = [[name] for name in names]
+    if sum(max(_least(name), len(name)) + 2 for name in names) - 2 > width:
+        parts = [_broken(name) for name in names]
+    height = max(map(len, parts))
+    widths = [max(_least(name), *map(len, column)) for name, column in zip(names, parts, strict=True)]
+    columns = [[part.rjust(width) for part in [""] * (height - len(column)) + column]
+               for column, width in zip(parts, widths, strict=True)]
+    return [list(line) for line in zip(*columns, strict=True)]
+
+
+def _broken(name: str) -> list[str]:
+    """A name in several lines of words, the lower ones as long as fits in a column."""
+    lines: list[str] = []
+    for word in reversed(name.split("_")):
+        if lines and len(word) + 1 + len(lines[0]) <= CELL:
+            lines[0] = f"{word}_{lines[0]}"
+        else:
+            lines.insert(0, word)
+    return lines
+
+
+def _least(name: str) -> int:
+    """The width that the values of a column need."""
+    return len(name) if name == "epoch" else CELL
 
 
 def _cell(name: str, value: Any) -> str:

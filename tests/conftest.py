@@ -3,6 +3,7 @@ import os
 import random
 import signal
 import sys
+from types import SimpleNamespace
 
 os.environ["MPLBACKEND"] = "Agg"  # before anything imports matplotlib, and for the processes that tests start
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny models: on a busy machine threads that wait for each other cost seconds
@@ -10,6 +11,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # tiny models: on a busy machine threads th
 import numpy as np
 import pytest
 import torch
+from helpers import FakeRun
 from hypothesis import settings
 
 collect_ignore = ["benchmarks"]  # programs, not tests; they may import peers that are not installed
@@ -52,3 +54,17 @@ def leaves_no_trace():
         sys.modules["matplotlib.pyplot"].close(number)
     assert not changed, f"the test left its own handler for {', '.join(changed)}"
     assert not left, f"the test left pyplot figures open: {sorted(left)}"
+
+
+@pytest.fixture
+def wandb(monkeypatch):
+    """As much of wandb as is used; it is not installed."""
+    fake = SimpleNamespace(run=None, runs=[])
+
+    def init(**options):
+        fake.runs.append(FakeRun(**options))
+        return fake.runs[-1]
+
+    fake.init = init
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    return fake

@@ -76,6 +76,21 @@ def spying(base=torch.optim.SGD):
     return Spy
 
 
+class FakeRun:
+    """As much of a run of W&B as is used: it notes what is logged."""
+
+    def __init__(self, **options):
+        self.options, self.logged, self.finished = options, [], 0
+
+    def log(self, values, step):
+        assert not self.logged or step >= self.logged[-1][0], "W&B drops what goes back in time"
+        assert all(type(value) in (int, float) for value in values.values())
+        self.logged.append((step, values))
+
+    def finish(self):
+        self.finished += 1
+
+
 class NoWait(TorchDispatchMode):
     """Fails where the host reads a number from a tensor: on a device it would wait."""
 

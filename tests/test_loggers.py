@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import At, batches, learner, rngs, throw, trained
+from helpers import At, FakeRun, batches, learner, rngs, throw, trained
 from torch import nn
 
 from minifast import Callback, CancelEpoch, CancelFit, FitRecord
@@ -657,33 +657,6 @@ def test_a_log_dir_that_cannot_be_written(tmp_path):
 
 
 # ---- Weights & Biases
-
-
-class FakeRun:
-    def __init__(self, **options):
-        self.options, self.logged, self.finished = options, [], 0
-
-    def log(self, values, step):
-        assert not self.logged or step >= self.logged[-1][0], "W&B drops what goes back in time"
-        assert all(type(value) in (int, float) for value in values.values())
-        self.logged.append((step, values))
-
-    def finish(self):
-        self.finished += 1
-
-
-@pytest.fixture
-def wandb(monkeypatch):
-    """As much of wandb as is used; it is not installed."""
-    fake = SimpleNamespace(run=None, runs=[])
-
-    def init(**options):
-        fake.runs.append(FakeRun(**options))
-        return fake.runs[-1]
-
-    fake.init = init
-    monkeypatch.setitem(sys.modules, "wandb", fake)
-    return fake
 
 
 def test_wandb_gets_every_step_and_epoch(wandb):

@@ -16,7 +16,7 @@ import pytest
 import torch
 from helpers import At, batches, learner, throw
 
-from minifast import CancelEpoch, progress
+from minifast import CancelEpoch, budget, progress
 
 COLUMNS = 80
 HEADER = "epoch  train_loss  valid_loss       error        time"
@@ -180,6 +180,74 @@ def test_a_terminal_keeps_the_table_and_loses_the_bar(every_batch):
     assert re.match(r"epoch 3/3:  78%\|█+.? *\| 7/9 \[00:00<00:00, loss \d\.\d{4}, lr 1\.00e-02\]",
                     next(bar for bar in drawn if "| 7/9" in bar))
     assert any("| 9/9 [00:00<00:00, validation batch 2]" in bar for bar in drawn)
+
+
+def test_a_fit_that_is_limited_in_time_shows_the_share_of_the_time(every_batch, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(budget, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def wait(state):
+        now[0] += 12.0
+
+    with Terminal() as terminal:
+        trainer(callbacks=[At("after_step", wait)]).fit(0.01, minutes=1)
+    assert_is_table(terminal.screen[:3], 2)
+    drawn = bars(terminal.text)
+    assert all(len(bar) < COLUMNS for bar in drawn)
+    assert re.match(r"epoch 1:   0%\| +\| \[00:00<\?\]", drawn[0])
+    shares = [int(re.search(r"(\d+)%", bar).group(1)) for bar in drawn]
+    assert sorted(set(shares)) == [0, 20, 40, 60, 80, 100]
+    assert shares == sorted(shares)
+    assert any(re.match(r"epoch 2:  60%.*\[00:00<00:00, loss \d\.\d{4}, lr 1\.00e-02\]", bar) for bar in drawn)
+
+
+def test_the_number_of_steps_says_nothing_about_the_share_of_the_time(every_batch, monkeypatch):
+    """Five steps that take no time, of a schedule with ten positions."""
+    now = [0.0]
+    monkeypatch.setattr(budget, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr("minifast.fitting.TICKS", 10)
+
+    def wait(state):
+        now[0] += 60.0 if state.step == 5 else 0.0
+
+    with Terminal() as terminal:
+        trainer(callbacks=[At("after_step", wait)]).fit(0.01, minutes=1)
+    assert {re.search(r"(\d+)%", bar).group(1) for bar in bars(terminal.text)} == {"0", "90"}
+
+
+def test_beside_a_limit_in_time_the_bar_shows_what_is_nearer_to_the_end(every_batch, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(budget, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def wait(state):
+        now[0] += 1.0
+
+    with Terminal() as terminal:
+        trainer(callbacks=[budget.TimeLimit(1), At("after_step", wait)]).fit(0.01, 2)
+    assert any(re.match(r"epoch 2/2: 100%\|█+\| 6/6", bar) for bar in bars(terminal.text))
+
+
+def test_a_table_that_is_too_wide_breaks_the_names(every_batch):
+    learn = learner(batches(2), {"clean": batches(1), "noisy": batches(2, seed=1)}, metrics=[error], verbose=True)
+    with Terminal() as terminal:
+        learn.fit(0.01, 2)
+    assert terminal.screen[:2] == [
+        "                        clean       clean       noisy       noisy",
+        "epoch  train_loss  valid_loss       error  valid_loss       error        time",
+    ]
+    assert [len(line) for line in terminal.screen[1:4]] == [len(terminal.screen[1])] * 3
+    assert len(terminal.screen[1]) <= COLUMNS
+
+
+@pytest.mark.parametrize("size", [0, 200])
+def test_a_table_with_room_breaks_no_name(monkeypatch, size):
+    """A terminal of 0 columns does not know how wide it is."""
+    monkeypatch.setitem(globals(), "COLUMNS", size)
+    learn = learner(batches(2), {"clean": batches(1), "noisy": batches(2, seed=1)}, metrics=[error], verbose=True)
+    with Terminal() as terminal:
+        learn.fit(0.01)
+    assert terminal.screen[0].split() == ["epoch", "train_loss", "clean_valid_loss", "clean_error", "noisy_valid_loss",
+                                          "noisy_error", "time"]  # fmt: skip
 
 
 def test_the_bar_shows_the_smoothed_loss_of_this_fit(every_batch):

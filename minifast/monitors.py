@@ -1,0 +1,313 @@
+"""Callbacks that watch one column of the epoch table: stop early, keep the best weights, lower the learning rate."""
+import logging
+import math
+import os
+from dataclasses import KW_ONLY, dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from . import snapshot
+from .callback import Callback, Order
+from .errors import check_flag, check_int, check_number
+from .meters import snake_case
+from .progress import Progress, say
+from .state import State
+from .tables import shown
+from .weights import load_weights, save_weights
+
+log = logging.getLogger("minifast")
+
+# Words in the names of columns. Those of the first line win: a "dice_loss" is better when it is smaller.
+LOWER = {"loss", "error", "err", "mae", "mse", "rmse", "mape", "rmsle", "perplexity", "ppl", "nll", "bce", "ece", "wer",
+         "cer", "brier"}
+HIGHER = {"accuracy", "acc", "top", "auc", "auroc", "roc", "f1", "fbeta", "precision", "recall", "sensitivity",
+          "specificity", "r2", "iou", "jaccard", "dice", "kappa", "mcc", "ndcg", "map", "bleu", "rouge", "psnr", "ssim",
+          "pearson", "spearman", "correlation"}
+
+
+@dataclass(eq=False)
+class Monitor(Callback):
+    """What callbacks that watch a column have in common: whether an epoch was better than all before it.
+
+    monitor: a key of the epoch row, e.g. "valid_loss", "accuracy", "train_loss", "noisy_accuracy" (of the validation
+    set "noisy"). mode: "min" or "max", whether smaller or larger is better; None: by the name (loss, error, rmse,
+    perplexity, ...: "min"; accuracy, auc, f1, iou, ...: "max"). min_delta: by how much a value must be better, >= 0;
+    less is no improvement.
+
+    `best`, `best_epoch`: the best value of this fit and its epoch (0-based), None before the first. A value that is
+    not finite is never better. An epoch without the value (it was cancelled) does not count.
+    """
+
+    monitor: str = "valid_loss"
+    _: KW_ONLY
+    mode: str | None = None
+    min_delta: float = 0.0
+
+    saves: ClassVar[tuple[str, ...]] = ("best", "best_epoch")
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.monitor, str):
+            raise TypeError(f"monitor must be the name of a column of the epoch table, e.g. \"valid_loss\", got "
+                            f"{self.monitor!r:.80} ({type(self.monitor).__name__}).")
+        if self.mode not in (None, "min", "max"):
+            raise ValueError(f"mode must be \"min\", \"max\" or None, got {self.mode!r}.")
+        self.min_delta = check_number("min_delta", self.min_delta, minimum=0)
+        self._forget()
+
+    def _forget(self) -> None:
+        self.best: float | None = None
+        self.best_epoch: int | None = None
+
+    def before_fit(self, state: State) -> None:
+        self._check_name(state)
+        self._sign = 1 if self._resolved_mode(state) == "max" else -1
+        self._forget()
+
+    def after_epoch(self, state: State) -> None:
+        value = state.metrics.get(self.monitor)
+        if value is not None:
+            self.look(state, value, self._improves(value))
+        elif not self.monitor.startswith("train_") and any(name.endswith("valid_loss") for name in state.metrics):
+            # the epoch is complete
+            raise ValueError(f"there is no {self.monitor!r} in the epoch row: {', '.join(state.metrics)}. A metric "
+                             "object that computes a dict tells its keys by an attribute `names`.")
+
+    def look(self, state: State, value: float, is_better: bool) -> None:
+        """An epoch has ended with `value`. If it is better, take it in with `keep_best`."""
+        raise NotImplementedError
+
+    def keep_best(self, state: State, value: float) -> None:
+        """`value` is the best so far."""
+        self.best, self.best_epoch = value, state.epoch
+
+    def _improves(self, value: float) -> bool:
+        if not math.isfinite(value):
+            return False
+        return self.best is None or self._sign * (value - self.best) > self.min_delta
+
+    def _check_name(self, state: State) -> None:
+        names = [name for name in state.metric_names if name != "epoch"]
+        if self.monitor in names:
+            return
+        columns = f"the columns of this fit are {', '.join(names)}"
+        if not state.valid_sets:
+            raise ValueError(f"{type(self).__name__} watches {self.monitor!r}, but there is no validation data: "
+                             f"{columns}. Make the Learner with DataLoaders(train, valid), or pass monitor="
+                             "\"train_loss\".")
+        near = get_close_matches(self.monitor, names, 1) or [name for name in names if name.endswith(self.monitor)]
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{type(self).__name__} watches {self.monitor!r}, which is not in the epoch table: {columns}."
+                         f"{hint}")
+
+    def _resolved_mode(self, state: State) -> str:
+        if self.mode is not None:
+            return self.mode
+        name = self.monitor
+        for prefix in (*(f"{valid_set}_" for valid_set, _ in state.valid_sets if valid_set), "train_"):
+            if name.startswith(prefix):
+                name = name.removeprefix(prefix)
+                break
+        words = set(snake_case(name).split("_"))
+        if words & (LOWER | HIGHER):
+            return "min" if words & LOWER else "max"
+        raise ValueError(f"it cannot be told by the name whether a smaller or a larger {self.monitor!r} is better: "
+                         f"pass {type(self).__name__}(..., mode=\"min\") or mode=\"max\".")
+
+
+@dataclass(eq=False)
+class EarlyStopping(Monitor):
+    """Ends the fit after `patience` epochs in a row that were no better than the best one before them.
+
+    monitor, mode, min_delta: as in `SaveBest`. patience: an int >= 1. The epoch ends as always, so that all other
+    callbacks hear of it; the weights are the newest ones: see `SaveBest(restore=True)` for the best. `stopped_epoch`:
+    the epoch (0-based) after which it ended the fit, `reason`: why, in a sentence, which is also printed where the fit
+    is verbose; both None if it did not.
+
+    Raises ValueError or TypeError for values out of range, and for a column that is not in the epoch table when the
+    fit begins.
+
+    >>> EarlyStopping("accuracy", patience=5)
+    EarlyStopping(monitor='accuracy', mode=None, min_delta=0.0, patience=5)
+    """
+
+    patience: int = 3
+
+    saves: ClassVar[tuple[str, ...]] = ("best", "best_epoch", "stopped_epoch", "reason", "_waited")
+
+    def __post_init__(self) -> None:
+        self.patience = check_int("patience", self.patience)
+        super().__post_init__()
+
+    def _forget(self) -> None:
+        super()._forget()
+        self._waited = 0
+        self.stopped_epoch: int | None = None
+        self.reason: str | None = None
+
+    def look(self, state: State, value: float, is_better: bool) -> None:
+        self._waited = 0 if is_better else self._waited + 1
+        if is_better:
+            self.keep_best(state, value)
+        is_over = state.is_ending or state.epoch + 1 == state.n_epochs
+        if self._waited >= self.patience and not is_over:
+            self.stopped_epoch, self.reason = state.epoch, self._why(state.epoch)
+            state.is_ending = True
+
+    def after_fit(self, state: State) -> None:
+        if self.reason is not None and any(isinstance(cb, Progress) for cb in state.callbacks):
+            say(self.reason)
+
+    def _why(self, epoch: int) -> str:
+        while_ = f"stopped early after epoch {epoch}: for {self._waited} epoch{'s' * (self._waited > 1)} {self.monitor}"
+        if self.best is None:
+            return f"{while_} was no finite number"
+        by = f" by more than {self.min_delta:g}" if self.min_delta else ""
+        return (f"{while_} was not {'above' if self._sign > 0 else 'below'} {shown(self.best)}, its value in epoch "
+                f"{self.best_epoch},{by}").rstrip(",")
+
+
+@dataclass(eq=False)
+class SaveBest(Monitor):
+    """Keeps the weights of the best epoch, in memory or in a file.
+
+    monitor: a key of the epoch row: "valid_loss", "accuracy", "train_loss", "noisy_accuracy" (of the validation set
+    "noisy"), ... path: the file, written as by `learn.save` and read by `learn.load`, replaced at each better epoch;
+    None: a copy in host memory, `weights`. mode: "min" or "max", None: by the name. min_delta: by how much a value
+    must be better, >= 0. restore: load the best weights into the model when the fit ends, however it ends. The
+    optimizer's state stays that of the last step.
+
+    `best`, `best_epoch`: the value and its epoch (0-based); each fit begins anew, and its first epoch replaces the
+    file of an earlier fit. The weights are the model's own, as the next step would move them: an average that is only
+    swapped in for validation is not in the model when the epoch ends. If the file cannot be written, the older
+    one and `best` stay as they are, a warning is logged, and training goes on.
+
+    Raises ValueError or TypeError for values out of range, and for a column that is not in the epoch table or a path
+    that cannot be a file when the fit begins.
+
+    >>> SaveBest("accuracy", "best.pt", restore=True)
+    SaveBest(monitor='accuracy', mode=None, min_delta=0.0, path='best.pt', restore=True)
+    """
+
+    path: str | os.PathLike[str] | None = None
+    _: KW_ONLY
+    restore: bool = False
+
+    saves: ClassVar[tuple[str, ...]] = ("best", "best_epoch", "weights")
+
+    def __post_init__(self) -> None:
+        check_flag("restore", self.restore)
+        if self.path is not None:
+            if not isinstance(self.path, (str, os.PathLike)):
+                raise TypeError(f"path must be the name of a file, or None, got {self.path!r:.80}.")
+            self.path = str(self.path)
+        super().__post_init__()
+
+    def _forget(self) -> None:
+        super()._forget()
+        self.weights: dict[str, Any] | None = None
+
+    def before_fit(self, state: State) -> None:
+        super().before_fit(state)
+        if self.path is not None:
+            path = Path(self.path)
+            if path.is_dir():
+                raise IsADirectoryError(f"cannot save to {path}: it is a folder. Pass the name of a file in it.")
+            if not path.parent.is_dir():
+                raise FileNotFoundError(f"cannot save to {path}: there is no folder {path.parent}. Make it first.")
+
+    def look(self, state: State, value: float, is_better: bool) -> None:
+        if not is_better:
+            return
+        if self.path is None:
+            self.weights = {name: _host_copy(value) for name, value in state.model.state_dict().items()}
+        else:
+            try:
+                save_weights(state.model, self.path)
+            except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+                log.warning("SaveBest: cannot write %s after epoch %d (%s): what it held stays, training goes on",
+                            self.path, state.epoch, error)
+                return
+        self.keep_best(state, value)
+
+    def after_fit(self, state: State) -> None:
+        if not self.restore or self.best_epoch is None:
+            return
+        if self.weights is not None:
+            state.model.load_state_dict(self.weights)
+        elif self.path is not None:
+            load_weights(state.model, self.path)
+
+
+def _host_copy(value: Any) -> Any:
+    return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else snapshot.clone(value)
+
+
+@dataclass(eq=False)
+class ReduceLROnPlateau(Monitor):
+    """Multiplies the learning rate by `factor` after `patience` epochs that were no better than the best before them.
+
+    It scales whatever the schedule says, by `state.lr_scale`, for the rest of the fit: every schedule can be used, and
+    several of these multiply. monitor, mode, min_delta: as in `SaveBest`. factor: 0 < factor < 1. patience: an int
+    >= 1. min_scale: the product of its factors never falls below that, 0..1. cooldown: epochs after each reduction
+    that do not count as waiting, an int >= 0. `scale`: the product so far.
+
+    Raises ValueError or TypeError for values out of range, and for a column that is not in the epoch table when the
+    fit begins.
+
+    >>> ReduceLROnPlateau("valid_loss", 0.5, patience=2)
+    ReduceLROnPlateau(monitor='valid_loss', mode=None, min_delta=0.0,
+                      factor=0.5, patience=2, min_scale=0.0001, cooldown=0)
+    """
+
+    factor: float = 0.1
+    patience: int = 3
+    min_scale: float = 1e-4
+    cooldown: int = 0
+
+    order = Order.HYPER - 1  # after a resume the scale is there before the schedule writes
+    saves: ClassVar[tuple[str, ...]] = ("best", "best_epoch", "scale", "_waited", "_resting", "_lr_scale")
+
+    def __post_init__(self) -> None:
+        self.factor = check_number("factor", self.factor, above=0, below=1)
+        self.patience = check_int("patience", self.patience)
+        self.min_scale = check_number("min_scale", self.min_scale, minimum=0, maximum=1)
+        self.cooldown = check_int("cooldown", self.cooldown, minimum=0)
+        super().__post_init__()
+
+    def _forget(self) -> None:
+        super()._forget()
+        self.scale = self._lr_scale = 1.0
+        self._waited = self._resting = 0
+        self._is_resumed = False
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        super().load_state_dict(saved)
+        self._is_resumed = True
+
+    def before_batch(self, state: State) -> None:
+        if self._is_resumed:  # the State is a new one; assigned, so that each of several can do it
+            state.lr_scale, self._is_resumed = self._lr_scale, False
+
+    def after_epoch(self, state: State) -> None:
+        super().after_epoch(state)
+        self._lr_scale = state.lr_scale
+
+    def look(self, state: State, value: float, is_better: bool) -> None:
+        if is_better:
+            self.keep_best(state, value)
+        if self._resting:
+            self._resting -= 1
+        else:
+            self._waited = 0 if is_better else self._waited + 1
+        if self._waited < self.patience:
+            return
+        self._waited, self._resting = 0, self.cooldown
+        ratio = max(self.factor, self.min_scale / self.scale)
+        if ratio < 1:
+            self.scale *= ratio
+            state.lr_scale *= ratio
+            log.info("epoch %d: no better %s than %s, learning rate multiplied by %g", state.epoch, self.monitor,
+                     self.best, ratio)
