@@ -1,20 +1,26 @@
 """minifast: callback-based training for PyTorch that can be read in an evening."""
 from . import schedules, suggest
-from .activations import ActivationStats
-from .augment import CutMix, MixUp, ProgressiveResizing
-from .averaging import EMA, SWA
 from .batches import split_batch
 from .budget import TimeLimit
 from .callback import Callback, CancelBatch, CancelEpoch, CancelFit, Order
+from .callbacks.activations import ActivationStats
+from .callbacks.augment import CutMix, MixUp, ProgressiveResizing
+from .callbacks.averaging import EMA, SWA
+from .callbacks.gradients import GradientClip, GradientNorm
+from .callbacks.layer_stats import GradientStats
+from .callbacks.microbatch import AutoMicrobatch
+from .callbacks.monitors import EarlyStopping, ReduceLROnPlateau, SaveBest
+from .callbacks.precision import ChannelsLast, MixedPrecision
+from .callbacks.snapshots import SnapshotEnsemble
+from .callbacks.unfreeze import Unfreeze
 from .composed import PiecewiseLR, Schedule
 from .data import DataLoaders, TensorLoader, digits
-from .export import export_info, load_exported
-from .gradients import GradientClip, GradientNorm
 from .groups import LayerGroup, LayerGroups
 from .hooks import Hook, Hooks, hook_outputs
-from .layer_stats import GradientStats
+from .inference.export import export_info, load_exported
 from .learner import Learner
 from .loggers import CSVLogger, RunLog, TensorBoardLogger, WandbLogger
+from .loggers.runs import LoggedFit, Run, plot_runs, read_run
 from .lr import (
     CircularLR,
     CircularLRBeta,
@@ -28,22 +34,16 @@ from .lr import (
 )
 from .lr_find import LRFind, LRFinder
 from .metrics import Metrics, accuracy, error_rate, rmse, top_k_accuracy
-from .microbatch import AutoMicrobatch
-from .monitors import EarlyStopping, ReduceLROnPlateau, SaveBest
 from .plan import Plan
-from .precision import ChannelsLast, MixedPrecision
-from .preflight import Finding, Report
 from .progress import Progress
-from .race import Race
 from .record import FitRecord
 from .recorder import Recorder
-from .runs import LoggedFit, Run, plot_runs, read_run
 from .scheduler import Scheduler
-from .snapshots import SnapshotEnsemble
 from .state import State
-from .summary import Summary
-from .timeline import Moment, Profile, Trace
-from .unfreeze import Unfreeze
+from .studies.preflight import Finding, Report
+from .studies.race import Race
+from .studies.summary import Summary
+from .studies.timeline import Moment, Profile, Trace
 from .whole_set import WholeSet
 
 __version__ = "0.1.0"

@@ -10,31 +10,32 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from . import fitting, loop, preflight, snapshot, timeline
+from . import fitting, loop, snapshot
 from .batches import Batch, UnpackBatch, call_model, scores, split_batch, to_device
 from .callback import Callback, Emitter, evaluating
 from .cycles import check_not_swapped, epochs_and_schedule
 from .data import DataLoaders, as_dataloaders, count_steps, feed, generators, in_order, second_copy, valid_sets
 from .errors import check_flag, check_int, check_number
-from .export import export
 from .fitting import FitOptions
 from .groups import LayerGroups, Splitter, split
 from .hypers import LR, as_device, check_lr, freeze, group_lrs, label_groups, make_optimizer, spread_lrs
+from .inference.export import export
+from .inference.predict import predict_all
+from .inference.tta import tta
 from .lr import ConstantLR, CosineAnnealing, FlatCos, OneCycle
 from .lr_find import LRFind, LRFinder
-from .lr_repeats import find_repeatedly
 from .metrics import Metrics
 from .ownership import check_callbacks
 from .plan import Plan
-from .predict import predict_all
-from .preflight import Report
-from .race import Race, race
 from .recorder import Recorder
 from .scheduler import Scheduler
 from .signals import DeferredInterrupt
-from .summary import Summary, summary
-from .timeline import Profile, Trace
-from .tta import tta
+from .studies import preflight, timeline
+from .studies.lr_repeats import find_repeatedly
+from .studies.preflight import Report
+from .studies.race import Race, race
+from .studies.summary import Summary, summary
+from .studies.timeline import Profile, Trace
 from .weights import load_weights, save_weights
 
 Data = DataLoaders | tuple[Iterable[Batch], Iterable[Batch] | Mapping[str, Iterable[Batch]] | None]
@@ -234,7 +235,7 @@ class Learner:
         """Train shortly with each of `lrs`, from the same weights on the same batches, undo it, and say which wins.
 
         lrs: two or more learning rates in any form. steps: weight updates of each. schedule: over these steps, None for
-        a constant rate. "No clear winner" is an answer. More in `minifast.race.race`.
+        a constant rate. "No clear winner" is an answer. More in `minifast.studies.race.race`.
         """
         return race(self, lrs, steps, schedule=schedule, callbacks=callbacks)
 
@@ -422,7 +423,7 @@ class Learner:
         """(predictions, targets) as of `get_preds`, from `n` augmented passes and, with weight `beta`, a plain one.
 
         transform: called on the inputs of each batch; None: the training loader's own. Raw outputs are averaged. More
-        in `minifast.tta.tta`.
+        in `minifast.inference.tta.tta`.
         """
         return tta(self, dl, transform=transform, n=n, beta=beta, use_max=use_max)
 
@@ -431,7 +432,7 @@ class Learner:
         """Write the model for inference, without pickle: a program (`*.pt2`), or a folder of weights and a description.
 
         A program runs without the model's class. `load_exported` reads both. labels: names of the classes; metadata:
-        plain values. More in `minifast.export.export`.
+        plain values. More in `minifast.inference.export.export`.
         """
         return export(self, path, inputs=inputs, labels=labels, metadata=metadata)
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from .batches import scores
 from .callback import Callback, Order
+from .inference.predict import join
 from .meters import MeanMeter, MeanOf, Meter, is_object, make_meter, named
-from .predict import join
 from .state import State
 
 OTHER_COLUMNS = ("epoch", "train_loss", "time")  # of an epoch row, beside the validation losses and the metrics

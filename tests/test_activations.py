@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from minifast import CancelBatch
-from minifast.activations import FLUSH_EVERY, ActivationStats, histogram
+from minifast.callbacks.activations import FLUSH_EVERY, ActivationStats, histogram
 
 
 class Observed(nn.Module):
@@ -311,7 +311,7 @@ def test_zeros_infinities_and_nan():
 
 
 def test_of_very_many_values_every_kth_is_counted(monkeypatch):
-    monkeypatch.setattr("minifast.activations.MOST_COUNTED", 100)
+    monkeypatch.setattr("minifast.callbacks.activations.MOST_COUNTED", 100)
     columns = torch.tensor([1e-3, 1e-1, 1e1, 1e3]).repeat(100)  # an even stride would see only some columns
     counts = histogram(columns, 4)
     assert counts.sum() == 80  # of 400, each 5th

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from minifast import CircularLR, TensorLoader, accuracy
-from minifast.augment import CutMix, MixUp, ProgressiveResizing
 from minifast.budget import TimeLimit
-from minifast.unfreeze import Unfreeze
+from minifast.callbacks.augment import CutMix, MixUp, ProgressiveResizing
+from minifast.callbacks.unfreeze import Unfreeze
 
 CLASSES = 3
 MIXERS = [MixUp(num_classes=CLASSES), CutMix(num_classes=CLASSES), CutMix(num_classes=CLASSES, mixup_alpha=0.4)]

@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
 from minifast import Callback, CancelBatch, CancelEpoch, CancelFit
-from minifast.averaging import EMA, SWA
+from minifast.callbacks.averaging import EMA, SWA
 
 EXACT = {"rtol": 1e-12, "atol": 1e-14}
 

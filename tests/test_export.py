@@ -16,7 +16,7 @@ from helpers import bits, everything, learner
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from minifast.export import export, export_info, load_exported
+from minifast.inference.export import export, export_info, load_exported
 
 PROGRAM, WEIGHTS, CONSTANTS = (
     "models/model.json",
@@ -226,7 +226,7 @@ def test_a_file_is_replaced_whole(tmp_path, monkeypatch):
     def fail(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("minifast.export.os.replace", fail)
+    monkeypatch.setattr("minifast.inference.export.os.replace", fail)
     with pytest.raises(OSError, match="No space left"):
         export(learn, path)
     assert os.listdir(tmp_path) == ["net.pt2"]

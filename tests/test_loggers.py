@@ -21,7 +21,7 @@ from torch import nn
 
 from minifast import Callback, CancelEpoch, CancelFit, FitRecord
 from minifast.loggers import CSVLogger, RunLog, TensorBoardLogger, WandbLogger, base
-from minifast.runs import read_run
+from minifast.loggers.runs import read_run
 
 NEVER = 1e9  # seconds: only when an epoch or the fit ends
 

@@ -7,7 +7,7 @@ from test_sandbox import LOADERS, WITHOUT_WORKERS, generators_of, noisy_learner,
 from torch import nn
 
 from minifast import LRFind, Recorder, TensorLoader
-from minifast.lr_repeats import find_repeatedly, median_of
+from minifast.studies.lr_repeats import find_repeatedly, median_of
 from minifast.suggest import suggestions
 
 

@@ -10,8 +10,9 @@ from helpers import At, batches, bits, learner, spying, throw, trained
 from torch import nn
 
 import minifast
-from minifast import CancelBatch, CancelEpoch, CancelFit, CosineAnnealing, OneCycle, accuracy, monitors
-from minifast.monitors import EarlyStopping, ReduceLROnPlateau, SaveBest
+from minifast import CancelBatch, CancelEpoch, CancelFit, CosineAnnealing, OneCycle, accuracy
+from minifast.callbacks import monitors
+from minifast.callbacks.monitors import EarlyStopping, ReduceLROnPlateau, SaveBest
 
 NAN, INF = math.nan, math.inf
 MONITORS = [EarlyStopping, SaveBest, ReduceLROnPlateau]

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from minifast import Callback, CosineAnnealing, DataLoaders, OneCycle, Schedule, TensorLoader
-from minifast.race import race
+from minifast.studies.race import race
 
 
 def solvable(n=256, noise=0.0, **options):

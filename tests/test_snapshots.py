@@ -25,8 +25,8 @@ from minifast import (
     Schedule,
     schedules,
 )
-from minifast.averaging import EMA, SWA
-from minifast.snapshots import SnapshotEnsemble
+from minifast.callbacks.averaging import EMA, SWA
+from minifast.callbacks.snapshots import SnapshotEnsemble
 
 ignore_short_cycles = pytest.mark.filterwarnings("ignore:a cycle of .* steps is shorter than cut_div")
 

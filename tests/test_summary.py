@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from minifast import TensorLoader
-from minifast.summary import MOST_LINES, state_bytes, summary
+from minifast.studies.summary import MOST_LINES, state_bytes, summary
 
 
 def convnet():

@@ -7,7 +7,7 @@ from helpers import Trace as EventLog
 from helpers import batches, everything, learner
 
 from minifast import Callback, CancelBatch, OneCycle
-from minifast.timeline import WORK
+from minifast.studies.timeline import WORK
 
 
 def events(moments):

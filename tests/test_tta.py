@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from minifast import TensorLoader
-from minifast.tta import tta
+from minifast.inference.tta import tta
 
 N = 11
 

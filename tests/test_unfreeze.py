@@ -12,7 +12,7 @@ from torch import nn
 
 from minifast import CancelFit, OneCycle
 from minifast.budget import TimeLimit
-from minifast.unfreeze import Unfreeze
+from minifast.callbacks.unfreeze import Unfreeze
 
 GROUPS = {"body": "0.*", "neck": "1.*", "head": "2.*"}
 

@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 
 from .. import tables
 from ..errors import check_flag, check_number
-from ..runs import record_file, scalar, to_line
 from ..state import State
 from .base import Logger, PathLike, check_path, opening
+from .runs import record_file, scalar, to_line
 from .settings import now, settings
 
 
@@ -75,7 +75,7 @@ class RunLog(Logger):
     path: a folder, in which it writes run.jsonl, or a file *.jsonl; folders are made. every_seconds: how often the
     steps are written, >= 0; they are also written when an epoch or the fit ends. A kill loses at most the steps since
     then: each record is one line, written by one call. More fits append to the same file, and a resumed one continues
-    its own record. `read_run` reads it, `plot_runs` draws several; the format is described in minifast/runs.py.
+    its own record. `read_run` reads it, `plot_runs` draws several; the format is described in minifast/loggers/runs.py.
 
     Raises OSError in `before_fit` if the file cannot be written. An error later is logged once; training goes on, and
     what is missing is written when that is possible again.

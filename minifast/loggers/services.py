@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ..errors import check_number
-from ..runs import plain, scalar
 from ..state import State
 from .base import Logger, PathLike, check_path, load, opening
+from .runs import plain, scalar
 from .settings import settings
 
 

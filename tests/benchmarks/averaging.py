@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 import minifast
-from minifast.averaging import EMA, SWA
+from minifast.callbacks.averaging import EMA, SWA
+from minifast.callbacks.snapshots import SnapshotEnsemble
 from minifast.demo import convnet
-from minifast.snapshots import SnapshotEnsemble
 
 STEPS = 45  # of 32 images an epoch
 

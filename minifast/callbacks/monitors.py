@@ -9,14 +9,14 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from . import snapshot
-from .callback import Callback, Order
-from .errors import check_flag, check_int, check_number
-from .meters import snake_case
-from .progress import Progress, say
-from .state import State
-from .tables import shown
-from .weights import load_weights, save_weights
+from .. import snapshot
+from ..callback import Callback, Order
+from ..errors import check_flag, check_int, check_number
+from ..meters import snake_case
+from ..progress import Progress, say
+from ..state import State
+from ..tables import shown
+from ..weights import load_weights, save_weights
 
 log = logging.getLogger("minifast")
 

@@ -4,11 +4,11 @@ from contextlib import closing
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from . import snapshot
-from .batches import call_model
-from .checks import check_passes
-from .data import feed, generators
-from .state import State
+from .. import snapshot
+from ..batches import call_model
+from ..checks import check_passes
+from ..data import feed, generators
+from ..state import State
 
 
 def norms_to_update(state: State) -> list[_BatchNorm]:

@@ -1,10 +1,10 @@
 """A trained model in files without pickle: a `torch.export` program, or its weights with a description."""
 import copy
 import hashlib
-import importlib.metadata
 import io
 import json
 import os
+import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import closing
@@ -14,17 +14,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..batches import call_model, n_samples, scores, tensors, to_device
+from ..data import feed, in_order, is_one_shot, second_copy, valid_sets
+from ..signals import DeferredInterrupt
+from ..weights import load_weights, save_weights
 from . import archive
-from .batches import call_model, n_samples, scores, tensors, to_device
-from .data import feed, in_order, is_one_shot, second_copy, valid_sets
 from .predict import join
-from .signals import DeferredInterrupt
-from .weights import load_weights, save_weights
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
-    from .learner import Learner
+    from ..learner import Learner
 
 WEIGHTS, DESCRIPTION = "weights.pt", "model.json"  # the two files of a folder
 FORMAT = "minifast export 1"
@@ -52,7 +52,8 @@ def export(learn: "Learner", path: str | os.PathLike[str], *, inputs: Any = None
     labels, metadata = _check_labels(labels), _check_metadata(metadata)
     inputs = _first_inputs(learn) if inputs is None else to_device(inputs, "cpu")
     described: dict[str, Any] = {
-        "format": FORMAT, "versions": {"torch": str(torch.__version__), "minifast": _version()},
+        "format": FORMAT,
+        "versions": {"torch": str(torch.__version__), "minifast": sys.modules["minifast"].__version__},
         "model": type(learn.model).__qualname__, "groups": list(learn.groups.names),
         "inputs": _described(inputs, n_samples(None, inputs)), "state": _described(learn.model.state_dict()),
         "labels": labels, "metadata": metadata}
@@ -165,13 +166,6 @@ def _check_metadata(metadata: Any) -> dict[str, Any]:
         pass
     raise TypeError("metadata must be a dict with text as keys, of text, finite numbers, True, False, None, lists and "
                     f"such dicts, got {metadata!r:.80}.")
-
-
-def _version() -> str | None:
-    try:
-        return importlib.metadata.version(__package__)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _first_inputs(learn: "Learner") -> Any:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .signals import DeferredInterrupt
+from ..signals import DeferredInterrupt
 
 Slot = tuple[dict[str, Any], str]  # where a module keeps one of its tensors: it may put another one there
 _INTS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .batches import map_tensors, tensors
-from .callback import Callback, CancelBatch, Order
-from .state import State
+from ..batches import map_tensors, tensors
+from ..callback import Callback, CancelBatch, Order
+from ..state import State
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 MIN_SCALE = 2.0**-16  # what overflows here is finite at no scale; 32 overflows in a row lead here from 2**16

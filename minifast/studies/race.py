@@ -9,25 +9,25 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from . import plots
-from .batches import Batch
-from .callback import Callback, Order
-from .checks import check_loader, check_valid
-from .data import DataLoaders, feed, valid_sets
-from .errors import check_int
-from .hypers import spread_lrs
-from .ownership import check_callbacks
-from .progress import Progress
-from .scalars import Ema, ScalarColumn
-from .scheduler import Scheduler, last_lr
-from .signals import DeferredInterrupt
-from .state import State
-from .tables import Table
+from .. import plots
+from ..batches import Batch
+from ..callback import Callback, Order
+from ..checks import check_loader, check_valid
+from ..data import DataLoaders, feed, valid_sets
+from ..errors import check_int
+from ..hypers import spread_lrs
+from ..ownership import check_callbacks
+from ..progress import Progress
+from ..scalars import Ema, ScalarColumn
+from ..scheduler import Scheduler, last_lr
+from ..signals import DeferredInterrupt
+from ..state import State
+from ..tables import Table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from .learner import Learner
+    from ..learner import Learner
 
 Column = NDArray[np.float64]
 STANDARD_ERRORS = 2.0  # how many of them a margin has to exceed

@@ -7,19 +7,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from . import snapshot
-from .callback import Callback
-from .data import generators, valid_sets
-from .errors import check_int
-from .hypers import LR
-from .lr_find import ALL_TRIED, CUT_SHORT, LRFind, suggested
-from .ownership import check_callbacks
-from .progress import Progress, say
-from .suggest import Curve
-from .verdict import NOISY, OK, judge
+from .. import snapshot
+from ..callback import Callback
+from ..data import generators, valid_sets
+from ..errors import check_int
+from ..hypers import LR
+from ..lr_find import ALL_TRIED, CUT_SHORT, LRFind, suggested
+from ..ownership import check_callbacks
+from ..progress import Progress, say
+from ..suggest import Curve
+from ..verdict import NOISY, OK, judge
 
 if TYPE_CHECKING:
-    from .learner import Learner
+    from ..learner import Learner
 
 # The runs disagree if their suggestions differ by more than a decade. The suggestions aim at a rate well below that of
 # the least loss: "minimum" by a decade. Further apart, one run's peak to train with is another's end of the descent.

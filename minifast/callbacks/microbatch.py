@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 
-from . import snapshot
-from .batches import n_samples, parts
-from .callback import Callback, Order
-from .errors import check_int
-from .losses import nonzero
-from .state import State
+from .. import snapshot
+from ..batches import n_samples, parts
+from ..callback import Callback, Order
+from ..errors import check_int
+from ..losses import nonzero
+from ..state import State
 
 NO_MEMORY = ("out of memory", "can't allocate memory", "alloc_failed")  # what torch's backends say, in lower case
 log = logging.getLogger("minifast")

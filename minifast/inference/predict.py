@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .batches import Batch, UnpackBatch, call_model, describe, n_samples, scores, to_device
-from .losses import mean_and_weight
+from ..batches import Batch, UnpackBatch, call_model, describe, n_samples, scores, to_device
+from ..losses import mean_and_weight
 
 
 @torch.no_grad()

@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import plots, tables
-from .scalars import Ema
+from .. import plots, tables
+from ..scalars import Ema
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

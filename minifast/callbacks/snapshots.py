@@ -8,20 +8,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from . import fitting
+from .. import fitting
+from ..batches import Batch, describe
+from ..callback import Callback, Order
+from ..errors import check_flag, check_int
+from ..inference.predict import join
+from ..ownership import owner_of
+from ..scheduler import Scheduler
+from ..state import State
 from .averaging import WeightAverage
-from .batches import Batch, describe
-from .callback import Callback, Order
-from .errors import check_flag, check_int
 from .norms import update_norms
-from .ownership import owner_of
-from .predict import join
-from .scheduler import Scheduler
-from .state import State
 from .swap import swapped, weights
 
 if TYPE_CHECKING:
-    from .learner import Learner
+    from ..learner import Learner
 
 
 class Snapshot(NamedTuple):

@@ -9,12 +9,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from . import plots
-from .batches import tensors
-from .callback import Callback, Order
-from .errors import check_int, check_same_names
-from .hooks import hook_outputs
-from .state import State
+from .. import plots
+from ..batches import tensors
+from ..callback import Callback, Order
+from ..errors import check_int, check_same_names
+from ..hooks import hook_outputs
+from ..state import State
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

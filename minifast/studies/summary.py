@@ -8,15 +8,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from . import snapshot
-from .batches import call_model, describe, tensors
-from .data import as_dataloaders, feed, generators, second_copy
-from .hooks import hook_outputs
-from .signals import DeferredInterrupt
-from .tables import table
+from .. import snapshot
+from ..batches import call_model, describe, tensors
+from ..data import as_dataloaders, feed, generators, second_copy
+from ..hooks import hook_outputs
+from ..signals import DeferredInterrupt
+from ..tables import table
 
 if TYPE_CHECKING:
-    from .learner import Learner
+    from ..learner import Learner
 
 MOST_LINES = 60  # of a printed table: a longer model is shown by its outer modules
 ROOT = "(model)"  # the name of the model among its modules

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .callback import Callback
-from .errors import check_number
-from .state import State
+from ..callback import Callback
+from ..errors import check_number
+from ..state import State
 
 
 @dataclass(eq=False)

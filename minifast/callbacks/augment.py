@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .batches import Batch, describe, scores
-from .callback import Callback
-from .errors import check_int, check_number
-from .state import State
+from ..batches import Batch, describe, scores
+from ..callback import Callback
+from ..errors import check_int, check_number
+from ..state import State
 
 WANT_CLASSES = (nn.NLLLoss, nn.MultiMarginLoss, nn.MultiLabelMarginLoss)  # losses that cannot take probabilities
 WANT_CLASSES_FUNCTIONS = (F.nll_loss, F.multi_margin_loss, F.multilabel_margin_loss)

@@ -6,11 +6,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .callback import Callback, Order
-from .data import is_one_shot
-from .errors import check_flag, check_int, check_number
+from ..callback import Callback, Order
+from ..data import is_one_shot
+from ..errors import check_flag, check_int, check_number
+from ..state import State
 from .norms import norms_to_update, update_norms
-from .state import State
 from .swap import Slot, fingerprint, put, slots, swapped, weights
 
 _IN_VALIDATION = ("the weights that are validated",)  # one owner in a fit

@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from . import fitting
-from .batches import call_model, describe, n_samples, scores, tensors, to_device
-from .checks import check_loss, check_target
-from .data import DataLoaders, n_batches, valid_sets
-from .errors import check_int
-from .hypers import check_lr
-from .losses import mean_and_weight
-from .predict import sample_of
-from .tables import listed
+from .. import fitting
+from ..batches import call_model, describe, n_samples, scores, tensors, to_device
+from ..checks import check_loss, check_target
+from ..data import DataLoaders, n_batches, valid_sets
+from ..errors import check_int
+from ..hypers import check_lr
+from ..inference.predict import sample_of
+from ..losses import mean_and_weight
+from ..tables import listed
 
 if TYPE_CHECKING:
-    from .learner import Learner
+    from ..learner import Learner
 
 OVERFIT = 0.2  # a batch counts as overfitted when its loss falls below this share of the first
 BUDGET = 4.0  # seconds, at most about that, for each of the attempts to overfit

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.optim import Optimizer
 
-from . import fitting, loop
-from .callback import Callback, Emitter, Event
-from .data import n_batches
-from .errors import check_flag, check_int
-from .state import State
-from .tables import shown, table
+from .. import fitting, loop
+from ..callback import Callback, Emitter, Event
+from ..data import n_batches
+from ..errors import check_flag, check_int
+from ..state import State
+from ..tables import shown, table
 
 if TYPE_CHECKING:
-    from .learner import Learner
+    from ..learner import Learner
 
 WARM_UP = 3  # batches
 # What the loop does before each event of a batch.

@@ -6,15 +6,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import snapshot
-from .batches import Batch, call_model, describe, scores
-from .data import TensorLoader, feed, generators, in_order
-from .errors import check_flag, check_int, check_number
+from .. import snapshot
+from ..batches import Batch, call_model, describe, scores
+from ..data import TensorLoader, feed, generators, in_order
+from ..errors import check_flag, check_int, check_number
+from ..signals import DeferredInterrupt
 from .predict import join, predict_all
-from .signals import DeferredInterrupt
 
 if TYPE_CHECKING:
-    from .learner import Learner
+    from ..learner import Learner
 
 Transform = Callable[[Any], Any]
 

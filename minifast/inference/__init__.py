@@ -1,0 +1,1 @@
+"""Predictions, and models in files that predict elsewhere."""

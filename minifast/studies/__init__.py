@@ -1,0 +1,1 @@
+"""What a Learner tries out and undoes, to say something about it."""
