@@ -1,26 +1,15 @@
 """minifast: callback-based training for PyTorch that can be read in an evening."""
+import typing as _typing
+from importlib import import_module as _import_module
+
 from . import schedules, suggest
 from .batches import split_batch
 from .budget import TimeLimit
 from .callback import Callback, CancelBatch, CancelEpoch, CancelFit, Order
-from .callbacks.activations import ActivationStats
-from .callbacks.augment import CutMix, MixUp, ProgressiveResizing
-from .callbacks.averaging import EMA, SWA
-from .callbacks.gradients import GradientClip, GradientNorm
-from .callbacks.layer_stats import GradientStats
-from .callbacks.microbatch import AutoMicrobatch
-from .callbacks.monitors import EarlyStopping, ReduceLROnPlateau, SaveBest
-from .callbacks.precision import ChannelsLast, MixedPrecision
-from .callbacks.snapshots import SnapshotEnsemble
-from .callbacks.unfreeze import Unfreeze
 from .composed import PiecewiseLR, Schedule
 from .data import DataLoaders, TensorLoader, digits
 from .groups import LayerGroup, LayerGroups
-from .hooks import Hook, Hooks, hook_outputs
-from .inference.export import export_info, load_exported
 from .learner import Learner
-from .loggers import CSVLogger, RunLog, TensorBoardLogger, WandbLogger
-from .loggers.runs import LoggedFit, Run, plot_runs, read_run
 from .lr import (
     CircularLR,
     CircularLRBeta,
@@ -40,13 +29,64 @@ from .record import FitRecord
 from .recorder import Recorder
 from .scheduler import Scheduler
 from .state import State
-from .studies.preflight import Finding, Report
-from .studies.race import Race
-from .studies.summary import Summary
-from .studies.timeline import Moment, Profile, Trace
-from .whole_set import WholeSet
 
 __version__ = "0.1.0"
+
+# The toolbox is imported when a name of it is first used: `import minifast` takes no longer however much there is.
+_LATER = {
+    "callbacks.activations": ("ActivationStats",),
+    "callbacks.augment": ("CutMix", "MixUp", "ProgressiveResizing"),
+    "callbacks.averaging": ("EMA", "SWA"),
+    "callbacks.gradients": ("GradientClip", "GradientNorm"),
+    "callbacks.layer_stats": ("GradientStats",),
+    "callbacks.microbatch": ("AutoMicrobatch",),
+    "callbacks.monitors": ("EarlyStopping", "ReduceLROnPlateau", "SaveBest"),
+    "callbacks.precision": ("ChannelsLast", "MixedPrecision"),
+    "callbacks.snapshots": ("SnapshotEnsemble",),
+    "callbacks.unfreeze": ("Unfreeze",),
+    "hooks": ("Hook", "Hooks", "hook_outputs"),
+    "inference.export": ("export_info", "load_exported"),
+    "loggers": ("CSVLogger", "RunLog", "TensorBoardLogger", "WandbLogger"),
+    "loggers.runs": ("LoggedFit", "Run", "plot_runs", "read_run"),
+    "studies.preflight": ("Finding", "Report"),
+    "studies.race": ("Race",),
+    "studies.summary": ("Summary",),
+    "studies.timeline": ("Moment", "Profile", "Trace"),
+    "whole_set": ("WholeSet",),
+}
+if _typing.TYPE_CHECKING:
+    from .callbacks.activations import ActivationStats
+    from .callbacks.augment import CutMix, MixUp, ProgressiveResizing
+    from .callbacks.averaging import EMA, SWA
+    from .callbacks.gradients import GradientClip, GradientNorm
+    from .callbacks.layer_stats import GradientStats
+    from .callbacks.microbatch import AutoMicrobatch
+    from .callbacks.monitors import EarlyStopping, ReduceLROnPlateau, SaveBest
+    from .callbacks.precision import ChannelsLast, MixedPrecision
+    from .callbacks.snapshots import SnapshotEnsemble
+    from .callbacks.unfreeze import Unfreeze
+    from .hooks import Hook, Hooks, hook_outputs
+    from .inference.export import export_info, load_exported
+    from .loggers import CSVLogger, RunLog, TensorBoardLogger, WandbLogger
+    from .loggers.runs import LoggedFit, Run, plot_runs, read_run
+    from .studies.preflight import Finding, Report
+    from .studies.race import Race
+    from .studies.summary import Summary
+    from .studies.timeline import Moment, Profile, Trace
+    from .whole_set import WholeSet
+
+
+def __getattr__(name: str) -> _typing.Any:
+    module = next((module for module, names in _LATER.items() if name in names), None)
+    if module is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value = getattr(_import_module(f".{module}", __name__), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
 
 __all__ = [
     "EMA",

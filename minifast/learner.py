@@ -3,7 +3,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Unpack, cast
+from typing import TYPE_CHECKING, Any, Unpack, cast
 
 import numpy as np
 import torch
@@ -19,9 +19,7 @@ from .errors import check_flag, check_int, check_number
 from .fitting import FitOptions
 from .groups import LayerGroups, Splitter, split
 from .hypers import LR, as_device, check_lr, freeze, group_lrs, label_groups, make_optimizer, spread_lrs
-from .inference.export import export
 from .inference.predict import predict_all
-from .inference.tta import tta
 from .lr import ConstantLR, CosineAnnealing, FlatCos, OneCycle
 from .lr_find import LRFind, LRFinder
 from .metrics import Metrics
@@ -30,13 +28,13 @@ from .plan import Plan
 from .recorder import Recorder
 from .scheduler import Scheduler
 from .signals import DeferredInterrupt
-from .studies import preflight, timeline
-from .studies.lr_repeats import find_repeatedly
-from .studies.preflight import Report
-from .studies.race import Race, race
-from .studies.summary import Summary, summary
-from .studies.timeline import Profile, Trace
 from .weights import load_weights, save_weights
+
+if TYPE_CHECKING:
+    from .studies.preflight import Report
+    from .studies.race import Race
+    from .studies.summary import Summary
+    from .studies.timeline import Profile, Trace
 
 Data = DataLoaders | tuple[Iterable[Batch], Iterable[Batch] | Mapping[str, Iterable[Batch]] | None]
 
@@ -223,6 +221,7 @@ class Learner:
         Raises ValueError for values out of range and for data that is good for one pass only.
         """
         if check_int("repeats", repeats, example="lr_find(repeats=3)") > 1:
+            from .studies.lr_repeats import find_repeatedly
             return find_repeatedly(self, start_lr, end_lr, num_it, repeats=repeats, stop_div=stop_div,
                                    callbacks=callbacks)
         finder = LRFinder(start_lr, end_lr, num_it, stop_div=stop_div)
@@ -231,12 +230,13 @@ class Learner:
         return cast(LRFind, self.recorder.lr_find)
 
     def race(self, lrs: Iterable[LR], steps: int = 100, *, schedule: Scheduler | None = None,
-             callbacks: Iterable[Callback] = ()) -> Race:
+             callbacks: Iterable[Callback] = ()) -> "Race":
         """Train shortly with each of `lrs`, from the same weights on the same batches, undo it, and say which wins.
 
         lrs: two or more learning rates in any form. steps: weight updates of each. schedule: over these steps, None for
         a constant rate. "No clear winner" is an answer. More in `minifast.studies.race.race`.
         """
+        from .studies.race import race
         return race(self, lrs, steps, schedule=schedule, callbacks=callbacks)
 
     @contextmanager
@@ -329,7 +329,7 @@ class Learner:
             values["lr"] = values["lr"][:, None] * lrs
         return Plan(n_epochs, per_epoch, self._groups.names, values, repr(schedule))
 
-    def check(self) -> Report:
+    def check(self) -> "Report":
         """Look everything over before a long fit, in seconds, and undo it: gives a `Report`, true if all is well.
 
         Looked at: whether a fit could begin; shapes, dtypes and values of the first batches; the target against the
@@ -344,7 +344,8 @@ class Learner:
         problem  batch   ValueError: the model's output (8, 1) and the target (8,) would be broadcast ...
         1 problem
         """
-        return preflight.check(self)
+        from .studies.preflight import check
+        return check(self)
 
     def overfit(self, steps: int = 100, lr: LR | None = None) -> list[float]:
         """Train on the first batch alone for `steps` weight updates and undo it; gives the loss of each.
@@ -352,33 +353,37 @@ class Learner:
         A model that cannot bring this close to 0 will not learn the data either. lr: None for the learner's. Only
         callbacks with `in_lr_find` run.
         """
-        return preflight.overfit(self, steps, lr)
+        from .studies.preflight import overfit
+        return overfit(self, steps, lr)
 
-    def summary(self) -> Summary:
+    def summary(self) -> "Summary":
         """The layers of the model, their shapes for one training batch, and the memory they take; prints as a table.
 
         Random generators and buffers are left as they were. Raises ValueError for data that is good for one pass.
         """
         fitting.check_assigned(self)
+        from .studies.summary import summary
         return summary(self)
 
-    def trace(self, n: int = 2, *, callbacks: Iterable[Callback] = (), accumulate: int = 1) -> Trace:
+    def trace(self, n: int = 2, *, callbacks: Iterable[Callback] = (), accumulate: int = 1) -> "Trace":
         """Run `n` batches of training and of validation and undo them; gives what happened, in order.
 
         Printed, it is a table: each event and piece of work, the callback that was called, its microseconds, and what
         it changed. callbacks, accumulate: as in `fit`.
         """
-        return timeline.trace(self, n, callbacks=callbacks, accumulate=accumulate)
+        from .studies.timeline import trace
+        return trace(self, n, callbacks=callbacks, accumulate=accumulate)
 
     def profile(self, n: int = 50, *, callbacks: Iterable[Callback] = (), accumulate: int = 1,
-                ops: bool = False) -> Profile:
+                ops: bool = False) -> "Profile":
         """Run `n` batches (one pass at most) of training and of validation and undo them; gives where the time went.
 
         Waiting for data, forward, loss, backward, optimizer step and each callback; on a GPU each is waited for, so
         the sum is more than a fit takes. The first 3 batches, in which much is done for the first time, are not
         counted where there are enough. ops: add `torch.profiler`'s table of operators.
         """
-        return timeline.profile(self, n, callbacks=callbacks, accumulate=accumulate, ops=ops)
+        from .studies.timeline import profile
+        return profile(self, n, callbacks=callbacks, accumulate=accumulate, ops=ops)
 
     def validate(self, dl: Iterable[Batch] | None = None) -> dict[str, float]:
         """The validation loss and the metrics over `dl`, None for the validation data: keys as in an epoch row.
@@ -425,6 +430,7 @@ class Learner:
         transform: called on the inputs of each batch; None: the training loader's own. Raw outputs are averaged. More
         in `minifast.inference.tta.tta`.
         """
+        from .inference.tta import tta
         return tta(self, dl, transform=transform, n=n, beta=beta, use_max=use_max)
 
     def export(self, path: str | os.PathLike[str], *, inputs: Any = None, labels: Sequence[str] | None = None,
@@ -434,6 +440,7 @@ class Learner:
         A program runs without the model's class. `load_exported` reads both. labels: names of the classes; metadata:
         plain values. More in `minifast.inference.export.export`.
         """
+        from .inference.export import export
         return export(self, path, inputs=inputs, labels=labels, metadata=metadata)
 
     def save(self, path: str | os.PathLike[str]) -> Path:

@@ -153,6 +153,25 @@ print(*sorted(new - sys.stdlib_module_names - {"minifast", "numpy"}))
     assert run_python("-W", "error", "-c", code) == []
 
 
+@pytest.mark.slow
+def test_importing_minifast_loads_none_of_the_toolbox():
+    """So `import minifast` and `python -m minifast` take no longer for it."""
+    toolbox = "('callbacks', 'studies', 'loggers', 'whole_set', 'hooks')"
+    code = f"""
+import sys, minifast
+print(*(name for name in sys.modules if name.split(".")[1:2] and name.split(".")[1] in {toolbox}
+        and name.startswith("minifast.")))
+assert "EMA" in dir(minifast) and "EMA" not in vars(minifast)
+assert minifast.EMA is minifast.EMA
+"""
+    assert run_python("-W", "error", "-c", code) == []
+
+
+def test_a_name_that_is_not_there():
+    with pytest.raises(AttributeError, match=r"module 'minifast' has no attribute 'EMAA'"):
+        _ = minifast.EMAA
+
+
 def test_schedules_are_plain_python():
     allowed = {"math", "typing", "collections.abc", "__future__"}
     names = set(imported(PACKAGE / "schedules.py"))

@@ -12,6 +12,7 @@ import minifast
 from minifast import Callback, DataLoaders, Learner, Order, TensorLoader, accuracy, snapshot
 from minifast.callback import EVENTS
 
+NAMES = {name: getattr(minifast, name) for name in minifast.__all__}
 PATH = "{}"  # in an argument: a file that does not exist yet, in a folder that does
 # How to make each, as `repr` writes it down: with arguments that make a difference in a fit of 3 epochs of 4 batches.
 MAKE = {
@@ -74,7 +75,7 @@ def make(tmp_path, wandb):
 
     def make(name):
         path = tmp_path / str(next(counter))
-        return eval(MAKE[name].replace(PATH, str(path)), vars(minifast))
+        return eval(MAKE[name].replace(PATH, str(path)), NAMES)
 
     return make
 
@@ -110,7 +111,7 @@ def rows(learn, first=0):
 @pytest.mark.parametrize("name", [name for name in MAKE if name != "Schedule"])
 def test_repr_rebuilds_it(make, name):
     callback = make(name)
-    again = eval(repr(callback), vars(minifast))
+    again = eval(repr(callback), NAMES)
     assert type(again) is type(callback)
     assert repr(again) == repr(callback)
     assert again.sets == callback.sets
