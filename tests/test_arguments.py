@@ -497,7 +497,7 @@ def test_a_refused_fine_tune_freezes_nothing(learn):
         assert everything(learn) == before, call
 
 
-@pytest.mark.parametrize("file", sorted(PACKAGE.glob("*.py")), ids=lambda file: file.name)
+@pytest.mark.parametrize("file", sorted(PACKAGE.rglob("*.py")), ids=lambda file: str(file.relative_to(PACKAGE)))
 def test_no_check_is_an_assert(file):
     """`python -O` removes asserts. What is left of them tells mypy about a type: isinstance, or not None."""
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
