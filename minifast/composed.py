@@ -101,5 +101,14 @@ class Schedule(Scheduler):
                 raise ValueError(f"{type(state.opt).__name__} has no {hyper!r} to schedule. It has "
                                  f"{', '.join(state.opt.defaults)}.")
 
+    def __repr__(self) -> str:
+        """With the names of its functions, not their addresses.
+
+        >>> Schedule({"lr": schedules.cosine})
+        Schedule({'lr': cosine})
+        """
+        shapes = [f"{hyper!r}: {getattr(shape, '__name__', repr(shape))}" for hyper, shape in dict(self.shapes).items()]  # type: ignore[arg-type]
+        return f"Schedule({{{', '.join(shapes)}}})"
+
     def value(self, hyper: str, step: int, n_steps: int) -> float:
         return float(dict(self.shapes)[hyper](step, n_steps))  # type: ignore[arg-type]
