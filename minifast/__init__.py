@@ -48,8 +48,8 @@ _LATER = {
     "inference.export": ("export_info", "load_exported"),
     "loggers": ("CSVLogger", "RunLog", "TensorBoardLogger", "WandbLogger"),
     "loggers.runs": ("LoggedFit", "Run", "plot_runs", "read_run"),
-    "studies.preflight": ("Finding", "Report"),
     "studies.race": ("Race",),
+    "studies.report": ("Finding", "Report"),
     "studies.summary": ("Summary",),
     "studies.timeline": ("Moment", "Profile", "Trace"),
     "whole_set": ("WholeSet",),
@@ -69,8 +69,8 @@ if _typing.TYPE_CHECKING:
     from .inference.export import export_info, load_exported
     from .loggers import CSVLogger, RunLog, TensorBoardLogger, WandbLogger
     from .loggers.runs import LoggedFit, Run, plot_runs, read_run
-    from .studies.preflight import Finding, Report
     from .studies.race import Race
+    from .studies.report import Finding, Report
     from .studies.summary import Summary
     from .studies.timeline import Moment, Profile, Trace
     from .whole_set import WholeSet

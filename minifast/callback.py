@@ -49,6 +49,7 @@ class Callback:
     order: int = Order.USER
     sets: tuple[str, ...] = ()  # the hyper-parameters it writes ("lr", "momentum", ...): one owner each in a fit
     in_lr_find: ClassVar[bool] = False  # whether it also runs inside `lr_find`
+    in_sandbox: bool = True  # False: it writes what a sandbox cannot undo, so `check`, `trace`, `profile` leave it out
     saves: ClassVar[tuple[str, ...]] = ()  # the attributes to keep over a kill
 
     def before_fit(self, state: State) -> None: """Check settings, take snapshots."""

@@ -30,7 +30,7 @@ def check_loader(loader: Iterable[Batch], n_epochs: int, modules: Iterable[nn.Mo
         raise ValueError(f"the training data yields 0 batches: {has}batch_size {getattr(loader, 'batch_size', None)}, "
                          f"drop_last={getattr(loader, 'drop_last', False)}. Lower batch_size or set drop_last=False.")
     reaches_the_last = steps_per_epoch is None  # a shortened epoch may end before it: then torch has the last word
-    if reaches_the_last and smallest_batch(loader) == 1 and any(isinstance(module, _BatchNorm) for module in modules):
+    if reaches_the_last and any(isinstance(module, _BatchNorm) for module in modules) and smallest_batch(loader) == 1:
         if isinstance(loader, Sequence):
             which = "the last" if n_samples(None, loader[-1]) == 1 else "a"
             given, remedy = "", "Leave it out, or put it together with another"
@@ -102,7 +102,8 @@ def check_loss(loss: Any) -> None:
     """Raise ValueError or TypeError if `loss` cannot be trained on."""
     given = describe(loss) if isinstance(loss, Tensor) else f"{loss!r:.80} ({type(loss).__name__})"
     if not isinstance(loss, Tensor):
-        raise TypeError(f"loss_func must return a scalar tensor with grad, got {given}.")
+        hint = " A sum and its count are a tuple: return (sum, count)." if isinstance(loss, list) else ""
+        raise TypeError(f"loss_func must return a scalar tensor with grad, got {given}.{hint}")
     if loss.ndim:
         raise ValueError(f"loss_func must return a scalar tensor with grad, got {given}. "
                          "Did you leave reduction='none'?")

@@ -40,6 +40,9 @@ class DataLoaders:
         for name, loader in (("train", self.train), *sets.items()):
             if self.valid is None and name == "valid":
                 continue
+            if isinstance(loader, (list, tuple)) and loader and isinstance(loader[0], (DataLoader, TensorLoader)):
+                raise TypeError(f"{name} must hold batches, got a {type(loader).__name__} of loaders. Several "
+                                "validation sets are a dict of them, e.g. {'clean': loader, 'noisy': other}.")
             is_one_thing = isinstance(loader, (str, bytes, Mapping, Tensor, np.ndarray))
             if is_one_thing or not isinstance(loader, Iterable):
                 raise TypeError(f"{name} must be an iterable of batches, got {type(loader).__name__}. "

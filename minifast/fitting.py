@@ -9,7 +9,7 @@ from .batches import output_loss
 from .budget import TICKS, TimeLimit
 from .callback import Callback
 from .checks import check_loader, check_optimizer, check_trainable, check_valid
-from .data import as_dataloaders, count_steps, micro_batches, n_batches, valid_sets
+from .data import as_dataloaders, count_steps, is_one_shot, micro_batches, n_batches, valid_sets
 from .errors import check_flag, check_int, check_number
 from .first_batch import FiniteInputs
 from .hypers import fill_momentum, keep_hypers, label_groups, norms_in_eval, set_weight_decay, spread_lrs
@@ -65,7 +65,11 @@ def prepare(learn: "Learner", n_epochs: int, lr: Any, schedule: Scheduler | None
     steps_per_epoch, minutes = options.get("steps_per_epoch"), options.get("minutes")
     still = norms_in_eval(learn.groups, learn.train_bn)
     trained = [module for module in learn.model.modules() if module not in still]
-    check_loader(learn.dls.train, n_epochs if minutes is None else 2, trained, steps_per_epoch)
+    if minutes is not None and is_one_shot(learn.dls.train):
+        raise ValueError(f"minutes={minutes:g} takes as many passes over the training data as fit into the time, but "
+                         f"it is an iterator ({type(learn.dls.train).__name__}), good for one. Pass a DataLoader, a "
+                         "list, or an object whose __iter__ starts a new pass.")
+    check_loader(learn.dls.train, n_epochs if minutes is None else 1, trained, steps_per_epoch)
     sets = valid_sets(learn.dls.valid)
     for _, loader in sets:
         check_valid(loader)

@@ -31,8 +31,8 @@ from .signals import DeferredInterrupt
 from .weights import load_weights, save_weights
 
 if TYPE_CHECKING:
-    from .studies.preflight import Report
     from .studies.race import Race
+    from .studies.report import Report
     from .studies.summary import Summary
     from .studies.timeline import Profile, Trace
 
@@ -92,10 +92,12 @@ class Learner:
         self.opt = make_optimizer(opt_func, self.model, groups, lrs, wd, self.wd_norm_bias)
         self.recorder = Recorder()
         self._groups = groups
-        if isinstance(compile, Mapping):
-            self._compiled: Any = torch.compile(self.model, **compile)
-        else:
-            self._compiled = torch.compile(self.model) if check_flag("compile", compile) else None
+        if not isinstance(compile, (bool, Mapping)):
+            raise TypeError(f"compile must be True, False or a dict of options of torch.compile, got {compile!r:.80}. "
+                            "Pass e.g. {'mode': 'reduce-overhead'}.")
+        is_compiled = isinstance(compile, Mapping) or compile
+        self._compile_options: dict[str, Any] = dict(compile) if isinstance(compile, Mapping) else {}
+        self._compiled: Any = torch.compile(self.model, **self._compile_options) if is_compiled else None
         self.is_fitting = False
         if seed is not None:
             snapshot.seed_all(seed)
@@ -114,7 +116,12 @@ class Learner:
     def forward(self) -> Callable[..., Any]:
         """What a fit calls with the inputs: the model, or with `compile` its compiled form, which shares its weights.
         """
-        return self.model if self._compiled is None else self._compiled
+        if self._compiled is None:
+            return self.model
+        if self._compiled._orig_mod is not self.model:  # learn.model was assigned
+            self._compiled = torch.compile(self.model, **self._compile_options)
+        compiled: Callable[..., Any] = self._compiled
+        return compiled
 
     @property
     def sched(self) -> Recorder:
@@ -341,7 +348,7 @@ class Learner:
         >>> print(learn.check())
         ok       parts   5 trainable parameters on cpu
         ok       data    inputs float32 (8, 4), target float32 (8,)
-        problem  batch   ValueError: the model's output (8, 1) and the target (8,) would be broadcast ...
+        problem  output  ValueError: the model's output (8, 1) and the target (8,) would be broadcast ...
         1 problem
         """
         from .studies.preflight import check
@@ -353,7 +360,7 @@ class Learner:
         A model that cannot bring this close to 0 will not learn the data either. lr: None for the learner's. Only
         callbacks with `in_lr_find` run.
         """
-        from .studies.preflight import overfit
+        from .studies.overfit import overfit
         return overfit(self, steps, lr)
 
     def summary(self) -> "Summary":
@@ -403,8 +410,8 @@ class Learner:
         """(predictions, targets), or (predictions, targets, losses), over `dl`, None for the validation data.
 
         Raw outputs (the `.logits` of one that has them) of all samples, in the order of the data set even if `dl`
-        shuffles, on the CPU; nests of tensors stay nests. losses: one per sample, (n,). Random generators are left as
-        they were.
+        shuffles, on the CPU; nests of tensors stay nests. losses: one per sample, (n,), over what the loss does not
+        ignore. Random generators are left as they were.
         """
         loss_func = self.loss_func
         if check_flag("with_loss", with_loss) and loss_func is None:

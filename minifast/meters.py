@@ -97,6 +97,10 @@ class ObjectMeter:
     def compute(self) -> dict[str, float]:
         value = self.metric.compute()
         parts = value if isinstance(value, Mapping) else {self.columns[0]: value}
+        for name, part in parts.items():
+            if math.prod(getattr(part, "shape", ())) != 1:
+                raise ValueError(f"{name} must give one number, got shape {tuple(part.shape)}. Let it average (in "
+                                 "torchmetrics average='macro'), or give a dict of numbers by name.")
         return {str(name): float(part) for name, part in parts.items()}
 
     def state_dict(self) -> dict[str, Any]:

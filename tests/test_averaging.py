@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
 from minifast import Callback, CancelBatch, CancelEpoch, CancelFit
+from minifast.callbacks import swap
 from minifast.callbacks.averaging import EMA, SWA
 
 EXACT = {"rtol": 1e-12, "atol": 1e-14}
@@ -736,3 +737,36 @@ def test_moving_the_model_between_fits_is_no_matter():
     learn.dls.train, learn.dls.valid = data(4), data(1)
     learn.fit(0.1)
     assert ema.averages["weight"].dtype == torch.float64
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, RuntimeError])
+def test_the_raw_weights_come_back_if_the_swap_is_cut_short(kind, monkeypatch):
+    ema = EMA(0.5)
+    learn = make([ema])
+    learn.fit(0.1, 1)
+    before = by_name(learn.model)
+    put = swap.put
+
+    def half(model, values):
+        put(model, values)
+        raise kind
+
+    monkeypatch.setattr(swap, "put", half)
+    with pytest.raises(kind):
+        learn.validate()
+    close(by_name(learn.model), before)
+    assert bits(by_name(learn.model)) == bits(before)
+
+
+@pytest.mark.parametrize("average", [lambda: EMA(0.5), lambda: SWA(0.0, every=1, apply=False)])
+def test_a_fit_that_never_steps_loses_no_average(average):
+    average = average()
+    learn = make([average])
+    learn.fit(0.1, 2)
+    kept, looked = bits(average.averages), learn.validate()
+    with pytest.raises(ZeroDivisionError):
+        learn.fit(0.1, 1, callbacks=[At("before_batch", throw(ZeroDivisionError))])
+    assert bits(average.averages) == kept
+    assert learn.validate() == looked
+    learn.fit(0.1, 1)
+    assert bits(average.averages) != kept

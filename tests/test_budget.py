@@ -259,3 +259,8 @@ def test_by_the_real_clock():
     learn.fit_one_cycle(max_lr=0.01, minutes=0.05 / 60)
     assert lrs(learn)[-1] == 0.01 * OneCycle().value("lr", TICKS - 1, TICKS)
     assert "valid_loss" in learn.recorder.epochs[-1]
+
+
+def test_data_for_one_pass_is_refused():
+    with pytest.raises(ValueError, match=r"minutes=0.1 takes as many passes .* an iterator \(list_iterator\), good for"):
+        learner(iter(batches(3))).fit_one_cycle(max_lr=0.1, minutes=0.1, steps_per_epoch=3)

@@ -130,5 +130,23 @@ def test_validation_may_come_before_training(fullgraph):
 
 @pytest.mark.parametrize("wrong", [1, None, "inductor"])
 def test_what_compile_refuses(wrong):
-    with pytest.raises(TypeError, match="compile must be True or False, got"):
+    with pytest.raises(TypeError, match=r"compile must be True, False or a dict of options of torch\.compile, got"):
         Learner(nn.Linear(3, 1), (batches(), None), nn.MSELoss(), compile=wrong)
+
+
+def test_an_assigned_model_is_the_one_that_is_compiled():
+    class Negative(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, x):
+            return -self.model(x)
+
+    plain, compiled = make(), make("eager")
+    for learn in (plain, compiled):
+        learn.model = Negative(learn.model)
+    assert compiled.validate() == pytest.approx(plain.validate(), rel=1e-5)
+    for learn in (plain, compiled):
+        learn.fit(0.01, 1)
+    assert trained(compiled) == trained(plain)

@@ -598,3 +598,10 @@ def test_validation_does_not_broadcast_either():
                     nn.MSELoss(), verbose=False)
     with pytest.raises(ValueError, match=r"output \(4, 1\) and the target \(4,\) would be broadcast"):
         learn.validate()
+
+
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_loaders_in_a_list_are_told_from_batches(kind):
+    with pytest.raises(TypeError, match=rf"valid must hold batches, got a {kind.__name__} of loaders.*a dict of them"):
+        DataLoaders(batches(2), kind([TensorLoader(torch.ones(2)), TensorLoader(torch.ones(2))]))
+

@@ -16,6 +16,7 @@ from helpers import bits, everything, learner
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from minifast import EMA
 from minifast.inference.export import export, export_info, load_exported
 
 PROGRAM, WEIGHTS, CONSTANTS = (
@@ -594,3 +595,15 @@ def test_data_for_one_pass_is_not_drawn_from(tmp_path):
     export(learn, tmp_path / "net", inputs=images()[0])
     with pytest.raises(ValueError, match=r"the data yielded 0 batches. Pass inputs="):
         export(learner([images()], [], model=convnet()), tmp_path / "other")
+
+
+@pytest.mark.slow
+def test_both_formats_hold_the_weights_that_predict_uses(tmp_path):
+    learn = learner([(torch.randn(8, 3), torch.randn(8, 1))] * 4, callbacks=[EMA(0.9)])
+    learn.fit(0.5, 2)
+    x = torch.randn(5, 3)
+    expected = learn.predict(x)
+    with torch.no_grad():
+        assert not torch.allclose(learn.model(x), expected)
+        torch.testing.assert_close(load_exported(learn.export(tmp_path / "a.pt2"))(x), expected)
+        torch.testing.assert_close(load_exported(learn.export(tmp_path / "a"), nn.Linear(3, 1))(x), expected)

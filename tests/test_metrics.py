@@ -243,7 +243,7 @@ def test_another_metrics_callback_adds_its_columns():
      r"<lambda> must return one number per batch, got shape \(4, 1\). Did you forget .mean\(\)\?"),
     (lambda pred, target: None, TypeError, "NoneType"),
     (lambda pred, target: pred[9], IndexError, "index 9"),
-    (Counting(torch.ones(3)), Exception, "convert"),
+    (Counting(torch.ones(3)), ValueError, r"counting must give one number, got shape \(3,\). Let it average"),
     (named(partial(accuracy), "acc"), ValueError,
      r"scores of shape \(4, 1\) do not fit targets of shape \(4, 1\)"),
     (partial(rmse, target=torch.zeros(4)), TypeError, "multiple values"),

@@ -540,3 +540,17 @@ def test_with_adam_too():
     learn = learner(batches(2), batches(1), metrics=[Given(PLATEAU, "accuracy")], opt_func=spying(torch.optim.AdamW))
     learn.fit(0.1, 4, callbacks=[ReduceLROnPlateau("accuracy", 0.5, patience=2)])
     assert scales(learn) == [1, 1, 1, 0.5]
+
+
+@pytest.mark.parametrize("in_file", [False, True])
+def test_the_best_weights_are_those_that_were_validated(in_file, tmp_path):
+    """With an average in validation, the number is the average's; so are the weights."""
+    best = SaveBest("valid_loss", tmp_path / "best.pt" if in_file else None, restore=True)
+    learn = learner(batches(4), batches(2, seed=1), callbacks=[minifast.EMA(0.9), best])
+    learn.fit(0.3, 5)
+    assert learn.validate()["valid_loss"] == pytest.approx(best.best, rel=1e-6)
+    raw = SaveBest("train_loss")
+    learn = learner(batches(4), callbacks=[minifast.EMA(0.9), raw])
+    seen = []
+    learn.fit(0.3, 1, callbacks=[At("after_step", lambda state: seen.append(state.model.weight.detach().clone()))])
+    assert torch.equal(raw.weights["weight"], seen[-1])

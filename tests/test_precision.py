@@ -1,5 +1,6 @@
 """Mixed precision: what runs in half, what stays in float32, the loss scale; and the channels-last memory format."""
 
+import itertools
 import warnings
 from dataclasses import dataclass
 from functools import partial
@@ -401,3 +402,36 @@ def test_channels_last_leaves_the_users_data_alone():
     assert bits(data) == kept
     assert all(x.is_contiguous() for x, _ in data)
     learner().fit(0.01, callbacks=[ChannelsLast()])  # a model without images
+
+
+def test_a_diverged_fit_does_not_spoil_the_scale_for_the_next():
+    """The usual way back: load good weights, take a lower rate."""
+    precision = MixedPrecision("fp16")
+    learn = learner(batches(50), callbacks=[precision], opt_func=partial(torch.optim.SGD, momentum=0.0))
+    good = {name: value.clone() for name, value in learn.model.state_dict().items()}
+    with torch.no_grad():
+        learn.model.weight.fill_(float("nan"))
+    learn.fit(0.1, 2)
+    assert precision.scaler.get_scale() > 0
+    learn.model.load_state_dict(good)
+    learn.fit(0.01, 1)
+    assert precision.scaler.get_scale() >= 1.0
+    losses = learn.recorder.losses
+    assert np.isfinite(losses).all()
+    assert losses[-10:].mean() < losses[:10].mean()
+
+
+def test_fp16_waits_once_per_update(monkeypatch):
+    reads, item = [], torch.Tensor.item
+
+    def counting(tensor):
+        reads.append(1)
+        return item(tensor)
+
+    learn = learner(batches(20), callbacks=[MixedPrecision("fp16")])
+    learn.fit(0.01, 1)
+    marks = []
+    mark = At("after_batch", lambda state: marks.append(len(reads)))
+    monkeypatch.setattr(torch.Tensor, "item", counting)
+    learn.fit(0.01, 1, callbacks=[mark])
+    assert {after - before for before, after in itertools.pairwise(marks)} == {1}

@@ -529,3 +529,41 @@ def test_a_loss_with_a_count_has_a_loss_for_each_sample(counted):
 
     plain, summed = learner(batches(3), batches(2)), learner(batches(3), batches(2), loss_func=loss_func)
     torch.testing.assert_close(summed.get_preds(with_loss=True)[2], plain.get_preds(with_loss=True)[2])
+
+
+class Recurrent(nn.Module):
+    """Gives what a GRU gives: all outputs (n, time, 4), and the last state (2, n, 4)."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.GRU(3, 4, num_layers=2, batch_first=True)
+
+    def forward(self, x):
+        return self.net(x)
+
+
+@pytest.mark.parametrize("sizes", [(4, 4), (4, 3)])
+def test_samples_in_the_second_dimension(sizes):
+    torch.manual_seed(0)
+    data = [(torch.randn(n, 5, 3), torch.zeros(n)) for n in sizes]
+    learn = learner(data, data, model=Recurrent(), loss_func=lambda pred, target: pred[0].mean())
+    (outputs, state), targets = learn.get_preds()
+    expected = learn.model(torch.cat([x for x, _ in data]))
+    torch.testing.assert_close(outputs, expected[0].detach())
+    torch.testing.assert_close(state, expected[1].detach())
+    assert targets.shape == (sum(sizes),)
+
+
+@pytest.mark.parametrize("loss_func", [nn.CrossEntropyLoss(), F.cross_entropy, nn.CrossEntropyLoss(ignore_index=1)])
+def test_what_a_loss_ignores_does_not_count_in_the_losses(loss_func):
+    torch.manual_seed(0)
+    x, y = torch.randn(4, 3, 5), torch.randint(0, 3, (4, 5))
+    y[0, :3] = -100
+    ignored = -100 if callable(loss_func) and not isinstance(loss_func, nn.Module) else loss_func.ignore_index
+    y[y == -100] = ignored
+    learn = learner([(x, y)], [(x, y)], model=nn.Linear(5, 5), loss_func=loss_func)
+    _, _, losses = learn.get_preds(with_loss=True)
+    pred = learn.model(x).detach()
+    expected = torch.stack([F.cross_entropy(pred[i:i + 1], y[i:i + 1], ignore_index=ignored) for i in range(4)])
+    torch.testing.assert_close(losses, expected.nan_to_num(0.0))
+

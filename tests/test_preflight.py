@@ -1,10 +1,12 @@
 """`learn.check()` finds what is wrong, finds nothing where nothing is, and leaves nothing behind; `learn.overfit()`."""
+import time
+
 import pytest
 import torch
 from helpers import batches, everything, learner
 from torch import nn
 
-from minifast import Learner, accuracy, digits
+from minifast import Callback, CSVLogger, Learner, RunLog, SaveBest, accuracy, digits
 
 
 def levels(report):
@@ -187,3 +189,172 @@ def test_bad_arguments_and_data():
     for call in (learner(iter(batches(2))).check, learner(iter(batches(2))).overfit):
         with pytest.raises(ValueError, match="the data is an iterator"):
             call()
+
+
+# ---- sound learners: no problem
+
+
+class Tokens(nn.Module):
+    """A small transformer over (tokens, mask): padded places are masked, by -inf that is added or by True."""
+
+    def __init__(self, batch_first=True):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(20, 8), nn.Linear(8, 2)
+        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=batch_first)
+        self.encoder = nn.TransformerEncoder(layer, 1)
+
+    def forward(self, tokens, mask):
+        kind = "mask" if mask.shape[0] == tokens.shape[1] else "src_key_padding_mask"
+        return self.head(self.encoder(self.embed(tokens), **{kind: mask}).mean(1))
+
+
+def tokens(mask):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(0, 20, (12, 6), generator=generator)
+    return [(x, mask, (x[:, 0] > 9).long())]
+
+
+PADDING = torch.zeros(12, 6, dtype=torch.bool)
+PADDING[:, 5] = True
+CAUSAL = torch.full((6, 6), float("-inf")).triu(1)
+
+
+class Rows(nn.Module):
+    """A recurrent net over (time, samples, features)."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.head = nn.LSTM(3, 8), nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.head(self.net(x)[0])
+
+
+class Graph(nn.Module):
+    """One step of messages over the whole graph: it cannot run on a part of its nodes."""
+
+    def __init__(self):
+        super().__init__()
+        self.edges, self.head = torch.eye(8) + torch.eye(8).roll(1, 0), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(self.edges @ x)
+
+
+class Unsized:
+    def __iter__(self):
+        yield from batches(7)
+
+
+def squeezed(pred, target):
+    return nn.functional.mse_loss(pred.squeeze(1), target)
+
+
+def where_known(pred, target):
+    return (pred - target)[~target.isnan()].square().mean()
+
+
+X = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
+UNKNOWN = X[:, :1].clone()
+UNKNOWN[3] = float("nan")
+SOUND = {
+    "a loss that squeezes": lambda: (nn.Linear(4, 1), ([(X, X[:, 0])], None), squeezed),
+    "targets that are masked": lambda: (nn.Linear(4, 1), ([(X, UNKNOWN)], None), where_known),
+    "padding": lambda: (Tokens(), (tokens(PADDING), None), nn.CrossEntropyLoss()),
+    "padding by -inf": lambda: (Tokens(), (tokens(torch.zeros(12, 6).masked_fill(PADDING, float("-inf"))), None),
+                                nn.CrossEntropyLoss()),
+    "a mask for all": lambda: (Tokens(), (tokens(CAUSAL), None), nn.CrossEntropyLoss()),
+    "time first": lambda: (Rows(), ([(torch.randn(6, 5, 3), torch.randn(6, 5, 2))], None), nn.MSELoss()),
+    "a graph": lambda: (Graph(), ([(X, torch.arange(8) % 3)], None), nn.CrossEntropyLoss()),
+    "no len()": lambda: (nn.Linear(3, 1), (Unsized(), None), nn.MSELoss()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("make", SOUND.values(), ids=SOUND)
+def test_no_false_alarm(make):
+    torch.manual_seed(0)
+    model, data, loss_func = make()
+    report = Learner(model, data, loss_func, verbose=False, device="cpu").check()
+    assert report.problems == []
+
+
+def test_a_callback_may_prepare_the_batch():
+    class Scale(Callback):
+        def before_batch(self, state):
+            state.batch = (state.batch[0].float() / 255, state.batch[1])
+
+    x = torch.randint(0, 255, (32, 4), dtype=torch.uint8)
+    report = classifier(data=([(x, (x.sum(1) > 500).long())], None), callbacks=[Scale()]).check()
+    assert "inputs float32 (32, 4)" in says(report, "data")
+    assert report.problems == []
+
+
+# ---- leaks that are seen in some samples only
+
+
+class Leaky(nn.Module):
+    def __init__(self, leak):
+        super().__init__()
+        self.leak, self.net, self.head = leak, nn.LSTM(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(self.leak(self, x))
+
+
+LEAKS = {
+    "batch_first forgotten": lambda model, x: model.net(x.unsqueeze(1))[0][:, -1],
+    "sum of those before": lambda model, x: x.cumsum(0),
+    "the first one": lambda model, x: x + x[:1],
+    "the last one": lambda model, x: x + x[-1:],
+    "spread over the batch": lambda model, x: x / x.std(0),
+}
+
+
+@pytest.mark.parametrize("leak", LEAKS.values(), ids=LEAKS)
+def test_a_leak_into_some_samples_is_found(leak):
+    assert levels(classifier(Leaky(leak)).check())["leaks"] == "problem"
+
+
+# ---- what it must not do
+
+
+def test_files_are_left_alone(tmp_path):
+    files = [CSVLogger(tmp_path / "a.csv"), RunLog(tmp_path / "run"), SaveBest("valid_loss", tmp_path / "best.pt")]
+    learn = classifier(callbacks=files)
+    learn.fit(0.01, 2)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert len(before) == 3
+    learn.check()
+    learn.trace(callbacks=[CSVLogger(tmp_path / "b.csv")])
+    learn.profile(3)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.slow
+def test_slow_data_is_not_waited_for_long():
+    drawn = []
+
+    class Slow(list):
+        def __iter__(self):
+            for batch in super().__iter__():
+                time.sleep(0.5)
+                drawn.append(1)
+                yield batch
+
+    data = Slow(batches(40))
+    Learner(nn.Linear(3, 1), (data, None), nn.MSELoss(), verbose=False, device="cpu").check()
+    assert len(drawn) <= 10
+
+
+def test_one_fault_is_one_problem():
+    x, y = torch.randn(8, 4), torch.zeros(8, dtype=torch.long)
+    assert len(classifier(data=([(x, y)], [(x, y + 5)])).check().problems) == 1
+
+
+def test_nll_loss_on_logits():
+    model = nn.Linear(4, 3)
+    nn.init.constant_(model.bias, 5.0)
+    report = classifier(model, loss_func=nn.NLLLoss()).check()
+    assert "the first loss is -" in report.problems[0].says
+    assert "NLLLoss takes the output of log_softmax" in report.problems[0].says
+    assert classifier(nn.Sequential(model, nn.LogSoftmax(1)), loss_func=nn.NLLLoss()).check().problems == []

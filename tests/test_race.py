@@ -7,7 +7,7 @@ from test_sandbox import WITHOUT_WORKERS, Unsized, noisy_learner, snapshot, worn
 from torch import nn
 from torch.utils.data import DataLoader
 
-from minifast import Callback, CosineAnnealing, DataLoaders, OneCycle, Schedule, TensorLoader
+from minifast import Callback, CosineAnnealing, DataLoaders, Learner, OneCycle, Schedule, TensorLoader
 from minifast.studies.race import race
 
 
@@ -359,3 +359,12 @@ def test_data_that_cannot_be_raced_on(data, message):
 def test_arrays_are_lists_of_learning_rates():
     assert race(solvable(noise=0.1), np.array([1e-3, 0.1]), steps=40).winner == 0.1
     assert race(solvable(noise=0.1), (lr for lr in (1e-3, 0.1)), steps=40).winner == 0.1
+
+
+def test_a_loss_that_does_not_move_is_flat():
+    learn = Learner(nn.Linear(3, 1), ([(torch.ones(4, 3), torch.ones(4, 1))] * 5, None),
+                    lambda pred, target: (pred * 0).sum() + 2, verbose=False, device="cpu")  # fmt: skip
+    result = race(learn, [1e-3, 1e-2], 40)
+    assert result.winner is None
+    assert "flat: the training loss is 2 with each of them" in result.verdict
+

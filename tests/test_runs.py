@@ -258,3 +258,15 @@ def test_what_is_not_finite_is_a_gap_and_no_error(tmp_path):
     run_of(tmp_path / "a", [1.0, math.nan, math.inf, 2.0], [math.nan, 1.0])
     for metric in ("loss", "valid_loss"):
         plot_runs(tmp_path / "a", metric).figure.savefig(io.BytesIO(), format="png")
+
+
+@pytest.mark.parametrize(("rows", "expected"), [
+    ([{"epoch": 0, "train_loss": 2.0}], "train_loss"),
+    ([{"epoch": 0, "train_loss": 2.0, "valid_loss": 1.0}], "valid_loss"),
+    ([{"epoch": 0, "train_loss": 2.0, "clean_valid_loss": 1.0}], "train_loss"),
+])
+def test_what_is_drawn_if_nothing_is_said(tmp_path, rows, expected):
+    lines = [{"kind": "fit", "fit": "a", "step": 0},
+             *({"kind": "epoch", "fit": "a", "step": 1, "row": row} for row in rows)]  # fmt: skip
+    (tmp_path / "run.jsonl").write_bytes(b"".join(map(to_line, lines)))
+    assert plot_runs(tmp_path).get_ylabel() == expected

@@ -1,6 +1,7 @@
 """SnapshotEnsemble and where cycles end: told by the curve of the rate itself and by the optimizer."""
 import io
 import itertools
+from functools import partial
 
 import numpy as np
 import pytest
@@ -438,3 +439,15 @@ def test_a_fit_that_is_limited_in_time(monkeypatch):
     ensemble = SnapshotEnsemble()
     learn = fit(ensemble, lambda learn: learn.fit(0.1, 3, cycle_len=1, minutes=30 / 60))
     assert steps_of(ensemble, learn) == [10, 20, 30]  # the first after a third, two thirds and all of the time
+
+
+def test_a_partial_of_cross_entropy_is_cross_entropy():
+    x, y = torch.randn(12, 4), torch.arange(12) % 3
+    preds = []
+    for loss_func in (nn.CrossEntropyLoss(label_smoothing=0.1), partial(F.cross_entropy, label_smoothing=0.1)):
+        torch.manual_seed(0)
+        ensemble = SnapshotEnsemble()
+        learn = learner([(x, y)] * 4, [(x, y)], model=nn.Linear(4, 3), loss_func=loss_func)
+        learn.fit(0.5, 3, cycle_len=1, callbacks=[ensemble])
+        preds.append(ensemble.get_preds(learn)[0])
+    torch.testing.assert_close(preds[1], preds[0])

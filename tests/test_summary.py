@@ -48,9 +48,9 @@ def test_it_prints_as_a_table():
     assert lines[1].split() == ["layer", "type", "output", "parameters", "trainable"]
     assert lines[6].split() == ["3.1", "Linear", "(16,", "10)", "2,560", "2,560"]
     assert [line.split() for line in lines[7:]] == [
-        ["parameters", "2,608", "0.01", "MB"], ["trainable,", "and", "their", "gradients", "2,608", "0.01", "MB"],
-        ["buffers", "0.00", "MB"], ["outputs", "of", "all", "modules,", "one", "batch", "0.03", "MB"],
-        ["optimizer", "state", "after", "a", "step", "0.00", "MB"]]  # fmt: skip
+        ["parameters", "2,608", "10.4", "kB"], ["trainable,", "and", "their", "gradients", "2,608", "10.4", "kB"],
+        ["buffers", "0.0", "kB"], ["outputs", "of", "all", "modules,", "one", "batch", "33.4", "kB"],
+        ["optimizer", "state", "after", "a", "step", "0.0", "kB"]]  # fmt: skip
     assert repr(summary(fit_convnet())).splitlines() == lines
 
 

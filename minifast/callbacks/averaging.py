@@ -36,6 +36,7 @@ class WeightAverage(Callback):
         self._start_anew()
 
     def _start_anew(self) -> None:
+        self._is_of_earlier_fit = False
         self.averages: dict[str, Tensor] = {}
         self.n_averaged = 0
         self._copied: list[str] = []
@@ -43,16 +44,21 @@ class WeightAverage(Callback):
         self._pairs: list[tuple[bool, list[Tensor], list[Slot]]] = []
 
     def before_fit(self, state: State) -> None:
-        self._start_anew()
+        self._is_of_earlier_fit = True  # until the first step: a fit that fails before that loses nothing
         self._slots = slots(state.model)
+
+    def after_step(self, state: State) -> None:
+        if self._is_of_earlier_fit:
+            self._start_anew()
 
     def after_fit(self, state: State) -> None:
         self._slots, self._pairs = {}, []
-        self._end = fingerprint(state.model) if self.averages else None
+        if not self._is_of_earlier_fit:
+            self._end = fingerprint(state.model) if self.averages else None
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         super().load_state_dict(saved)
-        self._pairs = []
+        self._pairs, self._is_of_earlier_fit = [], False
 
     @torch.no_grad()
     def _add(self, share: float) -> None:
@@ -159,6 +165,7 @@ class EMA(WeightAverage):
         return self.decay if self.decay is not None else 0.5 ** (1 / self.half_life)  # type: ignore[operator]
 
     def after_step(self, state: State) -> None:
+        super().after_step(state)
         self._add(1 - self.rate)
 
 
@@ -206,6 +213,7 @@ class SWA(WeightAverage):
                              "Pass SWA(apply=False), or data whose __iter__ starts a new pass.")
 
     def after_step(self, state: State) -> None:
+        super().after_step(state)
         self._is_newest = False
         if self.every is not None and (state.step + 1) % self.every == 0:
             self._add_if_late(state, state.step + 1)
@@ -221,7 +229,7 @@ class SWA(WeightAverage):
 
     def after_fit(self, state: State) -> None:
         try:
-            if self.apply and self._is_complete and self.averages:
+            if self.apply and self._is_complete and self.averages and not self._is_of_earlier_fit:
                 self._apply(state)
         finally:
             super().after_fit(state)

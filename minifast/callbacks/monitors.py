@@ -2,6 +2,7 @@
 import logging
 import math
 import os
+from contextlib import ExitStack
 from dataclasses import KW_ONLY, dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from .. import snapshot
-from ..callback import Callback, Order
+from ..callback import Callback, Order, evaluating
 from ..errors import check_flag, check_int, check_number
 from ..meters import snake_case
 from ..progress import Progress, say
@@ -180,9 +181,9 @@ class SaveBest(Monitor):
     optimizer's state stays that of the last step.
 
     `best`, `best_epoch`: the value and its epoch (0-based); each fit begins anew, and its first epoch replaces the
-    file of an earlier fit. The weights are the model's own, as the next step would move them: an average that is only
-    swapped in for validation is not in the model when the epoch ends. If the file cannot be written, the older
-    one and `best` stay as they are, a warning is logged, and training goes on.
+    file of an earlier fit. The weights are those that were validated: where an `EMA` or `SWA` is swapped in for
+    validation, its average (for a column of the training data, the model's own). If the file cannot be written, the
+    older one and `best` stay as they are, a warning is logged, and training goes on.
 
     Raises ValueError or TypeError for values out of range, and for a column that is not in the epoch table or a path
     that cannot be a file when the fit begins.
@@ -203,6 +204,7 @@ class SaveBest(Monitor):
             if not isinstance(self.path, (str, os.PathLike)):
                 raise TypeError(f"path must be the name of a file, or None, got {self.path!r:.80}.")
             self.path = str(self.path)
+        self.in_sandbox = self.path is None
         super().__post_init__()
 
     def _forget(self) -> None:
@@ -221,6 +223,12 @@ class SaveBest(Monitor):
     def look(self, state: State, value: float, is_better: bool) -> None:
         if not is_better:
             return
+        with ExitStack() as stack:
+            if not self.monitor.startswith("train_"):  # the weights that were validated: an average, if there is one
+                stack.enter_context(evaluating(state.callbacks, state.model))
+            self._keep(state, value)
+
+    def _keep(self, state: State, value: float) -> None:
         if self.path is None:
             self.weights = {name: _host_copy(value) for name, value in state.model.state_dict().items()}
         else:

@@ -13,6 +13,7 @@ from ..callback import Callback, CancelBatch, Order
 from ..state import State
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+FIRST_SCALE = 2.0**16  # GradScaler's own
 MIN_SCALE = 2.0**-16  # what overflows here is finite at no scale; 32 overflows in a row lead here from 2**16
 
 
@@ -69,6 +70,7 @@ class MixedPrecision(Callback):
                 self.scaler = torch.amp.GradScaler(state.device.type)
                 if self._saved is not None:
                     self.scaler.load_state_dict(self._saved)
+            self._scale = self.scaler.get_scale()
 
     def before_batch(self, state: State) -> None:
         if self.scaler is not None:
@@ -81,12 +83,16 @@ class MixedPrecision(Callback):
     def before_step(self, state: State) -> None:
         if self.scaler is None:
             return
-        scale = self.scaler.get_scale()
+        scale = self._scale
         self.scaler.unscale_(state.opt)
         self.scaler.update()
-        has_overflowed = self.scaler.get_scale() < scale
+        self._scale = self.scaler.get_scale()  # the one wait
+        has_overflowed = self._scale < scale
         if has_overflowed and scale > MIN_SCALE:
             raise CancelBatch
+        if scale <= MIN_SCALE:  # it was no matter of the scale: so it does not go on to 0, and comes back afterwards
+            self._scale = MIN_SCALE if has_overflowed else FIRST_SCALE
+            self.scaler.update(self._scale)
 
     @contextmanager
     def evaluating(self, model: nn.Module) -> Iterator[None]:
@@ -123,6 +129,7 @@ class MixedPrecision(Callback):
             self.scaler = None
         elif self.scaler is not None:
             self.scaler.load_state_dict(self._saved)
+            self._scale = self.scaler.get_scale()
 
     def _autocast(self, device: str) -> torch.autocast:
         """A new one for each use: one that is entered twice forgets what it found."""

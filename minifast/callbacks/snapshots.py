@@ -2,6 +2,7 @@
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -114,8 +115,9 @@ class SnapshotEnsemble(Callback):
         self._check_any()
         if activation is not None and not callable(activation):
             raise TypeError(f"activation must be a function of the outputs, got {activation!r:.80}.")
-        is_classes = activation is None and (isinstance(learn.loss_func, nn.CrossEntropyLoss)
-                                             or learn.loss_func is functional.cross_entropy)
+        loss_func = learn.loss_func.func if isinstance(learn.loss_func, partial) else learn.loss_func
+        is_classes = activation is None and (isinstance(loss_func, nn.CrossEntropyLoss)
+                                             or loss_func is functional.cross_entropy)
         total: Any = None
         for snapshot in self.snapshots:
             with _only(learn, snapshot.weights):

@@ -70,8 +70,8 @@ def swapped(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
     """
     kept = [(slot, slot[0][slot[1]]) for slot in slots(model).values()]
     copies = [tensor.detach().clone() for _, tensor in kept]
-    put(model, values)
     try:
+        put(model, values)
         yield
     finally:
         with DeferredInterrupt(), torch.no_grad():  # Ctrl-C must not stop this half way

@@ -37,7 +37,7 @@ def export(learn: "Learner", path: str | os.PathLike[str], *, inputs: Any = None
     A path that ends in .pt2: a program made by `torch.export`, which runs without the model's class and gives what
     `predict` gives. The first dimension of the inputs, the samples, may vary; the others are fixed. A model that
     branches on its data or on the number of samples, or takes len(x) for x.shape[0], cannot be one. Any other path: a
-    folder of weights.pt, as `save` writes it, and model.json, which describes the model; it is made if need be.
+    folder of weights.pt, those that `predict` uses, and model.json, which describes the model; it is made if need be.
     Both are read by `load_exported` and `export_info`.
 
     inputs: a batch as `predict` takes it, traced and described, not written; None: the inputs of the first validation
@@ -63,7 +63,8 @@ def export(learn: "Learner", path: str | os.PathLike[str], *, inputs: Any = None
         return path
     path.mkdir(exist_ok=True)
     try:
-        described["sha256"] = _sha256(save_weights(learn.model, path / WEIGHTS))
+        with learn._looking():  # the weights that `predict` uses
+            described["sha256"] = _sha256(save_weights(learn.model, path / WEIGHTS))
         _write(path / DESCRIPTION, json.dumps(described, indent=1).encode())
     finally:
         if not any(path.iterdir()):

@@ -24,6 +24,7 @@ class Logger(Callback):
     """
 
     order = Order.RECORD
+    in_sandbox = False
     saves: ClassVar[tuple[str, ...]] = ("_n_steps", "_n_epochs")
     every_seconds: float = math.inf
     _is_open = False

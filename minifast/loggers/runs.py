@@ -107,19 +107,21 @@ def read_run(path: PathLike) -> Run:
     return run
 
 
-def plot_runs(runs: PathLike | Iterable[PathLike] = "runs/*", metric: str = "valid_loss", *,
+def plot_runs(runs: PathLike | Iterable[PathLike] = "runs/*", metric: str | None = None, *,
               ax: "Axes | None" = None) -> "Axes":
     """Draw one column of several runs over one another, named after their folders.
 
     runs: a glob pattern, a folder, a file, or several of them; what a pattern finds besides runs is left out. metric: a
-    column of the epochs (valid_loss, a metric), drawn against the epoch, or of the steps (loss, lr, ...), drawn against
+    column of the epochs (train_loss, a metric), drawn against the epoch, or of the steps (loss, lr, ...), drawn against
     the step; "loss" is drawn pale with its smoothed form on top. Runs may differ in length; in the legend a run says
-    so if it has no such column.
+    so if it has no such column. None: valid_loss, or train_loss if no run has one.
 
     Raises FileNotFoundError if no run is found, ValueError with the columns there are if no run has `metric`.
     """
     found = _find(runs)
     columns = [(run.steps, run.epochs) for run in found]
+    if metric is None:
+        metric = "valid_loss" if any("valid_loss" in row for _, rows in columns for row in rows) else "train_loss"
     in_steps = any(metric in steps for steps, _ in columns)
     if not in_steps and not any(metric in row for _, rows in columns for row in rows):
         of_steps = tables.columns(steps for steps, _ in columns)

@@ -259,6 +259,8 @@ def _decide(lrs: tuple[Any, ...], runs: Sequence[_Watch], means: Column, noises:
     if others and n_compared < MIN_COMPARED:
         return None, (f"{unclear}{n_compared} step{'s' * (n_compared > 1)} in the last quarter cannot tell a margin "
                       f"from noise; take steps={4 * MIN_COMPARED} or more")
+    if others and np.ptp(means[ranking]) <= 1e-9 * abs(means[best]):
+        return None, f"{unclear}flat: the training loss is {means[best]:.4g} with each of them; does the model learn?"
     for k in others:
         behind = float(means[k] - means[best])
         if not behind > STANDARD_ERRORS * noises[k]:

@@ -54,11 +54,11 @@ class Summary:
             list(row.values()) for row in rows])]
         if len(rows) < len(self.rows):
             lines.append(f"{len(self.rows)} layers, shown to depth {depth}: `.rows` holds all")
-        state = "unknown" if self.optimizer_bytes is None else _mb(self.optimizer_bytes)
-        totals = [["parameters", f"{self.n_parameters:,}", _mb(self.parameter_bytes)],
-                  ["trainable, and their gradients", f"{self.n_trainable:,}", _mb(self.gradient_bytes)],
-                  ["buffers", "", _mb(self.buffer_bytes)],
-                  ["outputs of all modules, one batch", "", _mb(self.activation_bytes)],
+        state = "unknown" if self.optimizer_bytes is None else _size(self.optimizer_bytes)
+        totals = [["parameters", f"{self.n_parameters:,}", _size(self.parameter_bytes)],
+                  ["trainable, and their gradients", f"{self.n_trainable:,}", _size(self.gradient_bytes)],
+                  ["buffers", "", _size(self.buffer_bytes)],
+                  ["outputs of all modules, one batch", "", _size(self.activation_bytes)],
                   ["optimizer state after a step", "", state]]
         widths = [max(len(row[i]) for row in totals) for i in range(3)]
         lines += [f"{name.ljust(widths[0])}  {count.rjust(widths[1])}  {size.rjust(widths[2])}"
@@ -219,5 +219,5 @@ def _without_memory(p: Tensor) -> nn.Parameter:
     return twin
 
 
-def _mb(n_bytes: int) -> str:
-    return f"{n_bytes / 1e6:,.2f} MB"
+def _size(n_bytes: int) -> str:
+    return f"{n_bytes / 1e6:,.2f} MB" if n_bytes >= 1e5 else f"{n_bytes / 1e3:,.1f} kB"

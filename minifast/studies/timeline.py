@@ -65,7 +65,7 @@ class Profile:
     def __repr__(self) -> str:
         rows = [[row["callback"] or row["what"], "callback" if row["callback"] else "", row["calls"],
                  f"{row['seconds'] * 1e6 / row['calls']:,.0f}", f"{row['share']:.1%}"] for row in self.rows]
-        head = (f"{self.n_batches} training batches in {self.seconds:.2f} s: "
+        head = (f"{self.n_batches} training batches in {self.seconds:.3g} s: "
                 f"{self.seconds / max(1, self.n_batches) * 1e6:,.0f} us each, all included\n")
         return head + table(["what", "", "calls", "us a call", "share"], rows) + ("\n\n" + self.ops if self.ops else "")
 
@@ -107,6 +107,8 @@ def profile(learn: "Learner", n: int = 50, *, callbacks: Iterable[Callback] = ()
 def _run(learn: "Learner", n: int, callbacks: Iterable[Callback], accumulate: int, emitter: type["_TimingEmitter"]
          ) -> list[Moment]:
     with learn.sandbox(callbacks := list(callbacks)):
+        learn.callbacks = [cb for cb in learn.callbacks if cb.in_sandbox]  # the others would write over their files
+        callbacks = [cb for cb in callbacks if cb.in_sandbox]
         state = fitting.prepare(learn, 1, learn.lr, None, callbacks=callbacks, accumulate=accumulate, verbose=False,
                                 steps_per_epoch=n if n_batches(learn.dls.train) is None else None)
         limit = n if state.max_batches is None else min(n, state.max_batches)
