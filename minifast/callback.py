@@ -38,7 +38,20 @@ class Order(IntEnum):
 
 
 class Callback:
-    """Override any event; the others cost nothing. The events, in the order they happen:
+    """Override any event; the others cost nothing. In the order they happen:
+
+        before_fit
+        | before_epoch
+        | | before_batch   after_pred   after_loss   after_backward      of each training (micro-)batch
+        | | before_step   after_step                                     of each weight update
+        | | after_batch                                                  of each training batch, cancelled ones too
+        | | before_validate
+        | | | before_valid_batch   after_valid_batch
+        | | after_validate
+        | after_epoch
+        after_fit                                                        always, last callback first
+
+    A batch that was cancelled has left in the state what the one before it put there (`pred`, `loss`, ...).
 
     >>> class Stop(Callback):
     ...     def after_bacth(self, state): ...
@@ -91,6 +104,10 @@ class Callback:
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
+        for name in ("sets", "saves"):
+            if isinstance(vars(cls).get(name), str):
+                raise TypeError(f"{cls.__name__}.{name} must be a tuple of names, got {vars(cls)[name]!r}: write "
+                                f"({vars(cls)[name]!r},) with a comma.")
         for name, member in vars(cls).items():
             if callable(member):
                 _check_event(cls.__name__, name, member)
@@ -183,8 +200,33 @@ def evaluating(callbacks: Iterable[Callback], model: nn.Module) -> ExitStack:
     """Enters `evaluating(model)` of all `callbacks`; a context manager that leaves them in reverse."""
     with ExitStack() as stack:
         for cb in callbacks:
-            stack.enter_context(cb.evaluating(model))
+            if type(cb).evaluating is not Callback.evaluating:
+                stack.enter_context(_explained(cb, model))
         return stack.pop_all()
+
+
+@contextmanager
+def _explained(cb: Callback, model: nn.Module) -> Iterator[None]:
+    """`cb.evaluating(model)`; an exception of its own gains a note, one from inside the block has its own."""
+    where = f"in {type(cb).__name__}.evaluating"
+    inside: BaseException | None = None
+    try:
+        with cb.evaluating(model):
+            try:
+                yield
+            except BaseException as error:
+                inside = error
+                raise
+    except Cancel as error:
+        if error is inside:
+            raise
+        raise RuntimeError(f"{type(error).__name__} has no meaning {where}: raise it in an event.") from error
+    except Exception as error:
+        if error is not inside:
+            error.add_note(where)
+        raise
+    finally:
+        del inside  # its traceback holds this frame
 
 
 def _overrides(cb: Callback, name: str) -> bool:
@@ -198,6 +240,8 @@ def _check_event(owner: str, name: str, member: Any) -> None:
             inspect.signature(member).bind("self", "state")
         except TypeError:
             raise TypeError(f"{owner}.{name}{inspect.signature(member)} must take (self, state).") from None
+        if inspect.iscoroutinefunction(member) or inspect.isgeneratorfunction(member):
+            raise TypeError(f"{owner}.{name} must be a plain function: a coroutine or generator would never run.")
     elif name.startswith(("before_", "after_")) or (name[0] != "_" and get_close_matches(name, EVENTS, 1, cutoff=0.9)):
         near = get_close_matches(name, EVENTS, 1)
         hint = f"did you mean {near[0]}?" if near else f"the events are {', '.join(EVENTS)}."

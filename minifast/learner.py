@@ -252,9 +252,9 @@ class Learner:
 
         Restored bit for bit: parameters, buffers, gradients, requires_grad, modes; optimizer state and
         hyper-parameters; all global random generators and those of the loaders; the Recorder; the learner's own
-        attributes; and what the learner's callbacks, and `callbacks`, keep by their `state_dict`. Inside, workers of a
-        DataLoader are new ones. Costs a copy of model and optimizer state in memory and no file. Raises ValueError for
-        one-pass data.
+        attributes; and what the learner's callbacks, and `callbacks`, keep by their `state_dict`. What a fit inside it
+        writes to files and services stays written. Inside, workers of a DataLoader are new ones. Costs a copy of model
+        and optimizer state in memory and no file. Raises ValueError for one-pass data.
 
         >>> learn = Learner(nn.Linear(1, 1), ([(torch.ones(2, 1), torch.ones(2, 1))], None), nn.MSELoss(),
         ...                 verbose=False)
@@ -376,7 +376,7 @@ class Learner:
         """Run `n` batches of training and of validation and undo them; gives what happened, in order.
 
         Printed, it is a table: each event and piece of work, the callback that was called, its microseconds, and what
-        it changed. callbacks, accumulate: as in `fit`.
+        it changed. callbacks, accumulate: as in `fit`; those that write files (`in_sandbox = False`) are left out.
         """
         from .studies.timeline import trace
         return trace(self, n, callbacks=callbacks, accumulate=accumulate)
@@ -387,7 +387,8 @@ class Learner:
 
         Waiting for data, forward, loss, backward, optimizer step and each callback; on a GPU each is waited for, so
         the sum is more than a fit takes. The first 3 batches, in which much is done for the first time, are not
-        counted where there are enough. ops: add `torch.profiler`'s table of operators.
+        counted where there are enough. Callbacks that write files (`in_sandbox = False`) are left out. ops: add
+        `torch.profiler`'s table of operators.
         """
         from .studies.timeline import profile
         return profile(self, n, callbacks=callbacks, accumulate=accumulate, ops=ops)

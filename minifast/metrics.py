@@ -85,6 +85,7 @@ class Metrics(Callback):
         self._train = [make_meter(copy.deepcopy(metric) if is_object(metric) else metric)
                        for metric in (metrics if train else [])]
         self._n_trained = 0  # training batches seen in this epoch
+        self._parts: list[tuple[Any, Any, int]] = []  # (pred, target, samples) of the batch under way
         self._row: dict[str, float] = {}  # of the validation sets that were looked at so far
         self._set: str | None = None  # the one that is looked at
         self.names([""])
@@ -109,14 +110,24 @@ class Metrics(Callback):
         self._reset(self._train, state)
 
     def before_epoch(self, state: State) -> None:
-        self._n_trained = 0
+        self._n_trained, self._parts = 0, []
         self._reset(self._train, state)
 
     def after_backward(self, state: State) -> None:
         if self._train:
-            with torch.no_grad():
-                self._update(self._train, state, join(_detached, [scores(state.pred)]))
-            self._n_trained += 1
+            self._parts.append((join(_detached, [scores(state.pred)]), state.target, state.n_samples))
+
+    def after_batch(self, state: State) -> None:
+        """Take in the newest parts that make up the batch: older ones are of an attempt that ran out of memory."""
+        n, first = 0, len(self._parts)
+        while first and n < state.n_samples:
+            first -= 1
+            n += self._parts[first][2]
+        parts, self._parts = self._parts[first:], []
+        with torch.no_grad():
+            for pred, target, n_samples in parts:
+                self._update(self._train, target, n_samples, pred)
+        self._n_trained += bool(parts)
 
     def before_validate(self, state: State) -> None:
         self._note_train(state)
@@ -128,7 +139,7 @@ class Metrics(Callback):
             self._set = state.valid_set
             self._reset([self._loss, *self._valid], state)
         self._loss.add(state.loss, state.loss_weight)
-        self._update(self._valid, state, scores(state.pred))
+        self._update(self._valid, state.target, state.n_samples, scores(state.pred))
 
     def after_validate(self, state: State) -> None:
         self._note_set()
@@ -156,10 +167,10 @@ class Metrics(Callback):
             with named(meter.name):
                 meter.reset(state.device)
 
-    def _update(self, meters: Iterable[Meter], state: State, pred: Any) -> None:
+    def _update(self, meters: Iterable[Meter], target: Any, n_samples: int, pred: Any) -> None:
         for meter in meters:
             with named(meter.name):
-                meter.update(pred, state.target, state.n_samples)
+                meter.update(pred, target, n_samples)
 
     def _note_train(self, state: State) -> None:
         if self._n_trained:

@@ -30,7 +30,7 @@ class Recorder(Callback):
         self.newest = FitRecord()
 
     def before_fit(self, state: State) -> None:
-        self._is_new = True
+        self._is_new, self._epoch = True, -1
         heads = {group["layer_group"]: group for group in reversed(state.opt.param_groups)}
         self._heads = [heads[i] for i in range(len(state.group_names))]
 
@@ -40,7 +40,7 @@ class Recorder(Callback):
             if len(self.newest) or self.newest.epochs:
                 self.fits.append(self.newest)
             self.newest = FitRecord(state.group_names)
-        self._began, self._first_step = time.perf_counter(), len(self.newest)
+        self._epoch, self._began, self._first_step = state.epoch, time.perf_counter(), len(self.newest)
         state.metrics = {"epoch": state.epoch}
 
     def after_step(self, state: State) -> None:
@@ -55,6 +55,8 @@ class Recorder(Callback):
         self._note_train_loss(state)
 
     def after_epoch(self, state: State) -> None:
+        if self._epoch != state.epoch:  # cancelled by a callback that comes before this one
+            self.before_epoch(state)
         self._note_train_loss(state)
         state.metrics["time"] = time.perf_counter() - self._began
         self.newest.epochs.append(state.metrics)

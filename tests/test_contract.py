@@ -1,7 +1,9 @@
 """What holds for every public callback, alone and in pairs: a new one has to be added to `MAKE`."""
+import gc
 import inspect
 import io
 import itertools
+import weakref
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from helpers import At, bits, everything, throw, trained
 from torch import nn
 
 import minifast
-from minifast import Callback, DataLoaders, Learner, Order, TensorLoader, accuracy, snapshot
+from minifast import Callback, CancelEpoch, DataLoaders, Learner, Order, TensorLoader, accuracy, snapshot
 from minifast.callback import EVENTS
 
 NAMES = {name: getattr(minifast, name) for name in minifast.__all__}
@@ -341,3 +343,41 @@ def test_two_together_train_or_are_refused(make, pair):
         n = len(learn.recorder.lrs)
         assert n == 3 or ("MixedPrecision" in pair and n >= 1)  # an update that overflows is skipped
         assert all(torch.isfinite(p).all() for p in learn.model.parameters())
+
+
+# ---- what a critic found that no pair shows
+
+
+class CancelsAtOnce(Callback):
+    """Cancels one epoch before anyone else hears of it, or after all have."""
+
+    def __init__(self, epoch, order):
+        self.epoch, self.order = epoch, order
+
+    def before_epoch(self, state):
+        if state.epoch == self.epoch:
+            raise CancelEpoch
+
+
+@pytest.mark.parametrize("name", MAKE)
+@pytest.mark.parametrize("order", [-100, 150, 10_000])
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_an_epoch_that_is_cancelled_at_once(make, name, order, epoch):
+    learn = learner()
+    learn.fit(0.01, 3, callbacks=[CancelsAtOnce(epoch, order), make(name)])
+    assert [row["epoch"] for row in learn.recorder.epochs][:2] == [0, 1]
+    assert "train_loss" not in learn.recorder.epochs[epoch]
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_nothing_of_the_fit_is_held_afterwards(make, name):
+    learn, refs = learner(), []
+    callback = make(name)
+    learn.fit(0.01, 1)  # imports, buffers: what is made once
+    gc.collect()
+    gc.disable()
+    try:
+        learn.fit(0.01, 1, callbacks=[callback, At("after_loss", lambda state: refs.append(weakref.ref(state.pred)))])
+        assert all(ref() is None for ref in refs)
+    finally:
+        gc.enable()

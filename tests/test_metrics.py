@@ -493,6 +493,7 @@ def test_train_metrics_go_over_a_kill_in_the_middle_of_an_epoch(make, killed_aft
         for x, y in some:
             state.pred, state.target, state.n_samples = x[:, :1].squeeze(1), y.squeeze(1), len(y)
             metrics.after_backward(state)
+            metrics.after_batch(state)
 
     whole, state = new()
     see(whole, state, data)

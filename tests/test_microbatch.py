@@ -373,3 +373,26 @@ def test_effective_batch_size_of_who_knows_what():
 
 def iter_batches():
     yield from batches(4)
+
+
+def test_metrics_of_the_training_data_count_every_sample_once():
+    seen = []
+
+    def count(pred, target):
+        seen.append(len(target))
+        return pred.mean()
+
+    class Small(nn.Linear):
+        """No memory for more than 2 samples, from the second call on."""
+
+        calls = 0
+
+        def forward(self, x):
+            self.calls += 1
+            if len(x) > 2 and self.calls > 1 and self.training:
+                raise torch.OutOfMemoryError
+            return super().forward(x)
+
+    learn = learner(batches(4, 8), model=Small(3, 1), metrics=[count], train_metrics=True)
+    learn.fit(0.01, 1, callbacks=[AutoMicrobatch(size=4)])
+    assert sum(seen) == 32

@@ -554,3 +554,11 @@ def test_the_best_weights_are_those_that_were_validated(in_file, tmp_path):
     seen = []
     learn.fit(0.3, 1, callbacks=[At("after_step", lambda state: seen.append(state.model.weight.detach().clone()))])
     assert torch.equal(raw.weights["weight"], seen[-1])
+
+
+@pytest.mark.parametrize("other", [lambda: minifast.SWA(0.0), lambda: SaveBest("train_loss", restore=True)])
+def test_only_one_decides_with_which_weights_a_fit_ends(other):
+    learn = learner(batches(4), batches(2))
+    with pytest.raises(ValueError, match="'the weights that the fit ends with', one would overwrite the other"):
+        learn.fit(0.1, 2, callbacks=[SaveBest("valid_loss", restore=True), other()])
+    learn.fit(0.1, 2, callbacks=[SaveBest("valid_loss"), other()])

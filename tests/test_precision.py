@@ -435,3 +435,19 @@ def test_fp16_waits_once_per_update(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "item", counting)
     learn.fit(0.01, 1, callbacks=[mark])
     assert {after - before for before, after in itertools.pairwise(marks)} == {1}
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_warning_of_the_model_is_shown_as_often_as_without(precision):
+    class Warns(nn.Linear):
+        def forward(self, x):
+            warnings.warn("once", stacklevel=1)
+            return super().forward(x)
+
+    counts = []
+    for callbacks in ([], [MixedPrecision(precision)]):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("default")
+            learner(batches(6), batches(2), model=Warns(3, 1), callbacks=callbacks).fit(0.01, 2)
+        counts.append(len(caught))
+    assert counts[0] == counts[1]

@@ -4,6 +4,7 @@ import copy
 import gc
 import sys
 import weakref
+from contextlib import contextmanager
 from functools import partial
 
 import pytest
@@ -787,3 +788,60 @@ def test_metrics_as_a_callback_of_ones_own_are_allowed():
     learn = learner(batches(1), batches(1))
     learn.fit(0.1, callbacks=[Metrics([nn.functional.l1_loss])])
     assert "l1_loss" in learn.recorder.epochs[0]
+
+
+# ---- evaluating
+
+
+class Evaluating(Callback):
+    def __init__(self, enter):
+        self.enter = enter
+
+    @contextmanager
+    def evaluating(self, model):
+        self.enter()
+        yield
+
+
+@pytest.mark.parametrize("look", ["fit", "validate", "get_preds"])
+def test_an_error_in_evaluating_says_where_it_came_from(look):
+    def fail():
+        raise KeyError("mine")
+
+    learn = learner(valid=batches(1), callbacks=[Evaluating(fail)])
+    with pytest.raises(KeyError, match="mine") as caught:
+        learn.fit(0.1) if look == "fit" else getattr(learn, look)()
+    assert "in Evaluating.evaluating" in caught.value.__notes__
+
+
+def test_a_cancel_has_no_meaning_in_evaluating():
+    def cancel():
+        raise CancelBatch
+
+    with pytest.raises(RuntimeError, match=r"CancelBatch has no meaning in Evaluating\.evaluating: raise it in"):
+        learner(valid=batches(1), callbacks=[Evaluating(cancel)]).fit(0.1)
+
+
+def test_an_error_inside_the_block_is_not_that_of_evaluating():
+    learn = learner(valid=batches(1), callbacks=[Evaluating(lambda: None)])
+    with pytest.raises(KeyError) as caught:
+        learn.fit(0.1, callbacks=[At("after_valid_batch", throw(KeyError("mine")))])
+    assert caught.value.__notes__ == ["in At.after_valid_batch: epoch 0, step 2"]
+    learn.fit(0.1, callbacks=[At("after_valid_batch", throw(CancelFit), 0)])  # and a cancel is still one
+
+
+# ---- slips in a class of one's own
+
+
+@pytest.mark.parametrize("name", ["sets", "saves"])
+def test_a_forgotten_comma(name):
+    with pytest.raises(TypeError, match=rf"Mine.{name} must be a tuple of names, got 'lr': write \('lr',\)"):
+        type("Mine", (Callback,), {name: ("lr")})
+
+
+def test_an_event_that_would_never_run():
+    async def before_batch(self, state):
+        pass
+
+    with pytest.raises(TypeError, match=r"Mine.before_batch must be a plain function: a coroutine or generator"):
+        type("Mine", (Callback,), {"before_batch": before_batch})

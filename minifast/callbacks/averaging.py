@@ -11,7 +11,7 @@ from ..data import is_one_shot
 from ..errors import check_flag, check_int, check_number
 from ..state import State
 from .norms import norms_to_update, update_norms
-from .swap import Slot, fingerprint, put, slots, swapped, weights
+from .swap import FINAL_WEIGHTS, Slot, fingerprint, put, slots, swapped, weights
 
 _IN_VALIDATION = ("the weights that are validated",)  # one owner in a fit
 
@@ -202,6 +202,7 @@ class SWA(WeightAverage):
         self.every = None if self.every is None else check_int("every", self.every)
         self.apply = check_flag("apply", self.apply)
         self._prepare()
+        self.sets += (FINAL_WEIGHTS,) if self.apply else ()
 
     def before_fit(self, state: State) -> None:
         super().before_fit(state)

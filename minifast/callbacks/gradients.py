@@ -78,6 +78,10 @@ class GradientClip(GradientNorm):
         if self.value is not None:
             self.value = check_number("value", self.value, above=0, example="GradientClip(value=0.5)")
 
+    def before_fit(self, state: State) -> None:
+        super().before_fit(state)
+        self.before_epoch(state)  # an epoch that is cancelled at once ends without having begun here
+
     def before_epoch(self, state: State) -> None:
         self._n_refused, self._n_updates = torch.zeros((), dtype=torch.int64, device=state.device), 0
 
@@ -96,6 +100,7 @@ class GradientClip(GradientNorm):
     def after_epoch(self, state: State) -> None:
         n = int(self._n_refused)
         if n:
+            self._n_refused = torch.zeros_like(self._n_refused)  # said once
             warnings.warn(f"the gradient of {n} of {self._n_updates} updates in epoch {state.epoch} was not finite: "
                           "GradientClip refused it, and these updates were made with a gradient of 0. Look for NaN in "
                           "the data, or lower the learning rate.", stacklevel=2)

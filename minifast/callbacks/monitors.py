@@ -18,6 +18,7 @@ from ..progress import Progress, say
 from ..state import State
 from ..tables import shown
 from ..weights import load_weights, save_weights
+from .swap import FINAL_WEIGHTS
 
 log = logging.getLogger("minifast")
 
@@ -205,6 +206,7 @@ class SaveBest(Monitor):
                 raise TypeError(f"path must be the name of a file, or None, got {self.path!r:.80}.")
             self.path = str(self.path)
         self.in_sandbox = self.path is None
+        self.sets = (FINAL_WEIGHTS,) if self.restore else ()
         super().__post_init__()
 
     def _forget(self) -> None:

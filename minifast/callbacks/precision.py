@@ -52,14 +52,15 @@ class MixedPrecision(Callback):
         if not isinstance(self.precision, str) or self.precision not in DTYPES:
             raise ValueError(f'precision must be "bf16" or "fp16", got {self.precision!r:.80}.')
         self.scaler: torch.amp.GradScaler | None = None
+        self._checked: set[str] = set()  # devices on which it works
         self._saved: dict[str, Any] | None = None  # what a scaler that is not made yet begins with
 
     def before_fit(self, state: State) -> None:
-        self._autocast(state.device.type)  # raises now what would be raised in the first batch
-        forward = state.forward
+        forward, device = state.forward, state.device.type  # not the state: it would hold itself
+        self._check(device)  # raises now what would be raised in the first batch
 
         def in_autocast(*args: Any, **kwargs: Any) -> Any:
-            with self._autocast(state.device.type):
+            with self._autocast(device):
                 output = forward(*args, **kwargs)
             return to_float32(output)
         state.forward = in_autocast
@@ -99,6 +100,7 @@ class MixedPrecision(Callback):
         """Autocast for calls of the model only: data, metrics and the loss are left in float32."""
         device = next((tensor.device.type for tensor in (*model.parameters(), *model.buffers())), "cpu")
         entered: list[torch.autocast] = []
+        self._check(device)
 
         def enter(module: nn.Module, args: Any) -> None:
             if not torch.compiler.is_compiling():  # the compiler cannot follow it; in a fit, `forward` does it
@@ -133,13 +135,20 @@ class MixedPrecision(Callback):
 
     def _autocast(self, device: str) -> torch.autocast:
         """A new one for each use: one that is entered twice forgets what it found."""
+        return torch.autocast(device, DTYPES[self.precision])
+
+    def _check(self, device: str) -> None:
+        """Once for each device: a `catch_warnings` makes Python forget which warnings it has shown already."""
+        if device in self._checked:
+            return
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("error")
-                return torch.autocast(device, DTYPES[self.precision])
+                self._autocast(device)
         except (RuntimeError, UserWarning) as error:
             raise ValueError(f'MixedPrecision("{self.precision}") does not work on the device {device!r}: {error} '
                              "Pass another precision, or leave it out.") from error
+        self._checked.add(device)
 
     @staticmethod
     def _check_weights(model: nn.Module) -> None:

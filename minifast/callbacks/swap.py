@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ..signals import DeferredInterrupt
 
 Slot = tuple[dict[str, Any], str]  # where a module keeps one of its tensors: it may put another one there
+FINAL_WEIGHTS = "the weights that the fit ends with"  # what a callback owns (`sets`) that puts them into the model
 _INTS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
