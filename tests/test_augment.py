@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from minifast import CircularLR, TensorLoader, accuracy
+from minifast import CircularLR, Learner, TensorLoader, accuracy
 from minifast.budget import TimeLimit
 from minifast.callbacks.augment import CutMix, MixUp, ProgressiveResizing
 from minifast.callbacks.unfreeze import Unfreeze
@@ -307,9 +307,24 @@ def test_a_loss_that_wants_class_indices_is_refused(kind, loss_func):
 
 
 @BOTH
-def test_class_labels_need_num_classes(kind):
-    refused(ValueError, rf"^{kind.__name__} must know how many classes.*labels, int64 \(6,\).*"
-            rf"{kind.__name__}\(num_classes=10\)", kind())  # fmt: skip
+def test_without_num_classes_the_model_is_asked(kind):
+    told, asked = classifier(callbacks=[kind(num_classes=CLASSES)]), classifier(callbacks=[kind()])
+    for learn in (told, asked):
+        torch.manual_seed(0)
+        learn.fit(0.1, 2)
+    assert trained(asked) == trained(told)
+
+
+@BOTH
+@pytest.mark.parametrize(("head", "shape"), [(nn.Flatten(0), r"\(\d+,\)"), (nn.Unflatten(1, (3, 1)), r"\(1, 3, 1\)")])
+def test_an_output_that_does_not_tell_the_classes(kind, head, shape):
+    learn = classifier(callbacks=[kind()])
+    learn = Learner(nn.Sequential(learn.model, head), learn.dls, nn.CrossEntropyLoss(), callbacks=[kind()],
+                    verbose=False, device="cpu")  # fmt: skip
+    name = kind.__name__
+    with pytest.raises(ValueError, match=rf"^{name} must know how many classes.* float\d+ {shape} for one sample"
+                                         rf".*{name}\(num_classes=10\)"):  # fmt: skip
+        learn.fit(0.1)
 
 
 @BOTH

@@ -26,7 +26,7 @@ MAKE = {
     "CircularLRBeta": "CircularLRBeta(div=10, pct=10, n_cycles=1, cycle_mult=1, moms=None)",
     "ConstantLR": "ConstantLR()",
     "CosineAnnealing": "CosineAnnealing(n_cycles=3, cycle_mult=1, warmup_frac=0.0)",
-    "CutMix": "CutMix(alpha=1.0, num_classes=3, mixup_alpha=0.5)",
+    "CutMix": "CutMix(alpha=1.0, num_classes=None, mixup_alpha=0.5)",
     "EMA": "EMA(decay=0.8, half_life=None, in_validation=True)",
     "EarlyStopping": "EarlyStopping('accuracy', patience=1)",
     "ExponentialLR": "ExponentialLR(end=0.1)",

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..batches import Batch, describe, scores
+from .. import snapshot
+from ..batches import Batch, call_model, describe, scores
 from ..callback import Callback
 from ..errors import check_int, check_number
 from ..state import State
@@ -35,7 +36,7 @@ class Mixing(Callback):
             name = getattr(loss_func, "__name__", type(loss_func).__name__)
             raise ValueError(f"{type(self).__name__} makes targets of probabilities, but {name} takes class indices. "
                              "Pass e.g. loss_func=nn.CrossEntropyLoss(), with a model that gives logits.")
-        self._mix = self._transforms()
+        self._mix, self._n_classes = self._transforms(), self.num_classes
 
     def before_batch(self, state: State) -> None:
         x, y = self._checked(state)
@@ -62,7 +63,7 @@ class Mixing(Callback):
         return x, y
 
     def _as_shares(self, y: Tensor, dtype: torch.dtype, state: State) -> Tensor:
-        """Targets that can be mixed: class labels (n,) as (n, num_classes), floating-point ones as they are."""
+        """Targets that can be mixed: class labels (n,) as (n, classes), floating-point ones as they are."""
         name, n = type(self).__name__, self.num_classes
         if not _is_labels(y):
             if n is not None and tuple(y.shape[1:]) != (n,):
@@ -73,13 +74,27 @@ class Mixing(Callback):
         if y.ndim != 1:
             raise ValueError(f"{name} takes class labels of shape (n,), or floating-point targets, got {describe(y)}. "
                              "Call target.squeeze(1) for labels, target.float() for several labels per sample.")
-        if n is None:
-            raise ValueError(f"{name} must know how many classes there are, to turn labels, {describe(y)}, into "
-                             f"probabilities (n, num_classes). Pass e.g. {name}(num_classes=10).")
+        n = self._n_classes = self._n_classes or self._n_outputs(state)
         if state.batch_index == 0 and y.numel() and not (y.min() >= 0 and y.max() < n):  # a look at the device
             raise ValueError(f"labels must be 0..{n - 1} for {name}(num_classes={n}), got {int(y.min())}.."
                              f"{int(y.max())}.")
         return F.one_hot(y.long(), n).to(torch.promote_types(dtype, torch.float32))
+
+    @torch.no_grad()
+    def _n_outputs(self, state: State) -> int:
+        """How many classes the model tells apart: it is asked once, about one sample, in eval mode."""
+        restore_modes, restore_rng = snapshot.modes(state.model), snapshot.rng()
+        state.model.eval()
+        try:
+            outputs = scores(call_model(state.model, state.unpack(state.batch)[0][:1]))
+        finally:
+            restore_modes()
+            restore_rng()
+        if not isinstance(outputs, Tensor) or outputs.ndim != 2 or outputs.shape[1] < 2:
+            name = type(self).__name__
+            raise ValueError(f"{name} must know how many classes there are, and the model's output does not tell: it "
+                             f"is {describe(outputs)} for one sample. Pass e.g. {name}(num_classes=10).")
+        return outputs.shape[1]
 
 
 @dataclass(eq=False)
@@ -88,8 +103,8 @@ class MixUp(Mixing):
 
     alpha: the share is drawn for each batch from Beta(alpha, alpha), >= 0.01; 1.0 is uniform, less is closer to plain
     training. The default is fastai's; torchvision's is 1.0. num_classes: how many classes there are, an int >= 2:
-    needed where the targets are class labels (n,), which become probabilities (n, num_classes). Floating-point targets
-    (n, ...) are mixed as they are, and need none.
+    class labels (n,) become probabilities (n, num_classes). None: as many as the model has outputs (n, classes), for
+    which it is called once. Floating-point targets (n, ...) are mixed as they are.
 
     Takes batches (inputs, target), inputs (n, ...) of any floating-point type. The loss must take probabilities, as
     `nn.CrossEntropyLoss` does, with label_smoothing too. Metrics of the training data see the mixed targets, of which
