@@ -191,6 +191,22 @@ def twin_of(learn):
     return other
 
 
+# Those that look on, or keep weights for later: training and the weights in the end are what they are without them.
+ONLY_LOOK = ["ActivationStats", "CSVLogger", "EMA", "GradientNorm", "GradientStats", "RunLog", "SnapshotEnsemble",
+             "TensorBoardLogger", "WandbLogger"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ONLY_LOOK)
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_what_only_looks_changes_no_bit(make, name, accumulate):
+    plain, watched = learner(), learner()
+    for learn, callbacks in ((plain, []), (watched, [make(name)])):
+        torch.manual_seed(1)
+        learn.fit(0.02, 3, callbacks=callbacks, accumulate=accumulate)
+    assert trained(watched) == trained(plain)
+    assert bits(watched.recorder.losses) == bits(plain.recorder.losses)
+
+
 # ---- going on where a fit was killed
 
 
