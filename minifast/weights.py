@@ -4,43 +4,26 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .batches import describe
+from .files import load_tree, save_tree
 from .tables import listed
 
 
 def save_weights(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     """Write the state dict of `model`, plain tensors, to `path`: whole, or not at all."""
     path = Path(path)
-    if path.is_dir():
-        raise IsADirectoryError(f"cannot save to {path}: it is a folder. Pass the name of a file in it.")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"cannot save to {path}: there is no folder {path.parent}. Make it first.")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        torch.save({name: _plain(value) for name, value in model.state_dict().items()}, temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    save_tree({name: _plain(value) for name, value in model.state_dict().items()}, path)
     return path
 
 
 def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Load what `save_weights` wrote. Nothing in the file is executed, and all of it fits or nothing is changed.
 
-    Raises ValueError that names what is missing, unexpected or of another shape.
+    Raises ValueError that names what is missing, unexpected or of another shape, and for a damaged file.
     """
-    path = Path(path)  # torch would take an open file too, and fail on anything else without naming it
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # torch's own message advises to load the file in a way that can run code from it
-        raise ValueError(f"{path} is damaged, or holds more than plain tensors ({type(error).__name__}). Nothing was "
-                         "loaded.") from error
-    own = model.state_dict()
+    loaded, own = load_tree(path), model.state_dict()
     if not isinstance(loaded, Mapping):
         raise ValueError(f"{path} holds a {type(loaded).__name__}, not the weights of a model.")
     problems = [f"{kind} {listed(names)}" for kind, names in (

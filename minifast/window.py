@@ -42,7 +42,7 @@ class Window:
             loss.backward(gradient)
             self._loss, self.weight = loss.detach(), weight
         elif isinstance(weight, Tensor):
-            (loss * (weight / self._unit)).backward(gradient)
+            (loss * weight / self._unit).backward(gradient)  # in this order: an integer tensor / 5 would be float32
             self._loss = loss.detach() * weight + self._loss
             self.weight = self.weight + weight
         else:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from minifast import CancelBatch
+from minifast import Callback, CancelBatch
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-12}
 COUNTS = {"int": lambda mask: int(mask.sum()), "float": lambda mask: float(mask.sum()),
@@ -114,3 +114,37 @@ def test_a_count_on_the_device_stays_there(k):
     waiting = learner(data, model=make_model(), loss_func=token_loss(COUNTS["int"]))
     with pytest.raises(AssertionError, match="the host waits"):
         waiting.fit(0.3, accumulate=k, callbacks=[Unwaiting()])
+
+
+class Scaled(Callback):
+    """What fp16 does: backward begins with a scale, which is taken out again before the step."""
+
+    def before_batch(self, state):
+        state.loss_scale = torch.tensor(8.0, dtype=torch.float64)
+
+    def before_step(self, state):
+        for p in state.model.parameters():
+            p.grad /= 8
+
+
+@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_the_scale_of_the_loss_reaches_every_micro_batch(count, k):
+    data = [sequences(lengths) for lengths in ([4, 1], [2], [3, 3, 1], [1])]
+    learn = learner(data, model=make_model(), loss_func=token_loss(COUNTS[count]))
+    learn.fit(0.1, accumulate=k, callbacks=[Scaled()])
+    losses, model = by_hand(data, k, 0.1)
+    for ours, theirs in zip(learn.model.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, **CLOSE)
+    assert learn.recorder.losses == pytest.approx([loss for loss, _ in losses], rel=1e-9)
+
+
+def test_numbers_and_tensors_in_one_window():
+    """A loss_func may count with a number in one batch and with a tensor in the next."""
+    data = [sequences(lengths) for lengths in ([4, 1], [2], [3, 3, 1], [1])]
+    kinds = iter([int, torch.tensor] * 2)
+    loss_func = token_loss(lambda mask: next(kinds)(int(mask.sum())))
+    learn = learner(data, model=make_model(), loss_func=loss_func)
+    learn.fit(0.1, accumulate=4)
+    for ours, theirs in zip(learn.model.parameters(), by_hand(data, 4, 0.1)[1].parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, **CLOSE)

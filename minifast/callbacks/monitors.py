@@ -237,8 +237,8 @@ class SaveBest(Monitor):
             try:
                 save_weights(state.model, self.path)
             except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-                log.warning("SaveBest: cannot write %s after epoch %d (%s): what it held stays, training goes on",
-                            self.path, state.epoch, error)
+                log.warning("SaveBest, after epoch %d: %s Training goes on.", state.epoch,
+                            getattr(error, "strerror", None) or f"cannot save to {self.path}: {error}.")
                 return
         self.keep_best(state, value)
 

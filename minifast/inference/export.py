@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..batches import call_model, n_samples, scores, tensors, to_device
 from ..data import feed, in_order, is_one_shot, second_copy, valid_sets
+from ..files import replacing
 from ..signals import DeferredInterrupt
 from ..weights import load_weights, save_weights
 from . import archive
@@ -205,13 +206,8 @@ def _sha256(path: Path) -> str:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Write a file whole, or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as file:
+        file.write(content)
 
 
 # ---- programs
