@@ -97,10 +97,12 @@ class Callback:
         return {name: snapshot.clone(getattr(self, name)) for name in self.saves if hasattr(self, name)}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Take up what `state_dict` gave."""
+        """Take up what `state_dict` gave; an attribute that did not exist then is gone again."""
         for name in self.saves:
             if name in saved:
                 setattr(self, name, snapshot.clone(saved[name]))
+            else:
+                vars(self).pop(name, None)
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()

@@ -181,6 +181,36 @@ def test_inside_lr_find_it_does_nothing_or_leaves_nothing(make, name):
         assert bits(found.losses) == bits(expected.losses)
 
 
+LOGGERS = {"CSVLogger", "RunLog", "TensorBoardLogger", "WandbLogger"}  # what is written in a sandbox stays written
+
+
+@pytest.mark.parametrize("has_fitted", [False, True])
+@pytest.mark.parametrize("name", [name for name in MAKE if name not in LOGGERS])
+def test_a_sandbox_takes_back_what_it_remembers(make, name, has_fitted):
+    callback = make(name)
+    learn = learner(callbacks=[callback])
+    if has_fitted:
+        learn.fit(0.01, 1)
+    saved = bits(callback.state_dict())
+    with learn.sandbox():
+        learn.fit(0.05, 2)
+    assert bits(callback.state_dict()) == saved
+    learn.fit(0.01, 1)
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_check_trace_and_profile_leave_it_alone(make, name):
+    callback = make(name)
+    learn = learner(callbacks=[callback])
+    saved, before = bits(callback.state_dict()), everything(learn)
+    assert learn.check().problems == []
+    learn.trace(1)
+    learn.profile(1)
+    assert everything(learn) == before
+    assert bits(callback.state_dict()) == saved
+    learn.fit(0.01, 1)
+
+
 def twin_of(learn):
     """A learner with the weights and the optimizer state of `learn`, without its callbacks."""
     other = learner(dls=learn.dls)

@@ -175,7 +175,9 @@ class ActivationStats(Callback):
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Go on after the rows of `state_dict`. Raises ValueError if they are of other layers."""
-        check_same_names("layers", saved["names"], self.names)
+        if self.names and saved["steps"]:  # else it is what was before the first fit
+            check_same_names("layers", saved["names"], self.names)
+        self.names = tuple(saved["names"])
         self._clear()
         self._steps = list(saved["steps"])
         self._flushed = [saved["values"].cpu().clone()]

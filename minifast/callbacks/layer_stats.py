@@ -115,7 +115,9 @@ class GradientStats(Callback):
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Go on after the rows of `state_dict`. Raises ValueError if they are of other layer groups."""
-        check_same_names("layer groups", saved["group_names"], self.group_names)
+        if self.group_names and saved["steps"]:  # else it is what was before the first fit
+            check_same_names("layer groups", saved["group_names"], self.group_names)
+        self.group_names = tuple(saved["group_names"])
         self._clear(len(self.group_names))
         self._steps = list(saved["steps"])
         for columns, key in ((self._norm_columns, "grad_norms"), (self._ratio_columns, "update_ratios")):
