@@ -333,9 +333,10 @@ def test_what_it_saves_is_all_that_it_needs(make, name, at):
             norm.eval()
         saved["restore_rng"]()
 
-    late = Late(fresh, at, wake)
+    late, kept = Late(fresh, at, wake), bits(saved["callback"])
     torch.manual_seed(1)
     other.fit(0.02, 3, callbacks=[late, Alarm(late)])
+    assert bits(saved["callback"]) == kept, "what was loaded was changed afterwards"
     assert trained(other) == trained(learn)
     assert rows(other, saved["step"]) == rows(learn, saved["step"])
     assert bits(timeless(fresh.state_dict())) == bits(timeless(callback.state_dict()))

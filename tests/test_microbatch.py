@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from minifast import AutoMicrobatch, CancelBatch, GradientClip, MixedPrecision, TensorLoader
+from minifast import AutoMicrobatch, CancelBatch, GradientClip, LRFinder, MixedPrecision, TensorLoader
 from minifast.batches import parts
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-12}
@@ -396,3 +396,10 @@ def test_metrics_of_the_training_data_count_every_sample_once():
     learn = learner(batches(4, 8), model=Small(3, 1), metrics=[count], train_metrics=True)
     learn.fit(0.01, 1, callbacks=[AutoMicrobatch(size=4)])
     assert sum(seen) == 32
+
+
+@pytest.mark.parametrize("options", [{"accumulate": 4}, {"effective_batch_size": 8}])
+def test_a_finder_in_a_fit_makes_the_same_updates(options):
+    learn = learner(batches(12, 2))
+    learn.fit(0.1, callbacks=[LRFinder(1e-4, 1e-2, 6)], **options)
+    assert learn.recorder.lr_find.pass_length == 3
