@@ -358,3 +358,28 @@ def test_nll_loss_on_logits():
     assert "the first loss is -" in report.problems[0].says
     assert "NLLLoss takes the output of log_softmax" in report.problems[0].says
     assert classifier(nn.Sequential(model, nn.LogSoftmax(1)), loss_func=nn.NLLLoss()).check().problems == []
+
+
+class Root(nn.Module):
+    """A gradient that is infinite where the output is 0, of a loss that is finite."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(4, 1))
+
+    def forward(self, x):
+        return (x @ self.weight).abs().sqrt()
+
+
+def test_gradients_that_are_not_finite():
+    x = torch.ones(8, 4)
+    report = classifier(Root(), data=([(x, torch.zeros(8, 1))], None), loss_func=nn.L1Loss()).check()
+    assert "1 of 1 are NaN or infinite: weight" in says(report.problems, "gradients")
+
+
+def test_gradients_that_are_zero_are_worth_a_note():
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+    nn.init.constant_(model[0].bias, -100.0)
+    report = classifier(model).check()
+    assert levels(report)["gradients"] == "note"
+    assert "3 of 4 are all zero on the first batch: 0.weight, 0.bias, 2.weight" in says(report, "gradients")
