@@ -487,3 +487,12 @@ def test_mixup_unfreezing_accumulation_and_one_cycle_train_together():
     assert all(p.requires_grad for p in learn.model.parameters())
     learn.fit(0.01, 1, cycle_len=1, use_clr=(5, 5), callbacks=[CutMix(num_classes=CLASSES)])
     assert learn.recorder.lrs.tolist() == CircularLR(5, 5).values(12, 0.01)["lr"]
+
+
+@BOTH
+def test_the_model_is_asked_in_eval_mode(kind):
+    """One sample is no batch for BatchNorm, and its statistics are of the training data only."""
+    model = nn.Sequential(nn.Conv2d(2, 4, 8), nn.Flatten(), nn.BatchNorm1d(4), nn.Linear(4, CLASSES)).double()
+    learn = learner(images(2), model=model, loss_func=nn.CrossEntropyLoss(), callbacks=[kind()])
+    learn.fit(0.1)
+    assert int(model[2].num_batches_tracked) == 2

@@ -383,3 +383,42 @@ def test_gradients_that_are_zero_are_worth_a_note():
     report = classifier(model).check()
     assert levels(report)["gradients"] == "note"
     assert "3 of 4 are all zero on the first batch: 0.weight, 0.bias, 2.weight" in says(report, "gradients")
+
+
+def test_validation_that_is_not_finite_or_not_for_the_metrics():
+    x, y = torch.randn(8, 4), torch.zeros(8, dtype=torch.long)
+    bad = x.clone()
+    bad[0] = float("inf")
+    assert levels(classifier(data=([(x, y)], [(bad, y)])).check())["validation"] == "problem"
+
+    def broken(pred, target):
+        raise IndexError("of mine")
+
+    assert "of mine" in classifier(metrics=[broken]).check().problems[0].says
+
+
+def test_a_loader_that_is_slower_than_the_step_is_worth_a_note():
+    class Slow(list):
+        def __iter__(self):
+            for batch in super().__iter__():
+                time.sleep(0.01)
+                yield batch
+
+    learn = Learner(nn.Linear(3, 1), (Slow(batches(8)), None), nn.MSELoss(), verbose=False, device="cpu")
+    report = learn.check()
+    assert levels(report)["speed"] == "note"
+    assert "waiting for the data" in says(report, "speed")
+
+
+def test_overfit_runs_only_what_runs_in_lr_find():
+    heard = []
+
+    class Listens(Callback):
+        def after_step(self, state):
+            heard.append(type(self))
+
+    class Takes(Listens):
+        in_lr_find = True
+
+    learner(callbacks=[Listens(), Takes()]).overfit(3)
+    assert heard == [Takes] * 3
