@@ -98,6 +98,9 @@ class Callback:
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Take up what `state_dict` gave; an attribute that did not exist then is gone again."""
+        if saved and self.saves and saved.keys().isdisjoint(self.saves):
+            raise ValueError(f"this is not the state of {self!r:.200}: it holds {', '.join(map(repr, saved))}, "
+                             f"expected {', '.join(map(repr, self.saves))}.")
         for name in self.saves:
             if name in saved:
                 setattr(self, name, snapshot.clone(saved[name]))

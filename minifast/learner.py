@@ -174,9 +174,14 @@ class Learner:
         schedule = OneCycle(None, div_factor, pct_start, final_div=final_div, moms=moms)
         fitting.fit(self, n_epochs, self.lr if max_lr is None else check_lr("max_lr", max_lr), schedule, **options)
 
-    def fit_flat_cos(self, n_epoch: int, lr: LR | None = None, *, pct_start: float = 0.75, div_final: float = 1e5,
-                     **options: Unpack[FitOptions]) -> None:
-        """Train for `n_epoch` epochs by `FlatCos`: constant, then a half-cosine down. options: as in `fit`."""
+    def fit_flat_cos(self, n_epoch: int | None = None, lr: LR | None = None, *, pct_start: float = 0.75,
+                     div_final: float = 1e5, **options: Unpack[FitOptions]) -> None:
+        """Train for `n_epoch` epochs by `FlatCos`: constant, then a half-cosine down. options: as in `fit`.
+
+        With minutes, `n_epoch` may be left out.
+        """
+        if n_epoch is None and options.get("minutes") is not None:
+            n_epoch = 1  # the time says how long
         n_epochs = check_int("n_epoch", n_epoch, example="fit_flat_cos(3, 0.01)")
         fitting.fit(self, n_epochs, self.lr if lr is None else lr, FlatCos(pct_start, div_final), **options)
 
@@ -393,10 +398,10 @@ class Learner:
         from .studies.timeline import profile
         return profile(self, n, callbacks=callbacks, accumulate=accumulate, ops=ops)
 
-    def validate(self, dl: Iterable[Batch] | None = None) -> dict[str, float]:
+    def validate(self, dl: Iterable[Batch] | str | None = None) -> dict[str, float]:
         """The validation loss and the metrics over `dl`, None for the validation data: keys as in an epoch row.
 
-        Of several validation sets each has keys of its own, like noisy_valid_loss.
+        Of several validation sets each has keys of its own, like noisy_valid_loss; `dl` may be the name of one.
 
         Random generators are left as they were. Raises ValueError if there is no data.
         """
@@ -407,7 +412,7 @@ class Learner:
             loop.validate(state, Emitter([Metrics(self.metrics)], state))
         return state.metrics
 
-    def get_preds(self, dl: Iterable[Batch] | None = None, *, with_loss: bool = False) -> tuple[Any, ...]:
+    def get_preds(self, dl: Iterable[Batch] | str | None = None, *, with_loss: bool = False) -> tuple[Any, ...]:
         """(predictions, targets), or (predictions, targets, losses), over `dl`, None for the validation data.
 
         Raw outputs (the `.logits` of one that has them) of all samples, in the order of the data set even if `dl`
@@ -420,7 +425,7 @@ class Learner:
         data = self._data(dl)
         if isinstance(data, Mapping):
             raise ValueError(f"there are several validation sets: pass one of them, e.g. "
-                             f"get_preds(learn.dls.valid[{next(iter(data))!r}]).")
+                             f"get_preds({next(iter(data))!r}).")
         with self._looking(data):
             batches = feed(in_order(data), self.device, None, DeferredInterrupt())
             return predict_all(self.model, batches, self.unpack, loss_func if with_loss else None)
@@ -431,7 +436,7 @@ class Learner:
         with self._looking():
             return to_device(scores(call_model(self.model, to_device(x, self.device))), "cpu")
 
-    def tta(self, dl: Iterable[Batch] | None = None, *, transform: Callable[[Any], Any] | None = None, n: int = 4,
+    def tta(self, dl: Iterable[Batch] | str | None = None, *, transform: Callable[[Any], Any] | None = None, n: int = 4,
             beta: float = 0.25, use_max: bool = False) -> tuple[Any, Any]:
         """(predictions, targets) as of `get_preds`, from `n` augmented passes and, with weight `beta`, a plain one.
 
@@ -475,9 +480,15 @@ class Learner:
             restore_modes()
             restore_rng()
 
-    def _data(self, dl: Iterable[Batch] | None) -> Iterable[Batch]:
+    def _data(self, dl: Iterable[Batch] | str | None) -> Iterable[Batch]:
         fitting.check_assigned(self)
         data = self.dls.valid if dl is None else dl
+        if isinstance(data, str):  # the name of a validation set
+            sets = self.dls.valid if isinstance(self.dls.valid, Mapping) else {}
+            if data not in sets:
+                raise ValueError(f"there is no validation set {data!r}: the names are {', '.join(sets) or 'none'}. "
+                                 "Pass one of them, or a loader.")
+            data = sets[data]
         if data is None:
             raise ValueError("there is no validation data. Pass a loader, or make the Learner with "
                              "DataLoaders(train, valid).")

@@ -3,7 +3,7 @@
 Deliberately absent, because it would cost every batch: reading a number from the device (`.item()`, `.cpu()`,
 `float(loss)`), looking up who listens (bound once per fit), a progress bar and schedules (both are callbacks).
 """
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing, suppress
 from itertools import count
 
@@ -93,6 +93,9 @@ def forward(state: State) -> None:
         state.pred = call_model(state.forward, inputs)
     except Exception as error:
         error.add_note(f"in the model: epoch {state.epoch}, step {state.step}, inputs {describe(inputs)}")
+        if isinstance(inputs, Mapping) and isinstance(error, TypeError):
+            error.add_note("each key of a mapping goes to the model as a keyword: where that is not meant, pass "
+                           "Learner(..., unpack=lambda batch: (inputs, target))")
         raise
 
 

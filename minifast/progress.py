@@ -31,6 +31,9 @@ class Progress(Callback):
     def __init__(self, title: str = "") -> None:
         self.title = title
 
+    def __repr__(self) -> str:
+        return f"Progress(title={self.title!r})" if self.title else "Progress()"
+
     def before_fit(self, state: State) -> None:
         self._columns: list[str] = []
         self._screen = _screen(state.n_steps, BAR if state.n_epochs is not None else BAR_OF_TIME)

@@ -194,7 +194,7 @@ def test_rates(learn, call, error, message):
     ("learn.fit(0.1, callbacks=[None])", TypeError, "callbacks must hold callbacks, got None (NoneType)"),
     ("learn.fit(0.1, callbacks=[OneCycle])", TypeError, "OneCycle is a class: pass an instance, did you mean "
                                                         "OneCycle(...)?"),
-    ("learn.fit(0.1, callbacks=[Progress()] * 2)", ValueError, "the same callback is given twice: <"),
+    ("learn.fit(0.1, callbacks=[Progress()] * 2)", ValueError, "the same callback is given twice: Progress()"),
     ("learn.fit(0.1, callbacks=[Recorder()])", ValueError, "a Learner has its own Recorder"),
     ("learn.fit(0.1, callbacks=[OneCycle(), FlatCos()])", ValueError, "set 'lr', one would overwrite the other"),
     ("learn.fit(0.1, callbacks=[OneCycle([0.1, 0.2])])", ValueError, "2 learning rates for 3 layer groups"),

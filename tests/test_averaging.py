@@ -770,3 +770,17 @@ def test_a_fit_that_never_steps_loses_no_average(average):
     assert learn.validate() == looked
     learn.fit(0.1, 1)
     assert bits(average.averages) != kept
+
+
+def test_a_learner_is_no_model():
+    ema = EMA(0.5)
+    learn = make([ema])
+    learn.fit(0.1)
+    for call in (ema.swapped, ema.copy_to):
+        with pytest.raises(TypeError, match=r"model must be a torch module, got a Learner\. Pass learn\.model"):
+            call(learn)
+
+
+def test_the_state_of_another_callback_is_refused():
+    with pytest.raises(ValueError, match=r"this is not the state of EMA\(.*it holds 'best', .*expected 'averages'"):
+        EMA(0.5).load_state_dict({"best": 1.0, "best_epoch": 3})

@@ -264,3 +264,11 @@ def test_by_the_real_clock():
 def test_data_for_one_pass_is_refused():
     with pytest.raises(ValueError, match=r"minutes=0.1 takes .* an iterator \(list_iterator\), good for"):
         learner(iter(batches(3))).fit_one_cycle(max_lr=0.1, minutes=0.1, steps_per_epoch=3)
+
+
+def test_flat_cos_by_the_clock_needs_no_epochs():
+    learn = learner(batches(3))
+    learn.fit_flat_cos(lr=0.1, minutes=1e-4)
+    assert len(learn.recorder.lrs) > 0
+    with pytest.raises(ValueError, match="n_epoch must be an int >= 1, got None"):
+        learn.fit_flat_cos(lr=0.1)

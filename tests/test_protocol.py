@@ -845,3 +845,9 @@ def test_an_event_that_would_never_run():
 
     with pytest.raises(TypeError, match=r"Mine.before_batch must be a plain function: a coroutine or generator"):
         type("Mine", (Callback,), {"before_batch": before_batch})
+
+
+def test_a_mapping_that_the_model_does_not_take_says_what_to_do():
+    with pytest.raises(TypeError) as caught:
+        learner([{"input": torch.ones(2, 3), "labels": torch.ones(2, 1)}]).fit(0.1)
+    assert any("pass Learner(..., unpack=lambda batch: (inputs, target))" in note for note in caught.value.__notes__)

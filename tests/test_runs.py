@@ -270,3 +270,13 @@ def test_what_is_drawn_if_nothing_is_said(tmp_path, rows, expected):
              *({"kind": "epoch", "fit": "a", "step": 1, "row": row} for row in rows)]  # fmt: skip
     (tmp_path / "run.jsonl").write_bytes(b"".join(map(to_line, lines)))
     assert plot_runs(tmp_path).get_ylabel() == expected
+
+
+def test_a_folder_of_runs(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        row = {"kind": "epoch", "fit": "x", "step": 1, "row": {"epoch": 0, "train_loss": 1.0}}
+        fit = {"kind": "fit", "fit": "x", "step": 0}
+        (tmp_path / "runs" / name / "run.jsonl").write_bytes(to_line(fit) + to_line(row))
+    labels = plot_runs(tmp_path / "runs").get_legend_handles_labels()[1]
+    assert sorted(labels) == ["a", "b"]

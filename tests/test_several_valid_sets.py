@@ -239,3 +239,15 @@ def test_validation_leaves_no_trace():
     before = bits(dict(model.state_dict()))
     assert not any(math.isnan(value) for value in learn.validate().values())
     assert bits(dict(model.state_dict())) == before
+
+
+def test_a_set_is_looked_at_by_its_name():
+    clean, noisy = batches(2, seed=1), batches(2, seed=2)
+    learn = learner(valid={"clean": clean, "noisy": noisy})
+    assert learn.validate("noisy") == learn.validate(noisy)
+    assert torch.equal(learn.get_preds("clean")[0], learn.get_preds(clean)[0])
+    for call in (learn.validate, learn.get_preds):
+        with pytest.raises(ValueError, match=r"there is no validation set 'x': the names are clean, noisy\."):
+            call("x")
+    with pytest.raises(ValueError, match="the names are none"):
+        learner(valid=clean).validate("clean")

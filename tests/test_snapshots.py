@@ -451,3 +451,9 @@ def test_a_partial_of_cross_entropy_is_cross_entropy():
         learn.fit(0.5, 3, cycle_len=1, callbacks=[ensemble])
         preds.append(ensemble.get_preds(learn)[0])
     torch.testing.assert_close(preds[1], preds[0])
+
+
+def test_a_model_is_no_learner():
+    ensemble = SnapshotEnsemble()
+    with pytest.raises(TypeError, match=r"learn must be the Learner, got a Linear: pass learn, not learn\.model"):
+        ensemble.get_preds(nn.Linear(1, 1))

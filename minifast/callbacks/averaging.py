@@ -101,12 +101,12 @@ class WeightAverage(Callback):
         Raises RuntimeError if nothing was averaged yet, ValueError for a model of another shape.
         """
         self._check_any()
-        return swapped(model, self.averages)
+        return swapped(_module(model), self.averages)
 
     def copy_to(self, model: nn.Module) -> None:
         """Give `model` the averaged weights, in place, for good. Raises as `swapped` does."""
         self._check_any()
-        put(model, self.averages)
+        put(_module(model), self.averages)
 
     def _check_any(self) -> None:
         if not self.averages:
@@ -259,3 +259,9 @@ def _wide(tensor: Tensor) -> torch.dtype:
 def _can_be_averaged(tensor: Tensor) -> bool:
     is_float = tensor.is_floating_point() or tensor.is_complex()
     return is_float and (isinstance(tensor, nn.Parameter) or bool(tensor.isfinite().all()))
+
+
+def _module(model: Any) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch module, got a {type(model).__name__}. Pass learn.model.")
+    return model

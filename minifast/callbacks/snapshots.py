@@ -101,7 +101,7 @@ class SnapshotEnsemble(Callback):
 
     # ---- what they are good for
 
-    def get_preds(self, learn: "Learner", dl: Iterable[Batch] | None = None, *,
+    def get_preds(self, learn: "Learner", dl: Iterable[Batch] | str | None = None, *,
                   activation: Callable[[Any], Any] | None = None) -> tuple[Any, Any]:
         """(predictions, targets) as `learn.get_preds(dl)` gives them, from all snapshots together.
 
@@ -112,7 +112,7 @@ class SnapshotEnsemble(Callback):
         One pass over the data for each snapshot; the learner's model is left as it was. Raises RuntimeError before the
         first snapshot, TypeError for outputs that are not floats.
         """
-        self._check_any()
+        self._check_any(learn)
         if activation is not None and not callable(activation):
             raise TypeError(f"activation must be a function of the outputs, got {activation!r:.80}.")
         loss_func = learn.loss_func.func if isinstance(learn.loss_func, partial) else learn.loss_func
@@ -136,7 +136,7 @@ class SnapshotEnsemble(Callback):
         are the mean of the snapshots'. Tensors that are no floats are those of the newest. Raises RuntimeError before
         the first snapshot.
         """
-        self._check_any()
+        self._check_any(learn)
         norms = check_flag("norms", norms)
         columns = {name: [snapshot.weights[name] for snapshot in self.snapshots] for name in self.snapshots[0].weights}
         with _only(learn, {name: _mean_weight(column) for name, column in columns.items()}):
@@ -144,7 +144,9 @@ class SnapshotEnsemble(Callback):
                 update_norms(fitting.new_state(learn))
             yield
 
-    def _check_any(self) -> None:
+    def _check_any(self, learn: "Learner") -> None:
+        if not hasattr(learn, "model"):
+            raise TypeError(f"learn must be the Learner, got a {type(learn).__name__}: pass learn, not learn.model.")
         if not self.snapshots:
             raise RuntimeError(f"{self!r} has no snapshots: fit with it first, e.g. "
                                "learn.fit(0.01, 3, cycle_len=1, callbacks=[ensemble]).")

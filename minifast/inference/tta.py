@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 Transform = Callable[[Any], Any]
 
 
-def tta(learn: "Learner", dl: Iterable[Batch] | None = None, *, transform: Transform | None = None, n: int = 4,
+def tta(learn: "Learner", dl: Iterable[Batch] | str | None = None, *, transform: Transform | None = None, n: int = 4,
         beta: float = 0.25, use_max: bool = False) -> tuple[Any, Any]:
     """(predictions, targets) as `get_preds` gives them, from `n` augmented passes and a plain one.
 

@@ -266,6 +266,8 @@ def _find(runs: PathLike | Iterable[PathLike]) -> list[Run]:
 def _files(path: PathLike) -> Iterator[Path]:
     """The record files that `path`, as it is or as a pattern, stands for."""
     path = os.fspath(path)
+    if os.path.isdir(path) and not record_file(path).is_file():
+        path = os.path.join(glob.escape(path), "*")  # a folder of runs
     paths = [path] if os.path.exists(path) else [found for found in sorted(glob.glob(path, recursive=True))
                                                  if os.path.isdir(found) or found.endswith(".jsonl")]
     return (file for file in map(record_file, paths) if file.is_file())
