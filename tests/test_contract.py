@@ -392,7 +392,7 @@ def test_two_together_train_or_are_refused(make, pair):
         assert all(torch.isfinite(p).all() for p in learn.model.parameters())
 
 
-# ---- what a critic found that no pair shows
+# ---- what no pair shows
 
 
 class CancelsAtOnce(Callback):
