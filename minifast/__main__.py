@@ -71,7 +71,7 @@ def _run(options: argparse.Namespace, parser: Parser) -> None:
 def _check_device(device: str | None, parser: Parser) -> None:
     try:
         torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch's: unknown, not built in, "meta"
         parser.refuse(f"--device: {device!r} cannot be used: {str(error).splitlines()[0]}")
 
 

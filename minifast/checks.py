@@ -1,7 +1,6 @@
 """What can be seen to be wrong with the data before, or at, the first batch."""
 import warnings
 from collections.abc import Iterable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch.optim import Optimizer
 
 from .batches import Batch, describe, n_samples
 from .data import is_one_shot, n_batches, smallest_batch
+from .losses import is_cross_entropy, is_loss
 
 ELEMENTWISE = (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss)
 ELEMENTWISE_FUNCTIONS = (nn.functional.mse_loss, nn.functional.l1_loss, nn.functional.smooth_l1_loss,
@@ -71,16 +71,14 @@ def check_target(pred: Any, target: Any, loss_func: Any) -> None:
     """Raise ValueError where a loss of torch's would be silently wrong, or fail far from the cause."""
     if not (isinstance(pred, Tensor) and isinstance(target, Tensor)):
         return
-    loss_func = loss_func.func if isinstance(loss_func, partial) else loss_func
-    elementwise = isinstance(loss_func, ELEMENTWISE) or any(loss_func is f for f in ELEMENTWISE_FUNCTIONS)
-    if elementwise and pred.shape != target.shape:
+    if is_loss(loss_func, ELEMENTWISE, *ELEMENTWISE_FUNCTIONS) and pred.shape != target.shape:
         raise ValueError(f"the model's output {tuple(pred.shape)} and the target {tuple(target.shape)} would be "
                          "broadcast against each other by the loss. Give both one shape, e.g. by "
                          "target.unsqueeze(1) or output.squeeze(1).")
-    cross_entropy = isinstance(loss_func, nn.CrossEntropyLoss) or loss_func is nn.functional.cross_entropy
-    if cross_entropy and pred.ndim >= 2 and target.shape != pred.shape:
+    if is_cross_entropy(loss_func) and pred.ndim >= 2 and target.shape != pred.shape:
         _check_labels(pred, target)
-        labels = target[target != getattr(loss_func, "ignore_index", -100)]
+        given = getattr(loss_func, "keywords", {}).get("ignore_index", -100)  # of a partial
+        labels = target[target != getattr(loss_func, "ignore_index", given)]
         if labels.numel() and not (labels.min() >= 0 and labels.max() < pred.shape[1]):
             raise ValueError(f"labels must be 0..{pred.shape[1] - 1} for the model's {pred.shape[1]} outputs, got "
                              f"{int(labels.min())}..{int(labels.max())}. Give the model one output per class, or "

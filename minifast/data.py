@@ -156,7 +156,7 @@ def n_batches(loader: Iterable[Batch]) -> int | None:
     """
     try:
         return len(loader)  # type: ignore[arg-type]
-    except (TypeError, NotImplementedError):
+    except (TypeError, NotImplementedError):  # no len(), or a base class's that says so, as Sampler's once did
         return None
 
 

@@ -1,8 +1,10 @@
 """What a loss function may return, and what its mean weighs."""
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Weight = int | float | Tensor  # what a mean loss is the mean over: samples, or tokens, weights, ... as a number or ()
 
@@ -33,3 +35,19 @@ def mean_and_weight(loss: Any, n_samples: int) -> tuple[Any, Weight]:
 def nonzero(weight: Weight) -> Weight:
     """`weight`, or 1 where it is 0: a divisor, without waiting for the device."""
     return torch.where(weight == 0, torch.ones_like(weight), weight) if isinstance(weight, Tensor) else weight or 1
+
+
+def is_loss(loss_func: Any, kind: type[nn.Module] | tuple[type[nn.Module], ...], *functions: Callable[..., Any]
+            ) -> bool:
+    """Whether `loss_func` is a torch loss of class `kind` or one of its `functions`, as itself or in a partial.
+
+    >>> is_loss(partial(nn.functional.mse_loss, reduction="mean"), nn.MSELoss, nn.functional.mse_loss)
+    True
+    """
+    loss_func = loss_func.func if isinstance(loss_func, partial) else loss_func
+    return isinstance(loss_func, kind) or any(loss_func is function for function in functions)
+
+
+def is_cross_entropy(loss_func: Any) -> bool:
+    """Whether `loss_func` is torch's cross entropy, as module, function or partial."""
+    return is_loss(loss_func, nn.CrossEntropyLoss, nn.functional.cross_entropy)

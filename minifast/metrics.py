@@ -119,6 +119,8 @@ class Metrics(Callback):
 
     def after_batch(self, state: State) -> None:
         """Take in the newest parts that make up the batch: older ones are of an attempt that ran out of memory."""
+        if not self._parts:
+            return
         n, first = 0, len(self._parts)
         while first and n < state.n_samples:
             first -= 1
@@ -127,7 +129,7 @@ class Metrics(Callback):
         with torch.no_grad():
             for pred, target, n_samples in parts:
                 self._update(self._train, target, n_samples, pred)
-        self._n_trained += bool(parts)
+        self._n_trained += 1
 
     def before_validate(self, state: State) -> None:
         self._note_train(state)

@@ -1,6 +1,7 @@
 """The gradients of one weight update, gathered over one or several micro-batches."""
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ class Window:
         self._params = [p for group in opt.param_groups for p in group["params"]]
         self._is_dropped = self.is_full = False
         self._is_sum = self.is_open = False
-        self._loss: Tensor | float = 0.0
+        self._loss: Any = 0.0  # the sum of the losses so far, or the one there is
         self._unit: float = 1  # the weight of the first micro-batch
         self.weight: Weight = 0  # what the losses so far are means over
         self._forget()
@@ -72,16 +73,15 @@ class Window:
 
     def close(self) -> Tensor:
         """Turn the summed gradients into those of the mean; gives the mean loss over the window's samples, ()."""
-        loss = torch.as_tensor(self._loss)
+        loss: Tensor = self._loss
         if not self._is_sum:
             return loss
-        grads = [p.grad for p in self._params if p.grad is not None]
         if isinstance(self.weight, Tensor):
-            torch._foreach_div_(grads, nonzero(self.weight))  # 1 / an integer tensor would be rounded to float32
+            torch._foreach_div_(self._grads(), nonzero(self.weight))  # 1 / an integer tensor would be float32
             if self._unit != 1:
-                torch._foreach_mul_(grads, self._unit)
+                torch._foreach_mul_(self._grads(), self._unit)
         elif self.weight != self._unit:
-            torch._foreach_mul_(grads, self._unit / nonzero(self.weight))
+            torch._foreach_mul_(self._grads(), self._unit / nonzero(self.weight))
         return loss / nonzero(self.weight)
 
     def end(self) -> None:
@@ -94,6 +94,9 @@ class Window:
         """Forget the gradients gathered so far, and refuse the rest of the window."""
         self.end()
         self._is_dropped = True
+
+    def _grads(self) -> list[Tensor]:
+        return [p.grad for p in self._params if p.grad is not None]
 
     def _forget(self) -> None:
         self._is_sum = self._size > 1

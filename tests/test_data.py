@@ -605,3 +605,10 @@ def test_loaders_in_a_list_are_told_from_batches(kind):
     with pytest.raises(TypeError, match=rf"valid must hold batches, got a {kind.__name__} of loaders.*a dict of them"):
         DataLoaders(batches(2), kind([TensorLoader(torch.ones(2)), TensorLoader(torch.ones(2))]))
 
+
+def test_the_label_that_a_partial_ignores_is_no_class():
+    x, y = torch.randn(4, 3), torch.tensor([0, 255, 2, 1])
+    loss_func = partial(nn.functional.cross_entropy, ignore_index=255)
+    learner([(x, y)], model=nn.Linear(3, 3), loss_func=loss_func).fit(0.1)
+    with pytest.raises(ValueError, match=r"labels must be 0\.\.2 .* got 0\.\.255"):
+        learner([(x, y)], model=nn.Linear(3, 3), loss_func=nn.functional.cross_entropy).fit(0.1)

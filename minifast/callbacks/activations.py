@@ -206,7 +206,7 @@ class ActivationStats(Callback):
         if out is not None:
             out = out.detach().float()
             mean = out.mean()
-            std = torch.linalg.vector_norm(out - mean) / out.numel() ** 0.5  # 10 times as fast as std() on a CPU
+            std = torch.linalg.vector_norm(out - mean) / out.numel() ** 0.5  # std() is slow on a CPU
             near_zero = (out.abs() < NEAR_ZERO).float().mean()
             self._found[module] = torch.cat([torch.stack([mean, std, near_zero]), histogram(out, self.bins)])
 

@@ -1,7 +1,6 @@
 """Changing whole batches of images on the device: mixed samples, and small images first."""
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from .. import snapshot
 from ..batches import Batch, call_model, describe, scores
 from ..callback import Callback
 from ..errors import check_int, check_number
+from ..losses import is_loss
 from ..state import State
 
 WANT_CLASSES = (nn.NLLLoss, nn.MultiMarginLoss, nn.MultiLabelMarginLoss)  # losses that cannot take probabilities
@@ -31,8 +31,8 @@ class Mixing(Callback):
         raise NotImplementedError(f"{type(self).__name__} is to define _transforms().")
 
     def before_fit(self, state: State) -> None:
-        loss_func = state.loss_func.func if isinstance(state.loss_func, partial) else state.loss_func
-        if isinstance(loss_func, WANT_CLASSES) or any(loss_func is f for f in WANT_CLASSES_FUNCTIONS):
+        if is_loss(state.loss_func, WANT_CLASSES, *WANT_CLASSES_FUNCTIONS):
+            loss_func = getattr(state.loss_func, "func", state.loss_func)  # of a partial
             name = getattr(loss_func, "__name__", type(loss_func).__name__)
             raise ValueError(f"{type(self).__name__} makes targets of probabilities, but {name} takes class indices. "
                              "Pass e.g. loss_func=nn.CrossEntropyLoss(), with a model that gives logits.")

@@ -79,7 +79,7 @@ class Monitor(Callback):
 
     def look(self, state: State, value: float, is_better: bool) -> None:
         """An epoch has ended with `value`. If it is better, take it in with `keep_best`."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} is to define look(state, value, is_better).")
 
     def keep_best(self, state: State, value: float) -> None:
         """`value` is the best so far."""

@@ -2,18 +2,17 @@
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
 
 from .. import fitting
 from ..batches import Batch, describe
 from ..callback import Callback, Order
 from ..errors import check_flag, check_int
 from ..inference.predict import join
+from ..losses import is_cross_entropy
 from ..ownership import owner_of
 from ..scheduler import Scheduler
 from ..state import State
@@ -115,9 +114,7 @@ class SnapshotEnsemble(Callback):
         self._check_any(learn)
         if activation is not None and not callable(activation):
             raise TypeError(f"activation must be a function of the outputs, got {activation!r:.80}.")
-        loss_func = learn.loss_func.func if isinstance(learn.loss_func, partial) else learn.loss_func
-        is_classes = activation is None and (isinstance(loss_func, nn.CrossEntropyLoss)
-                                             or loss_func is functional.cross_entropy)
+        is_classes = activation is None and is_cross_entropy(learn.loss_func)
         total: Any = None
         for snapshot in self.snapshots:
             with _only(learn, snapshot.weights):

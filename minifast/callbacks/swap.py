@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..signals import DeferredInterrupt
+from ..tables import listed
 
 Slot = tuple[dict[str, Any], str]  # where a module keeps one of its tensors: it may put another one there
 FINAL_WEIGHTS = "the weights that the fit ends with"  # what a callback owns (`sets`) that puts them into the model
@@ -46,7 +47,7 @@ def put(model: nn.Module, values: Mapping[str, Tensor]) -> None:
     Raises ValueError that names what does not fit, and then changes nothing.
     """
     own = weights(model)
-    problems = [f"{kind} {', '.join(names[:5])}" for kind, names in (
+    problems = [f"{kind} {listed(names)}" for kind, names in (
         ("no values for", [name for name in own if name not in values]),
         ("no place for", [name for name in values if name not in own]),
         ("another shape of", [f"{name} {tuple(values[name].shape)} for {tuple(tensor.shape)}"

@@ -44,7 +44,7 @@ class Logger(Callback):
     @property
     def target(self) -> str:
         """Where it writes, for messages."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} is to define target.")
 
     def before_fit(self, state: State) -> None:
         self._n_steps = self._n_epochs = 0  # written so far

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 from .. import tables
 from ..errors import check_flag, check_number
+from ..files import replacing
 from ..state import State
 from .base import Logger, PathLike, check_path, opening
 from .runs import record_file, scalar, to_line
@@ -155,14 +156,8 @@ def _append(path: Path, lines: bytes) -> None:
 
 def _replace(path: Path, content: bytes) -> None:
     """Write the file anew: a kill leaves either the old one or the new one."""
-    path = path.resolve()  # a link stays a link
-    new = path.with_name(f"{path.name}.new")
-    try:
-        new.write_bytes(content)
-        new.replace(path)
-    except OSError:
-        new.unlink(missing_ok=True)
-        raise
+    with replacing(path.resolve()) as file:  # a link stays a link
+        file.write(content)
 
 
 def _csv_lines(columns: list[str], rows: list[dict[str, Any]]) -> bytes:

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from .. import fitting, loop
 from ..batches import call_model, describe, map_tensors, n_samples, scores, tensors, to_device
 from ..callback import Callback, CancelFit, Order
-from ..checks import check_loss, check_target
+from ..checks import check_loss, check_target, check_trainable
 from ..data import n_batches, valid_sets
-from ..losses import mean_and_weight
+from ..losses import is_cross_entropy, is_loss, mean_and_weight
 from ..state import State
 from ..tables import listed
 from .overfit import overfit_batch
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 OVERFIT = 0.2  # a batch counts as overfitted when its loss falls below this share of the first
 BUDGET = 4.0  # seconds, at most about that, for each of the attempts to overfit
+LARGE = 50.0  # inputs beyond that are not normalised
+LEAK = 1e-2  # a change of more than this share of the largest output is no rounding
 ODD_START = 1.5  # a loss at the start this many times what guessing costs is worth a look
 
 
@@ -37,12 +39,16 @@ class Looks:
 
     def parts(self) -> None:
         """Whether a fit could begin: what it checks before any work."""
-        steps = 1 if n_batches(self.learn.dls.train) is None else None
-        fitting.prepare(self.learn, 1, self.learn.lr, None, steps_per_epoch=steps, verbose=False)
+        self._one_epoch()
+        check_trainable(self.learn.model, self.learn.groups.names)
         params = [p for p in self.learn.model.parameters() if p.requires_grad]
-        if not params:
-            raise ValueError("there is no trainable parameter: everything is frozen. Call unfreeze().")
         self._say("ok", "parts", f"{sum(p.numel() for p in params):,} trainable parameters on {self.learn.device}")
+
+    def _one_epoch(self, *callbacks: Callback) -> State:
+        """The state of a fit that could begin now; raises what keeps it from that."""
+        steps = 1 if n_batches(self.learn.dls.train) is None else None
+        return fitting.prepare(self.learn, 1, self.learn.lr, None, callbacks=callbacks, steps_per_epoch=steps,
+                               verbose=False)
 
     def data(self) -> None:
         """The first batch of the training data."""
@@ -53,9 +59,9 @@ class Looks:
         self.bad = [describe(tensor) for tensor in tensors(self.batch_on_device)
                     if tensor.is_floating_point() and not torch.isfinite(tensor).all()]
         self._say("ok", "data", f"inputs {describe(self.inputs)}, target {describe(self.target)}")
-        images = [tensor for tensor in tensors(self.inputs) if tensor.is_floating_point()]
-        large = [f"{describe(tensor)}: {float(tensor.abs().max()):.3g}" for tensor in images
-                 if tensor.numel() and 50 < float(tensor.abs().max()) < math.inf]
+        floats = [tensor for tensor in tensors(self.inputs) if tensor.is_floating_point()]
+        large = [f"{describe(tensor)}: {float(tensor.abs().max()):.3g}" for tensor in floats
+                 if tensor.numel() and LARGE < float(tensor.abs().max()) < math.inf]
         if large:
             self._say("note", "data", f"inputs are as large as {', '.join(large)}: normalise them to about 0 +- 1")
 
@@ -64,8 +70,7 @@ class Looks:
         peek = _Peek()
         with self.learn.sandbox():
             self.learn.callbacks = [cb for cb in self.learn.callbacks if cb.in_sandbox]
-            state = fitting.prepare(self.learn, 1, self.learn.lr, None, callbacks=[peek], verbose=False,
-                                    steps_per_epoch=1 if n_batches(self.learn.dls.train) is None else None)
+            state = self._one_epoch(peek)
             with fitting.fitting(self.learn, state, None):
                 loop.run(state)
         return peek.batch
@@ -110,7 +115,7 @@ class Looks:
         if not math.isfinite(value):
             raise ValueError(f"the first loss is {value}. Look at the model's output: "
                              f"{_range(scores(self.pred))}.")
-        if value < 0 and isinstance(self.learn.loss_func, nn.NLLLoss):
+        if value < 0 and is_loss(self.learn.loss_func, nn.NLLLoss, nn.functional.nll_loss):
             raise ValueError(f"the first loss is {value:.4g}, and that of log-probabilities is never below 0: NLLLoss "
                              "takes the output of log_softmax. Use nn.CrossEntropyLoss() for logits.")
         expected, why = _guessing(self.learn.loss_func, scores(self.pred), self.target)
@@ -174,12 +179,12 @@ class Looks:
                                               f"({type(error).__name__}: {error!s:.120})")
         if gap is None:
             return self._say("note", "leaks", "the output has no dimension of samples to compare")
-        if gap > 1e-2 and self._may_be_second():
+        if gap > LEAK and self._may_be_second():
             with suppress(Exception):
-                if (self._gap(1) or 0.0) <= 1e-2:
+                if (self._gap(1) or 0.0) <= LEAK:
                     return self._say("note", "leaks", "the model mixes rows (dimension 0) but not columns (dimension "
                                                       "1): fine if the batch is (time, samples, ...)")
-        if gap > 1e-2:
+        if gap > LEAK:
             self._say("problem", "leaks", f"in eval mode the output of a sample alone differs by {gap:.1%} from its "
                                           "output within the batch: the model mixes samples (a wrong dimension in a "
                                           "softmax, norm, reshape or attention?)")
@@ -274,16 +279,16 @@ def _guessing(loss_func: Any, pred: Any, target: Any) -> tuple[float | None, str
     """The loss of an output that knows nothing, for torch's common losses, and what that is in words."""
     if not (isinstance(pred, Tensor) and isinstance(target, Tensor)):
         return None, ""
-    if isinstance(loss_func, nn.CrossEntropyLoss) or loss_func is nn.functional.cross_entropy:
+    if is_cross_entropy(loss_func):
         classes = pred.shape[1] if pred.ndim > 1 else pred.shape[0]
         return math.log(classes), f"guessing among {classes} classes"
-    if isinstance(loss_func, nn.NLLLoss) or loss_func is nn.functional.nll_loss:
+    if is_loss(loss_func, nn.NLLLoss, nn.functional.nll_loss):
         return math.log(pred.shape[1]), f"guessing among {pred.shape[1]} classes"
-    if isinstance(loss_func, nn.BCEWithLogitsLoss) or loss_func is nn.functional.binary_cross_entropy_with_logits:
+    if is_loss(loss_func, nn.BCEWithLogitsLoss, nn.functional.binary_cross_entropy_with_logits):
         return math.log(2), "guessing yes or no"
-    if isinstance(loss_func, nn.MSELoss) or loss_func is nn.functional.mse_loss:
+    if is_loss(loss_func, nn.MSELoss, nn.functional.mse_loss):
         return float(target.double().square().mean()), "an output of 0"
-    if isinstance(loss_func, nn.L1Loss) or loss_func is nn.functional.l1_loss:
+    if is_loss(loss_func, nn.L1Loss, nn.functional.l1_loss):
         return float(target.double().abs().mean()), "an output of 0"
     return None, ""
 
