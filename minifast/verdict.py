@@ -9,13 +9,15 @@ NOISY = "too noisy"
 EDGE = "at the edge of the range"
 SHORT = "too few points"
 
-# A descent has to exceed the scatter of the batch losses. Smoothed white noise of 100 points falls by 0.36 of its
-# scatter (median of 400 draws; 95 %: 0.72, 99 %: 0.83); of 40 points by 0.43 (95 %: 0.95). A convnet on digits falls
-# by 6 to 15 before it is trained; afterwards there is little left to learn, and it falls by 0.4 to 1.2.
+# The figures below are those of tests/benchmarks/finder.py.
+# A descent has to exceed the scatter of the batch losses. Smoothed white noise of 100 points falls by 0.35 of its
+# scatter (median of 400 draws; 95 %: 0.73, 99 %: 0.97); of 40 points by 0.43 (95 %: 0.95, 99 %: 1.41). A convnet on
+# digits falls by 6 to 12 before it is trained; afterwards there is little left to learn, and it falls by 0.1 to 1.0.
 MIN_FALL_OF_SCATTER = 1.0
 
 # Where the fall is lost in the scatter: with less scatter than 10 % of the loss's level, a descent worth having would
-# have shown, so the curve is flat; with more, nobody can tell. The same convnet scatters by 4 % when new, 60 % trained.
+# have shown, so the curve is flat; with more, nobody can tell. The same convnet scatters by 3 to 8 % when new, by 28 to
+# 76 % when trained.
 MAX_SCATTER_OF_FLAT = 0.1
 
 # What counts as falling (or rising) at an end of the range: the means of two neighbouring tenths of the rates differ by
