@@ -91,6 +91,15 @@ class FakeRun:
         self.finished += 1
 
 
+def noting(method, read):
+    """`method` of a tensor, noting each call in `read`."""
+    def call(self, *args):
+        read.append(method.__name__)
+        return method(self, *args)
+
+    return call
+
+
 class NoWait(TorchDispatchMode):
     """Fails where the host reads a number from a tensor: on a device it would wait."""
 

@@ -5,7 +5,7 @@ import io
 import numpy as np
 import pytest
 import torch
-from helpers import At, batches, bits, learner, throw, trained
+from helpers import At, batches, bits, learner, noting, throw, trained
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import nn
@@ -256,15 +256,6 @@ def test_a_model_without_such_layers_asks_which():
     learn = learner(model=Bare(), callbacks=[ActivationStats()])
     with pytest.raises(ValueError, match=r"\(Bare\) has no module that holds parameters and no children: say which"):
         learn.fit(0.01)
-
-
-def noting(method, read):
-    """`method` of a tensor, noting each call in `read`."""
-    def call(self, *args):
-        read.append(method.__name__)
-        return method(self, *args)
-
-    return call
 
 
 def test_no_number_is_read_while_it_trains(monkeypatch):

@@ -5,7 +5,7 @@ import io
 import numpy as np
 import pytest
 import torch
-from helpers import At, batches, bits, learner, spying, throw, trained
+from helpers import At, batches, bits, learner, noting, spying, throw, trained
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import nn
@@ -161,15 +161,6 @@ def test_the_newest_fit_is_kept_and_lr_find_is_not_recorded():
     learn.validate(batches(1, dtype=torch.float64))
     np.testing.assert_array_equal(stats.grad_norms, rows)
     assert vars(stats)["_params"] == [], "no parameter is held on to"
-
-
-def noting(method, read):
-    """`method` of a tensor, noting each call in `read`."""
-    def call(self, *args):
-        read.append(method.__name__)
-        return method(self, *args)
-
-    return call
 
 
 def test_no_number_is_read_while_it_trains(monkeypatch):
