@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
 # The runs disagree if their suggestions differ by more than a decade. The suggestions aim at a rate well below that of
 # the least loss: "minimum" by a decade. Further apart, one run's peak to train with is another's end of the descent.
-# Three runs of a convnet on the digits (tests/benchmarks/finder.py, 20 seeds) differ by a factor of 2 in the median, with
-# SGD by 3 at most, with AdamW in 2 of 20 by more than 10: there the loss falls in two stages, and "valley" takes one or
-# the other.
+# Three runs of a convnet on the digits (tests/benchmarks/finder.py, 20 seeds) differ by a factor of 2 in the median,
+# with SGD by 3 at most, with AdamW in 2 of 20 by more than 10: there the loss falls in two stages, and "valley" takes
+# one or the other.
 MAX_FACTOR = 10.0
 
 
