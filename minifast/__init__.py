@@ -6,6 +6,7 @@ from . import schedules, suggest
 from .batches import split_batch
 from .budget import TimeLimit
 from .callback import Callback, CancelBatch, CancelEpoch, CancelFit, Order
+from .checkpoint import Checkpoint
 from .composed import PiecewiseLR, Schedule
 from .data import DataLoaders, TensorLoader, digits
 from .groups import LayerGroup, LayerGroups
@@ -99,6 +100,7 @@ __all__ = [
     "CancelEpoch",
     "CancelFit",
     "ChannelsLast",
+    "Checkpoint",
     "CircularLR",
     "CircularLRBeta",
     "ConstantLR",

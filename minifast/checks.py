@@ -25,7 +25,7 @@ def check_loader(loader: Iterable[Batch], n_epochs: int, modules: Iterable[nn.Mo
                          f"{n_epochs} epochs are asked for. Pass a DataLoader, a list, or an object whose __iter__ "
                          "starts a new pass.")
     if n_batches(loader) == 0:
-        samples = _n_samples(loader)
+        samples = n_items(loader)
         has = f"{samples} samples, " if samples is not None else ""
         raise ValueError(f"the training data yields 0 batches: {has}batch_size {getattr(loader, 'batch_size', None)}, "
                          f"drop_last={getattr(loader, 'drop_last', False)}. Lower batch_size or set drop_last=False.")
@@ -36,7 +36,7 @@ def check_loader(loader: Iterable[Batch], n_epochs: int, modules: Iterable[nn.Mo
             given, remedy = "", "Leave it out, or put it together with another"
         else:
             which, remedy = "the last", "Set drop_last=True or another batch_size"
-            given = f" ({_n_samples(loader)} samples, batch_size {getattr(loader, 'batch_size', None)})"
+            given = f" ({n_items(loader)} samples, batch_size {getattr(loader, 'batch_size', None)})"
         raise ValueError(f"{which} training batch has 1 sample{given}, and the model's BatchNorm cannot take "
                          f"statistics of one. {remedy}.")
 
@@ -119,7 +119,8 @@ def check_passes(what: str, n_seen: int, n_expected: int | None = None) -> None:
                       "steps_per_epoch): the schedule is off by that.", stacklevel=2)
 
 
-def _n_samples(loader: Any) -> int | None:
+def n_items(loader: Any) -> int | None:
+    """How many samples a loader has, as far as that can be told without drawing one."""
     for owner in (getattr(loader, "sampler", None), getattr(loader, "dataset", None), getattr(loader, "tensors", None)):
         try:
             return len(owner[0]) if isinstance(owner, tuple) else len(owner)  # type: ignore[arg-type]

@@ -109,8 +109,18 @@ class TensorLoader:
         return n // self.batch_size if self.drop_last else math.ceil(n / self.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
-        order = self._order()
-        for i in range(len(self)):
+        return self.iter_from(0)
+
+    def iter_from(self, first: int) -> Iterator[Batch]:
+        """A pass that begins with batch `first` (0-based): what lies before it is skipped, not gathered.
+
+        >>> [x.tolist() for x, in TensorLoader(torch.arange(5), batch_size=2).iter_from(1)]
+        [[2, 3], [4]]
+        """
+        return self._batches(first, self._order())
+
+    def _batches(self, first: int, order: Tensor | None) -> Iterator[Batch]:
+        for i in range(first, len(self)):
             rows = slice(i * self.batch_size, (i + 1) * self.batch_size)
             batch = tuple(tensor[rows] if order is None else tensor.index_select(0, order[rows])
                           for tensor in self.tensors)
@@ -282,18 +292,21 @@ def generators(loader: Any) -> list[Any]:
 
 
 def feed(loader: Iterable[Batch], device: torch.device, limit: int | None, interrupt: DeferredInterrupt,
-         what: str = "the data") -> Generator[Batch, None, None]:
-    """The batches of one pass over `loader`, at most `limit`, on `device`. Close it: that ends its worker processes.
+         what: str = "the data", first: int = 0, iterator: Iterator[Batch] | None = None
+         ) -> Generator[Batch, None, None]:
+    """The batches of one pass over `loader`, up to batch `limit`, on `device`. Close it: that ends its workers.
+
+    first: how many batches of the pass are behind already, of which `iterator` is the rest.
 
     An error of the loader gains a note that counts the batch. One that comes after Ctrl-C is the interrupt itself:
     worker processes get the signal too and die of it.
     """
-    iterator, count = None, 0
+    count = first
     on_cpu = device.type == "cpu"  # batches come from loaders on the CPU: nothing to walk through
     try:
         while limit is None or count < limit:
             try:
-                iterator = _begin(loader) if iterator is None else iterator
+                iterator = begin(loader) if iterator is None else iterator
                 batch = next(iterator)
             except StopIteration:
                 return
@@ -306,12 +319,18 @@ def feed(loader: Iterable[Batch], device: torch.device, limit: int | None, inter
             count += 1
     finally:
         # an error's traceback keeps the iterator, and with it the worker processes, alive for as long as it is kept
-        shut_down = getattr(iterator, "_shutdown_workers", None)
-        if shut_down is not None and not getattr(loader, "persistent_workers", False):
-            shut_down()
+        end_workers(loader, iterator)
 
 
-def _begin(loader: Iterable[Batch]) -> Iterator[Batch]:
+def end_workers(loader: Iterable[Batch], iterator: Iterator[Batch] | None) -> None:
+    """End the worker processes of a pass over `loader`, unless they are to serve for more passes."""
+    shut_down = getattr(iterator, "_shutdown_workers", None)
+    if shut_down is not None and not getattr(loader, "persistent_workers", False):
+        shut_down()
+
+
+def begin(loader: Iterable[Batch]) -> Iterator[Batch]:
+    """`iter(loader)`."""
     try:
         return iter(loader)
     except (RuntimeError, OSError):

@@ -18,7 +18,7 @@ def check_int(name: str, value: Any, minimum: int = 1, example: str = "") -> int
     """
     if isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= minimum:
         return int(value)
-    raise ValueError(f"{name} must be an int >= {minimum}, got {_shown(value)}.{_hint(example)}")
+    raise ValueError(f"{name} must be an int >= {minimum}, got {shown(value)}.{_hint(example)}")
 
 
 def check_number(name: str, value: Any, *, above: float | None = None, minimum: float | None = None,
@@ -44,7 +44,7 @@ def check_number(name: str, value: Any, *, above: float | None = None, minimum: 
     bounds = [f"{sign} {bound:g}" for sign, bound in ((">", above), (">=", minimum), ("<=", maximum), ("<", below))
               if bound is not None]
     wanted = " ".join(["a finite number", " and ".join(bounds)]).strip()
-    raise ValueError(f"{name} must be {wanted}, got {_shown(value)}.{_hint(example)}")
+    raise ValueError(f"{name} must be {wanted}, got {shown(value)}.{_hint(example)}")
 
 
 def check_flag(name: str, value: Any) -> bool:
@@ -55,7 +55,7 @@ def check_flag(name: str, value: Any) -> bool:
     """
     if isinstance(value, bool):
         return value
-    raise TypeError(f"{name} must be True or False, got {_shown(value)}.")
+    raise TypeError(f"{name} must be True or False, got {shown(value)}.")
 
 
 def check_same_names(what: str, saved: Sequence[str], own: Sequence[str]) -> None:
@@ -65,7 +65,8 @@ def check_same_names(what: str, saved: Sequence[str], own: Sequence[str]) -> Non
                          f"({', '.join(own)}): resume with the same model and the same arguments.")
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value and its type, for messages."""
     return f"{value!r:.200} ({type(value).__name__})"
 
 

@@ -105,3 +105,12 @@ def _explain(path: Path, temporary: Path, failure: OSError) -> str:
         return f"cannot save to {path}: {text}. What was there is as it was."
     return (f"cannot save to {path}: {text} ({written / 1e6:,.1f} MB were written, {free / 1e6:,.1f} MB are free). "
             "What was there is as it was.")
+
+
+def probe(folder: Path) -> None:
+    """Temporary."""
+
+
+def sweep(folder: Path) -> list[Path]:
+    """Temporary."""
+    return []

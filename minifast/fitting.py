@@ -1,5 +1,6 @@
 """How a Learner makes one fit: its arguments checked, its `State` made, what it sets put back."""
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
@@ -8,6 +9,7 @@ from . import loop
 from .batches import output_loss
 from .budget import TICKS, TimeLimit
 from .callback import Callback
+from .checkpoint import Checkpoint
 from .checks import check_loader, check_optimizer, check_trainable, check_valid
 from .data import as_dataloaders, count_steps, is_one_shot, micro_batches, n_batches, valid_sets
 from .errors import check_flag, check_int, check_number
@@ -19,6 +21,7 @@ from .metrics import Metrics
 from .ownership import check_callbacks, owner_of, resolve
 from .progress import Progress, say
 from .recorder import Recorder
+from .resume import Resume, check_resume, session
 from .scheduler import Scheduler
 from .state import State
 
@@ -35,7 +38,7 @@ class FitOptions(TypedDict, total=False):
     accumulate: int
     effective_batch_size: int | None
     minutes: float | None
-    resume: bool
+    resume: Resume
     verbose: bool | None
 
 
@@ -53,8 +56,16 @@ def fit(learn: "Learner", n_epochs: int, lr: Any, schedule: Scheduler | None, **
         return find(learn, finder, [callback for callback in given if callback is not finder], **options)
     state = prepare(learn, n_epochs, lr, schedule, **options)
     check_trainable(learn.model, state.group_names)
-    with fitting(learn, state, options.get("wd")):
-        loop.run(state)
+    run = next((os.path.realpath(cb.path) for cb in state.callbacks if isinstance(cb, Checkpoint)), "")
+    number = learn.fits_ended.get(run, 0) + 1
+    with fitting(learn, state, options.get("wd")), session(state, number, options.get("resume", False)) as kept:
+        if kept.is_finished:
+            kept.restore_final()
+        else:
+            kept.begin()
+            loop.run(state)
+            kept.finish()
+    learn.fits_ended = {**learn.fits_ended, run: number}
 
 
 def prepare(learn: "Learner", n_epochs: int, lr: Any, schedule: Scheduler | None,
@@ -153,11 +164,10 @@ def _is_verbose(learn: "Learner", verbose: bool | None) -> bool:
 
 def _check_options(learn: "Learner", lr: Any, *, wd: float | None = None, callbacks: Iterable[Callback] = (),
                    steps_per_epoch: int | None = None, accumulate: int = 1, effective_batch_size: int | None = None,
-                   minutes: float | None = None, resume: bool = False, verbose: bool | None = None
+                   minutes: float | None = None, resume: Resume = False, verbose: bool | None = None
                    ) -> tuple[float, ...]:
     """The peak of each layer group. Raises ValueError or TypeError for an argument of `fit` out of range."""
-    if check_flag("resume", resume):
-        raise ValueError("resume=True is not available in this version. Leave it out.")
+    check_resume(resume)
     if wd is not None:
         check_number("wd", wd, minimum=0)
     if steps_per_epoch is not None:

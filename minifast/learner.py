@@ -26,6 +26,7 @@ from .metrics import Metrics
 from .ownership import check_callbacks
 from .plan import Plan
 from .recorder import Recorder
+from .resume import Resume
 from .scheduler import Scheduler
 from .signals import DeferredInterrupt
 from .weights import load_weights, save_weights
@@ -99,6 +100,7 @@ class Learner:
         self._compile_options: dict[str, Any] = dict(compile) if isinstance(compile, Mapping) else {}
         self._compiled: Any = torch.compile(self.model, **self._compile_options) if is_compiled else None
         self.is_fitting = False
+        self.fits_ended: dict[str, int] = {}  # of each run's folder: how many fits were saved in it
         if seed is not None:
             snapshot.seed_all(seed)
 
@@ -134,7 +136,7 @@ class Learner:
             use_clr: Sequence[float] | None = None, use_clr_beta: Sequence[float] | None = None,
             wd: float | None = None, callbacks: Iterable[Callback] = (), steps_per_epoch: int | None = None,
             accumulate: int = 1, effective_batch_size: int | None = None, minutes: float | None = None,
-            resume: bool = False, verbose: bool | None = None) -> None:
+            resume: Resume = False, verbose: bool | None = None) -> None:
         """Train for `n_cycle` cycles with peak learning rate `lr`.
 
         lr: float, slice(hi), slice(lo, hi) or one value per layer group. Without `cycle_len` a cycle is an epoch and
@@ -148,7 +150,14 @@ class Learner:
         minutes: how long to train, instead of how many epochs: the cycles are stretched over that time, see
         `TimeLimit`. verbose: None for the learner's.
 
-        Raises ValueError or TypeError before anything is changed.
+        resume: whether to go on where this fit was killed, from what a `Checkpoint` among the callbacks has kept.
+        "auto": from the newest checkpoint if there is one; True: there has to be one; a path: from that file, or the
+        newest one in that folder; False: start afresh, and refuse to overwrite a run. A fit that had ended restores
+        its final state and returns. The fits of a script are told apart by their number: the same script, run again,
+        passes over those that had ended.
+
+        Raises ValueError or TypeError before anything is changed; ValueError for a checkpoint of another fit, with
+        what is different; FileNotFoundError or FileExistsError as `resume` says.
         """
         check_not_swapped(lr, n_cycle)
         n_epochs, schedule = epochs_and_schedule(n_cycle, cycle_len, cycle_mult, use_clr, use_clr_beta)

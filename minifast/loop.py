@@ -15,6 +15,7 @@ from .callback import Callback, CancelBatch, CancelEpoch, CancelFit, Emitter
 from .checks import check_loss, check_passes, check_target
 from .data import feed
 from .losses import mean_and_weight
+from .replay import Entry
 from .state import State
 from .window import Window
 
@@ -26,11 +27,13 @@ def run(state: State, emitter: Callable[[Sequence[Callback], State], Emitter] = 
     with state.interrupt:
         try:
             with suppress(CancelFit), emit.fit():  # before_fit ... after_fit
-                for epoch in count() if state.n_epochs is None else range(state.n_epochs):
+                state.take_up(state)
+                for epoch in count(state.epoch) if state.n_epochs is None else range(state.epoch, state.n_epochs):
                     state.interrupt.check()
                     state.epoch = epoch
                     with suppress(CancelEpoch):
-                        emit(Callback.before_epoch)
+                        if state.entry is None:  # else the fit was killed in this epoch, which has begun before
+                            emit(Callback.before_epoch)
                         train(state, emit)
                         if state.valid_sets:
                             validate(state, emit)
@@ -47,13 +50,16 @@ def train(state: State, emit: Emitter) -> None:
     state.model.train()
     for norm in state.norms_in_eval:
         norm.eval()
-    state.batch_index = -1
-    window = Window(state.opt, state.accumulate, state.n_batches)
-    batches = feed(state.train_dl, state.device, state.max_batches, state.interrupt,
-                   f"epoch {state.epoch}, training data")
+    entry, state.entry = state.entry or Entry(0, limit=state.max_batches), None
+    state.batch_index = entry.n_done - 1
+    window = state.window = Window(state.opt, state.accumulate, state.n_batches)
+    if entry.window is not None:
+        window.load_state_dict(entry.window)
+    batches = feed(state.train_dl, state.device, entry.limit, state.interrupt,
+                   f"epoch {state.epoch}, training data", entry.n_done, entry.iterator)
     with closing(batches):
-        for index, batch in enumerate(batches):
-            state.batch_index, state.batch = index, batch
+        for index, batch in enumerate(batches, entry.n_done):
+            state.batch_index, state.batch, state.loaded = index, batch, batch
             try:
                 if not window.admits(state.batch_index):
                     raise CancelBatch
@@ -70,7 +76,7 @@ def train(state: State, emit: Emitter) -> None:
     if window.is_open:  # the epoch ended before its loader said it would
         with suppress(CancelBatch):
             step(state, emit, window)
-    check_passes("training", state.batch_index + 1, None if state.is_ending else state.n_batches)
+    check_passes("training", state.batch_index + 1, None if state.is_ending or entry.is_cut else state.n_batches)
 
 
 def gradient(state: State, emit: Emitter, window: Window) -> None:

@@ -3,10 +3,11 @@ import csv
 import math
 import os
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -97,6 +98,26 @@ class FitRecord:
             raise KeyError(f"there is no column {name!r}; callbacks have logged: {', '.join(self.columns) or 'none'}")
         values = self.columns[name].read()
         return np.pad(values, (0, len(self) - len(values)), constant_values=np.nan)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All of it as plain values: columns as float64 (steps,)."""
+        return {"group_names": list(self.group_names), "epochs": [dict(row) for row in self.epochs],
+                "epoch_ends": list(self.epoch_ends), "lrs": torch.from_numpy(self.lr_groups.T.copy()),
+                "moms": torch.from_numpy(self.moms), "losses": torch.from_numpy(self.losses),
+                "weights": torch.from_numpy(self.weight_column.read()),
+                "columns": {name: torch.from_numpy(column.read()) for name, column in self.columns.items()}}
+
+    @classmethod
+    def from_state_dict(cls, saved: Mapping[str, Any]) -> "FitRecord":
+        """The record that `state_dict` was taken of."""
+        record = cls(saved["group_names"])
+        record.epochs, record.epoch_ends = [dict(row) for row in saved["epochs"]], list(saved["epoch_ends"])
+        record.lr_columns = [array("d", column.tolist()) for column in saved["lrs"]]
+        record.mom_column = array("d", saved["moms"].tolist())
+        record.loss_column = ScalarColumn(saved["losses"].tolist())
+        record.weight_column = ScalarColumn(saved["weights"].tolist())
+        record.columns = {name: ScalarColumn(column.tolist()) for name, column in saved["columns"].items()}
+        return record
 
     def plot_lr(self, show_moms: bool = False, *, ax: "Axes | None" = None) -> "Axes":
         """Draw the learning rate of every layer group at each step and, if asked, the momentum on a second axis."""

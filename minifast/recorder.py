@@ -28,6 +28,8 @@ class Recorder(Callback):
         self.fits: list[FitRecord] = []
         self.lr_find: LRFind | None = None
         self.newest = FitRecord()
+        self._is_new, self._epoch = True, -1
+        self._first_step, self._began = 0, 0.0
 
     def before_fit(self, state: State) -> None:
         self._is_new, self._epoch = True, -1
@@ -37,8 +39,7 @@ class Recorder(Callback):
     def before_epoch(self, state: State) -> None:
         if self._is_new:  # not before: a fit that another callback refuses to begin leaves the record as it was
             self._is_new = False
-            if len(self.newest) or self.newest.epochs:
-                self.fits.append(self.newest)
+            self._set_aside()
             self.newest = FitRecord(state.group_names)
         self._epoch, self._began, self._first_step = state.epoch, time.perf_counter(), len(self.newest)
         state.metrics = {"epoch": state.epoch}
@@ -65,6 +66,18 @@ class Recorder(Callback):
     def after_fit(self, state: State) -> None:
         self._heads = []
 
+    def state_dict(self) -> dict[str, Any]:
+        """The record of the newest fit, and where in its epoch it is. Earlier fits have checkpoints of their own."""
+        return {**self.newest.state_dict(), "epoch": self._epoch, "first_step": self._first_step,
+                "seconds": time.perf_counter() - self._began}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Go on with the record that `state_dict` gave; what is recorded now becomes an earlier fit."""
+        self._set_aside()
+        self.newest = FitRecord.from_state_dict(saved)
+        self._is_new, self._epoch, self._first_step = False, saved["epoch"], saved["first_step"]
+        self._began = time.perf_counter() - saved["seconds"]
+
     def keep(self) -> Callable[[], None]:
         """Note what is recorded so far; returns what restores it."""
         newest, fits, found = self.newest, list(self.fits), self.lr_find
@@ -72,6 +85,10 @@ class Recorder(Callback):
         def restore() -> None:
             self.newest, self.fits[:], self.lr_find = newest, fits, found
         return restore
+
+    def _set_aside(self) -> None:
+        if len(self.newest) or self.newest.epochs:
+            self.fits.append(self.newest)
 
     def _note_train_loss(self, state: State) -> None:
         if len(self.newest) > self._first_step and "train_loss" not in state.metrics:

@@ -1,6 +1,7 @@
 """A column of numbers that are born on the device and read on the host many at a time."""
 import math
 from array import array
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -22,9 +23,9 @@ class ScalarColumn:
     array([0.5, 2. ])
     """
 
-    def __init__(self) -> None:
+    def __init__(self, values: Iterable[float] = ()) -> None:
         self._waiting: list[Tensor | float] = []
-        self._values = array("d")
+        self._values = array("d", values)
 
     def append(self, value: Tensor | float) -> None:
         """Add one value; a tensor of any floating or integer dtype, without its graph."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from . import rng as random_state
 from .errors import check_int
 
 Restore = Callable[[], object]
@@ -41,22 +42,8 @@ def capture(model: nn.Module, opt: Optimizer, generators: Iterable[Any] = ()) ->
 
 def rng(generators: Iterable[Any] = ()) -> Restore:
     """Copy the state of all global random generators, and of `generators`; returns what puts it back."""
-    own = [_generator(generator) for generator in generators]
-    of_python, of_numpy, of_torch = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    of_cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
-    of_mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
-
-    def restore() -> None:
-        for put_back in own:
-            put_back()
-        random.setstate(of_python)
-        np.random.set_state(of_numpy)
-        torch.set_rng_state(of_torch)
-        if of_cuda is not None:
-            torch.cuda.set_rng_state_all(of_cuda)
-        if of_mps is not None:
-            torch.mps.set_rng_state(of_mps)
-    return restore
+    generators = list(generators)
+    return partial(random_state.restore, random_state.capture(generators), generators)
 
 
 def seed_all(seed: Any) -> None:
@@ -111,16 +98,6 @@ def _optimizer(opt: Optimizer) -> Restore:
             group.clear()
             group.update({key: copy.copy(value) for key, value in kept.items()})
     return restore
-
-
-def _generator(generator: Any) -> Restore:
-    if isinstance(generator, torch.Generator):
-        return partial(generator.set_state, generator.get_state())
-    if isinstance(generator, np.random.Generator):
-        return partial(setattr, generator.bit_generator, "state", generator.bit_generator.state)
-    if isinstance(generator, np.random.RandomState):
-        return partial(generator.set_state, generator.get_state())
-    return partial(generator.setstate, generator.getstate())  # random.Random
 
 
 def _is_expanded(tensor: Tensor) -> bool:

@@ -1,7 +1,7 @@
 """The record of one fit: everything a callback may read or change."""
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -9,12 +9,25 @@ from torch.optim import Optimizer
 
 from .batches import Batch, UnpackBatch
 from .losses import Weight
+from .replay import Entry
 from .signals import DeferredInterrupt
 
 if TYPE_CHECKING:
     from .callback import Callback, Emitter
     from .recorder import Recorder
     from .window import Window
+
+
+class Best(NamedTuple):
+    """The epoch that a callback holds for the best one so far."""
+
+    monitor: str  # the column of the epoch table
+    value: float
+    epoch: int  # 0-based
+
+
+def begin_anew(state: "State") -> None:
+    """What `State.take_up` is in a fit that is not resumed: nothing is taken up."""
 
 
 @dataclass(slots=True, repr=False)  # a repr of fields that are not set yet would be an error
@@ -53,10 +66,15 @@ class State:
     schedule_step: int | None = None  # where the schedules are, if that is not at `step`: written by TimeLimit
     loss_scale: Tensor | None = None  # () the gradient that backward begins with, if that is not 1: for fp16
     is_ending: bool = False  # set it to end the fit after this batch, with validation (CancelFit: without)
+    best: Best | None = None  # written by SaveBest after its epoch, read by Checkpoint
+    take_up: Callable[["State"], None] = begin_anew  # after `before_fit` of all: puts a resumed fit where it was
+    entry: Entry | None = None  # where a resumed fit enters its first epoch; the loop takes it
 
-    epoch: int = 0  # 0-based
+    epoch: int = 0  # 0-based; a resumed fit begins with a later one
     step: int = 0  # weight updates done, over the whole fit; rises right after `after_step`
-    batch_index: int = 0  # 0-based number of the batch in its epoch, in training and in validation
+    batch_index: int = -1  # 0-based number of the batch in its epoch, in training and in validation
+    window: "Window" = field(init=False)  # the gradients of the update under way
+    loaded: Batch = field(init=False)  # the newest training batch as its loader gave it
     batch: Batch = field(init=False)  # on the device; `before_batch` may replace it
     valid_set: str = field(init=False)  # the name of the validation set that is looked at
     n_samples: int = field(init=False)  # samples in the newest batch

@@ -1,5 +1,5 @@
 """The gradients of one weight update, gathered over one or several micro-batches."""
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -94,6 +94,21 @@ class Window:
         """Forget the gradients gathered so far, and refuse the rest of the window."""
         self.end()
         self._is_dropped = True
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a window that is open, or dropped, has to remember over a kill. Holds no copies."""
+        return {"grads": [p.grad for p in self._params], "is_sum": self._is_sum, "loss": self._loss, "unit": self._unit,
+                "weight": self.weight, "is_open": self.is_open, "is_dropped": self._is_dropped}
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` gave."""
+        for p, grad in zip(self._params, saved["grads"], strict=True):
+            p.grad = None if grad is None else grad.to(p.device, copy=True)
+        self._is_sum, self._unit, self._is_dropped = saved["is_sum"], saved["unit"], saved["is_dropped"]
+        device = self._params[0].device if self._params else torch.device("cpu")
+        self._loss, self.weight = (value.to(device) if isinstance(value, Tensor) else value
+                                   for value in (saved["loss"], saved["weight"]))
+        self.is_open = saved["is_open"]
 
     def _grads(self) -> list[Tensor]:
         return [p.grad for p in self._params if p.grad is not None]

@@ -11,11 +11,11 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from .. import snapshot
-from ..callback import Callback, Order, evaluating
+from ..callback import Callback, evaluating
 from ..errors import check_flag, check_int, check_number
 from ..meters import snake_case
 from ..progress import Progress, say
-from ..state import State
+from ..state import Best, State
 from ..tables import shown
 from ..weights import load_weights, save_weights
 from .swap import FINAL_WEIGHTS
@@ -241,6 +241,8 @@ class SaveBest(Monitor):
                             getattr(error, "strerror", None) or f"cannot save to {self.path}: {error}.")
                 return
         self.keep_best(state, value)
+        if self is next(cb for cb in state.callbacks if isinstance(cb, SaveBest)):  # of several, the first one's
+            state.best = Best(self.monitor, value, state.epoch)
 
     def after_fit(self, state: State) -> None:
         if not self.restore or self.best_epoch is None:
@@ -277,8 +279,7 @@ class ReduceLROnPlateau(Monitor):
     min_scale: float = 1e-4
     cooldown: int = 0
 
-    order = Order.HYPER - 1  # after a resume the scale is there before the schedule writes
-    saves: ClassVar[tuple[str, ...]] = ("best", "best_epoch", "scale", "_waited", "_resting", "_lr_scale")
+    saves: ClassVar[tuple[str, ...]] = ("best", "best_epoch", "scale", "_waited", "_resting")
 
     def __post_init__(self) -> None:
         self.factor = check_number("factor", self.factor, above=0, below=1)
@@ -289,21 +290,8 @@ class ReduceLROnPlateau(Monitor):
 
     def _forget(self) -> None:
         super()._forget()
-        self.scale = self._lr_scale = 1.0
+        self.scale = 1.0
         self._waited = self._resting = 0
-        self._is_resumed = False
-
-    def load_state_dict(self, saved: dict[str, Any]) -> None:
-        super().load_state_dict(saved)
-        self._is_resumed = True
-
-    def before_batch(self, state: State) -> None:
-        if self._is_resumed:  # the State is a new one; assigned, so that each of several can do it
-            state.lr_scale, self._is_resumed = self._lr_scale, False
-
-    def after_epoch(self, state: State) -> None:
-        super().after_epoch(state)
-        self._lr_scale = state.lr_scale
 
     def look(self, state: State, value: float, is_better: bool) -> None:
         if is_better:

@@ -1,0 +1,195 @@
+"""Checkpoints while a fit runs: when one is written, and what is in it."""
+import logging
+import math
+import os
+import sys
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from . import rng, saved_state
+from .callback import Callback, evaluating
+from .errors import check_int, check_number
+from .identity import environment
+from .progress import Progress, say
+from .replay import digest, way
+from .run_folder import FitFolder
+from .state import State
+
+FORMAT = 1  # of the file; a newer one is refused
+MOST_FAILURES = 3  # in a row, before a fit ends because it cannot be saved
+log = logging.getLogger("minifast")
+
+
+@dataclass(eq=False)
+class Checkpoint(Callback):
+    """Writes the whole state of the fit to `path`, so that `resume="auto"` goes on where it was killed, bit for bit.
+
+    path: the folder of the run, made if need be. Of a Learner's k-th fit in it (k from 1), the checkpoints are in
+    `path/fit-<k>/step-<updates>.ckpt`. every_steps: after every so many weight updates, an int >= 1 or None.
+    every_seconds: after so much time, > 0 or None; what is due first counts. keep: how many of them stay, the newest;
+    >= 1. One is written, too, when SIGINT or SIGTERM ends the fit, when an epoch was the best one for a `SaveBest`
+    (`best.ckpt` is that one, for `learn.load_best`), and when the fit has ended.
+
+    A checkpoint holds the model with its buffers, the optimizer, what callbacks keep (`state_dict`), the Recorder's
+    rows and all random generators: about three times the weights with Adam, and what averages and the best weights
+    take. It is written beside its place, flushed to the disk, and takes its name in one move; older ones go after
+    that. One process at a time trains in a folder.
+
+    If a checkpoint cannot be written, a warning is logged, older ones stay, and training goes on; the third failure
+    in a row, and one at the end of the fit, is an error. Raises ValueError or TypeError for values out of range, and
+    OSError before the fit for a folder that cannot be written.
+
+    >>> Checkpoint("runs/a", every_steps=200)
+    Checkpoint(path='runs/a', every_steps=200, every_seconds=60.0, keep=2)
+    """
+
+    path: str | os.PathLike[str]
+    every_steps: int | None = None
+    every_seconds: float | None = 60.0
+    keep: int = 2
+
+    order = sys.maxsize  # hears each event last: then what all others keep is of one moment
+    sets = ("the checkpoints",)  # one of them in a fit
+    in_sandbox = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.path, (str, os.PathLike)) or not os.fspath(self.path):
+            raise TypeError(f"path must be the folder of the run, got {self.path!r:.80} ({type(self.path).__name__}). "
+                            'Pass e.g. Checkpoint("runs/a").')
+        self.path = os.fspath(self.path)
+        if self.every_steps is not None:
+            self.every_steps = check_int("every_steps", self.every_steps)
+        if self.every_seconds is not None:
+            self.every_seconds = check_number("every_seconds", self.every_seconds, above=0)
+        self.keep = check_int("keep", self.keep)
+        self._folder: FitFolder | None = None
+
+    def begin(self, folder: FitFolder, run_id: str, facts: dict[str, Any]) -> None:
+        """A fit is about to begin that keeps its checkpoints in `folder`; called by the fit."""
+        self._folder, self._run_id, self._facts = folder, run_id, facts
+
+    def before_fit(self, state: State) -> None:
+        if self._folder is None:
+            raise RuntimeError(f"{self!r} works only in a fit of a Learner: learn.fit(..., callbacks=[Checkpoint(...)]).")
+        self._n_failures, self._is_saved = 0, True  # nothing to lose before the first step
+        self._at_epoch_start: dict[str, Any] | None = None  # the random generators
+        self._is_first_pass = True
+        self._before_validation: dict[str, Any] | None = None
+        self._is_epoch_end = self._is_validating = False
+        self._plan_next(state)
+
+    def take_up(self, saved: dict[str, Any]) -> None:
+        """Go on behind a checkpoint: what it says of the epoch that it lies in."""
+        self._at_epoch_start = rng.from_plain(saved["epoch_rng"])
+        self._is_first_pass = saved["loader"]["is_first_pass"]
+
+    def before_epoch(self, state: State) -> None:
+        self._at_epoch_start = saved_state.capture_rng(state)  # the pass over the data begins now
+        self._is_first_pass = getattr(state.train_dl, "_iterator", None) is None
+
+    def after_batch(self, state: State) -> None:
+        self._is_epoch_end = self._is_saved = False
+        is_due = state.step >= self._next_step or time.monotonic() >= self._next_time
+        if state.interrupt.pending or (is_due and not state.window.is_open):
+            self._save(state)
+        is_last = state.batch_index + 1 == state.n_batches or state.is_ending
+        if is_last and state.valid_sets and not state.window.is_open:
+            self._before_validation = self._moment(state)  # of use if a signal ends the validation
+
+    def before_validate(self, state: State) -> None:
+        self._is_validating = True
+        self._is_saved = self._is_saved and not state.window.is_open
+
+    def after_epoch(self, state: State) -> None:
+        self._before_validation, self._is_epoch_end, self._is_saved = None, True, False
+        self._is_validating = False
+        is_best = state.best is not None and state.best.epoch == state.epoch
+        if is_best or state.interrupt.pending or time.monotonic() >= self._next_time:
+            self._save(state, is_best=is_best)
+
+    def after_fit(self, state: State) -> None:
+        try:
+            if state.interrupt.was_raised:  # a signal has ended the fit between two batches
+                moment = self._before_validation if self._is_validating else self._moment(state)
+                if not self._is_saved and moment is not None:
+                    self._save(state, moment=moment)
+                if self._is_saved and any(isinstance(cb, Progress) for cb in state.callbacks):
+                    say(f"interrupted: the state after {state.step} updates is in {self._place.path}. The same call "
+                        'with resume="auto" goes on from there.')
+        finally:
+            self._at_epoch_start = self._before_validation = None
+
+    def finish(self, state: State) -> None:
+        """The fit has ended well: write its final state. Raises OSError if that fails."""
+        self._is_epoch_end = True
+        self._write(state, self._moment(state) | {"finished": True})
+
+    def end(self) -> None:
+        """The fit has ended, one way or another."""
+        self._folder = None
+
+    @property
+    def _place(self) -> FitFolder:
+        assert self._folder is not None
+        return self._folder
+
+    def _plan_next(self, state: State) -> None:
+        every = self.every_steps
+        self._next_step = math.inf if every is None else (state.step // every + 1) * every
+        self._next_time = math.inf if self.every_seconds is None else time.monotonic() + self.every_seconds
+
+    def _save(self, state: State, is_best: bool = False, moment: dict[str, Any] | None = None) -> None:
+        """Write a checkpoint, if that is possible."""
+        tree = self._moment(state) if moment is None else moment
+        try:
+            self._write(state, tree, is_best)
+            self._n_failures, self._is_saved = 0, True
+        except OSError as error:
+            self._n_failures += 1
+            if self._n_failures >= MOST_FAILURES:
+                error.add_note(f"this was the checkpoint number {self._n_failures} in a row that could not be written")
+                raise
+            log.warning("no checkpoint after update %d: %s Training goes on.", state.step, error.strerror or error)
+        self._plan_next(state)
+
+    def _write(self, state: State, moment: dict[str, Any], is_best: bool = False) -> None:
+        is_finite = saved_state.has_finite_weights(state.model)
+        if not is_finite:
+            log.warning("the weights are not finite in the checkpoint after update %d%s", state.step,
+                        ": it is not kept as the best" * is_best)
+        best = state.best if is_best and is_finite else None
+        tree = {**moment, "model": saved_state.capture_model(state.model),
+                "optimizer": saved_state.capture_optimizer(state.model, state.opt),
+                "best": None if best is None else {"monitor": best.monitor, "value": best.value, "epoch": best.epoch,
+                                                   "weights": self._validated(state, best.monitor)}}
+        self._place.save(state.step, tree, self.keep, is_best=best is not None)
+
+    def _moment(self, state: State) -> dict[str, Any]:
+        """All but model and optimizer."""
+        return {"format": FORMAT, "run": self._run_id, "time": datetime.now(UTC).isoformat(timespec="seconds"),
+                "finished": False, "facts": self._facts, "environment": environment(state),
+                "position": {"epoch": state.epoch, "step": state.step, "n_done": state.batch_index + 1,
+                             "is_epoch_end": self._is_epoch_end, "is_ending": state.is_ending,
+                             "lr_scale": state.lr_scale, "metrics": dict(getattr(state, "metrics", {}))},
+                "rng": rng.to_plain(saved_state.capture_rng(state)),
+                "epoch_rng": rng.to_plain(self._at_epoch_start), "loader": self._loader(state),
+                "window": None if self._is_epoch_end else state.window.state_dict(),
+                "callbacks": saved_state.capture_callbacks(state)}
+
+    def _loader(self, state: State) -> dict[str, Any]:
+        loader: Any = state.train_dl
+        kind = way(loader)
+        return {"is_first_pass": self._is_first_pass,
+                "state": loader.state_dict() if kind == "state" else None,
+                "digest": digest(state.loaded) if kind == "draw" and not self._is_epoch_end else None}
+
+    def _validated(self, state: State, monitor: str) -> dict[str, Any] | None:
+        """The weights that were validated, if a callback puts others in the model's place for that."""
+        swaps = any(type(cb).evaluating is not Callback.evaluating for cb in state.callbacks)
+        if not swaps or monitor.startswith("train_"):
+            return None
+        with evaluating(state.callbacks, state.model):
+            return {name: value.detach().to("cpu", copy=True) if hasattr(value, "detach") else value
+                    for name, value in state.model.state_dict().items()}

@@ -1,0 +1,92 @@
+"""What a fit is: its plan, data, model and optimizer in words, compared with those that a checkpoint was made for."""
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from .batches import Batch
+from .budget import TimeLimit
+from .callback import Callback
+from .checks import n_items
+from .data import n_batches
+from .scheduler import Scheduler
+from .state import State
+from .tables import listed
+
+Facts = dict[str, dict[str, Any]]
+
+
+def facts(state: State) -> Facts:
+    """What must be the same where a fit goes on: topic -> name -> plain value. Nothing personal: no path, no user."""
+    plans = [_text(cb) for cb in state.callbacks if isinstance(cb, (Scheduler, TimeLimit))]
+    opt = state.opt
+    return {
+        "plan": {"epochs": state.n_epochs, "updates": state.n_steps, "updates per epoch": state.steps_per_epoch,
+                 "batches per update": state.accumulate, "peak learning rates": list(state.lrs),
+                 "schedules": plans, "weight decay": [float(decay) for decay in state.weight_decays]},
+        "data": {"training data": _loader(state.train_dl),
+                 **{f"validation data {name}".rstrip(): _loader(loader) for name, loader in state.valid_sets}},
+        "model": {"class": type(state.model).__name__},
+        "optimizer": {"class": type(opt).__name__, "layer groups": list(state.group_names),
+                      "parameters in each": [len(group["params"]) for group in opt.param_groups],
+                      "frozen layer groups": _frozen(state)},
+    }
+
+
+def environment(state: State) -> dict[str, str]:
+    """What changes bits, but no meaning, as text."""
+    device = state.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    initialized = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return {"torch": str(torch.__version__), "numpy": np.__version__, "device": name,
+            "threads": str(torch.get_num_threads()),
+            "world size": str(torch.distributed.get_world_size() if initialized else 1),
+            "deterministic algorithms": str(torch.are_deterministic_algorithms_enabled()),
+            "float32 matmul precision": torch.get_float32_matmul_precision(),
+            "cudnn benchmark": str(torch.backends.cudnn.benchmark)}
+
+
+def differences(saved: Mapping[str, Any], own: Facts) -> list[str]:
+    """What of the `facts` in a checkpoint is another thing in this fit, a line each.
+
+    >>> differences({"plan": {"epochs": 3}}, {"plan": {"epochs": 5}})
+    ['plan: epochs 3 in the checkpoint, 5 in this fit']
+    """
+    lines = []
+    for topic, mine in own.items():
+        theirs = saved.get(topic)
+        theirs = theirs if isinstance(theirs, Mapping) else {}
+        lines += [f"{topic}: {name} {_shown(theirs.get(name))} in the checkpoint, {_shown(mine.get(name))} in this fit"
+                  for name in dict.fromkeys([*theirs, *mine]) if theirs.get(name) != mine.get(name)]
+    return lines
+
+
+def misfits(what: str, saved: Iterable[str], own: Iterable[str]) -> list[str]:
+    """Names that only the checkpoint, or only this fit, has."""
+    saved, own = list(saved), list(own)
+    return [f"{what}: {kind} {listed(names)}" for kind, names in (
+        ("missing in the checkpoint:", [name for name in own if name not in set(saved)]),
+        ("only in the checkpoint:", [name for name in saved if name not in set(own)])) if names]
+
+
+def _loader(loader: Iterable[Batch]) -> dict[str, Any]:
+    batch_size = getattr(loader, "batch_size", None)
+    return {"batches": n_batches(loader), "batch_size": batch_size if isinstance(batch_size, int) else None,
+            "samples": n_items(loader)}
+
+
+def _frozen(state: State) -> list[str]:
+    """The layer groups without a trainable parameter, as the fit began."""
+    trains = {group["layer_group"] for group in state.opt.param_groups for p in group["params"] if p.requires_grad}
+    return [name for i, name in enumerate(state.group_names) if i not in trains]
+
+
+def _text(callback: Callback) -> str:
+    """Its repr without addresses, which are others in each process."""
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(callback))
+
+
+def _shown(value: Any) -> str:
+    return f"{value!r:.120}"

@@ -1,0 +1,132 @@
+"""A loader in the middle of a pass: how it is brought back to where a fit was killed.
+
+A user's loader is never wrapped. What is known is the state of the random generators when the pass began. From there
+the pass is begun again and brought forward, by the cheapest way that gives the same batches:
+
+    state    the loader has `state_dict` and `load_state_dict`: it does it by itself
+    skip     a TensorLoader or a sequence of batches: it begins at the batch that is wanted
+    indices  a DataLoader of torch's without workers, whose sampler draws all that it needs when the pass begins: the
+             indices are drawn, no sample is read
+    draw     anything else: batches are drawn and dropped. Whether they are the same is seen by the last one of them.
+"""
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
+
+from .batches import Batch, tensors
+from .data import TensorLoader, begin, end_workers
+from .signals import DeferredInterrupt
+
+SAMPLERS = (SequentialSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
+
+
+@dataclass
+class Entry:
+    """Where a resumed fit enters its first epoch."""
+
+    n_done: int  # batches of the epoch that are behind
+    iterator: Iterator[Batch] | None = None  # the rest of the pass; None: a new pass
+    limit: int | None = None  # the epoch ends before batch `limit`; None: with its loader
+    is_cut: bool = False  # the rest of the epoch is left out
+    window: Mapping[str, Any] | None = None  # the gradients that were gathered, if a window was open
+
+
+def way(loader: Iterable[Batch]) -> str:
+    """How `loader` is brought forward: "state", "skip", "indices" or "draw".
+
+    >>> way([1, 2]), way(DataLoader([1, 2])), way(DataLoader([1, 2], num_workers=1)), way(iter([1, 2]))
+    ('skip', 'indices', 'draw', 'draw')
+    """
+    if hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict"):
+        return "state"
+    if isinstance(loader, TensorLoader):
+        return "skip" if type(loader).__iter__ is TensorLoader.__iter__ else "draw"
+    if type(loader) in (list, tuple):
+        return "skip"
+    if (isinstance(loader, DataLoader) and type(loader).__iter__ is DataLoader.__iter__ and loader.num_workers == 0
+            and not isinstance(loader.dataset, IterableDataset) and _draws_at_once(loader)):
+        return "indices"
+    return "draw"
+
+
+def _draws_at_once(loader: "DataLoader[Any]") -> bool:
+    """Whether no index depends on random numbers that are drawn while the pass goes on."""
+    sampler: Any = loader.sampler
+    if loader.batch_sampler is not None:
+        if type(loader.batch_sampler) is not BatchSampler:
+            return False
+        sampler = loader.batch_sampler.sampler
+    return type(sampler) in SAMPLERS
+
+
+def can_differ(loader: Iterable[Batch], was_new: bool) -> str:
+    """Why a pass that is begun again may give other batches without anyone noticing; "" if it may not.
+
+    was_new: whether the pass was the first one of its worker processes.
+    """
+    if getattr(loader, "persistent_workers", False) and not was_new and way(loader) != "state":
+        return ("its worker processes persist over epochs, and their random generators cannot be saved: random "
+                "augmentation goes on with other numbers")
+    return ""
+
+
+def digest(batch: Batch) -> str | None:
+    """A number that two batches share if all bits of their tensors are the same; None if there is no tensor.
+
+    >>> digest((torch.ones(2), "text")) == digest((torch.ones(2), "other"))
+    True
+    """
+    hasher, found = hashlib.blake2b(digest_size=8), False
+    for tensor in tensors(batch):
+        found = True
+        tensor = tensor.detach().cpu().contiguous() if tensor.layout is torch.strided else tensor.detach().to_dense()
+        hasher.update(repr((tensor.dtype, tuple(tensor.shape))).encode())
+        hasher.update(tensor.resolve_conj().resolve_neg().flatten().view(torch.uint8).numpy().tobytes())
+    return hasher.hexdigest() if found else None
+
+
+def forward(loader: Any, n_done: int, interrupt: DeferredInterrupt, expected: str | None = None
+            ) -> Iterator[Batch] | None:
+    """An iterator that goes on behind batch `n_done` of a pass that begins now; None if it cannot be brought there.
+
+    Call it with the random generators as they were when the pass began. expected: the `digest` of the last batch that
+    is behind, which is compared where batches are drawn and dropped.
+    """
+    kind = way(loader)
+    if kind == "skip":
+        return loader.iter_from(n_done) if isinstance(loader, TensorLoader) else iter(loader[n_done:])
+    iterator = begin(loader)
+    if kind == "indices":
+        for _ in islice(iterator._sampler_iter, n_done):  # type: ignore[attr-defined]
+            interrupt.check()
+        return iterator
+    if kind == "state":
+        return iterator  # its state was loaded before
+    last: Batch = None
+    try:
+        for _ in range(n_done):
+            interrupt.check()
+            last = next(iterator)
+    except StopIteration:  # it has less to give than it had
+        end_workers(loader, iterator)
+        return None
+    except BaseException:
+        end_workers(loader, iterator)
+        raise
+    if expected is None or digest(last) != expected:
+        end_workers(loader, iterator)
+        return None
+    return iterator

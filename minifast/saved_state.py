@@ -1,0 +1,138 @@
+"""The state of a fit as a tree of plain values, and back: all of it fits, or nothing is changed."""
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from . import rng, snapshot
+from .callback import Callback
+from .data import generators
+from .identity import misfits
+from .state import State
+
+OWN_CHOICE = ("fused", "foreach", "capturable", "differentiable")  # how an optimizer computes, not what
+
+
+def capture_model(model: nn.Module) -> dict[str, Any]:
+    """Weights, buffers (those outside the state dict too) and which parameters are trained. Holds no copies."""
+    return {"weights": dict(model.state_dict()),
+            "transient": {name: buffer for name, buffer in _transient(model)},
+            "trainable": [name for name, p in model.named_parameters() if p.requires_grad]}
+
+
+def capture_optimizer(model: nn.Module, opt: Optimizer) -> dict[str, Any]:
+    """The optimizer's state with the names of its parameters: torch itself would take them in any order."""
+    return {"names": _names(model, opt), "state": opt.state_dict()}
+
+
+def keyed(callbacks: Iterable[Callback]) -> dict[str, Callback]:
+    """Callbacks by the name under which their state is kept: the class, and a number from the second of a class on."""
+    counts: Counter[str] = Counter()
+    named: dict[str, Callback] = {}
+    for cb in callbacks:
+        name = type(cb).__name__
+        counts[name] += 1
+        named[name if counts[name] == 1 else f"{name}-{counts[name]}"] = cb
+    return named
+
+
+def capture_callbacks(state: State) -> dict[str, Any]:
+    """What the callbacks keep over a kill."""
+    return {name: cb.state_dict() for name, cb in keyed(state.callbacks).items()}
+
+
+def loader_generators(state: State) -> list[Any]:
+    """The random generators that the loaders of a fit carry."""
+    loaders = [state.train_dl, *(loader for _, loader in state.valid_sets)]
+    return [generator for loader in loaders for generator in generators(loader)]
+
+
+def capture_rng(state: State) -> dict[str, Any]:
+    """The states of all random generators that a fit draws from."""
+    return rng.capture(loader_generators(state))
+
+
+def model_misfits(model: nn.Module, saved: Mapping[str, Any]) -> list[str]:
+    """What of the saved model does not fit, a line each."""
+    own: dict[str, Any] = dict(model.state_dict())
+    transient = dict(_transient(model))
+    lines = misfits("model", saved["weights"], own) + misfits("buffers", saved["transient"], transient)
+    for theirs, mine in ((saved["weights"], own), (saved["transient"], transient)):
+        lines += [f"model: {name} is {_form(theirs[name])} in the checkpoint, {_form(mine[name])} in this fit"
+                  for name in mine if name in theirs and _form(theirs[name]) != _form(mine[name])][:5]
+    return lines
+
+
+def optimizer_misfits(model: nn.Module, opt: Optimizer, saved: Mapping[str, Any]) -> list[str]:
+    """What of the saved optimizer does not fit, a line each."""
+    own, theirs = _names(model, opt), saved["names"]
+    if own == theirs:
+        shapes = [tuple(p.shape) for group in opt.param_groups for p in group["params"]]
+        flat = [name for names in own for name in names]
+        return [f"optimizer: the state {key} of {flat[i]} has the shape {tuple(value.shape)} for {shapes[i]}"
+                for i, values in saved["state"]["state"].items() for key, value in values.items()
+                if key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg")
+                and isinstance(value, Tensor) and tuple(value.shape) != shapes[i]][:5]
+    lines = misfits("optimizer", [n for names in theirs for n in names], [n for names in own for n in names])
+    return lines or ["optimizer: its parameters are in other groups, or in another order, than in the checkpoint"]
+
+
+def load_model(model: nn.Module, saved: Mapping[str, Any]) -> None:
+    """Put the saved model in place; `model_misfits` has found none."""
+    model.load_state_dict(saved["weights"])
+    with torch.no_grad():
+        for name, buffer in _transient(model):
+            if buffer is not None:
+                buffer.copy_(saved["transient"][name])
+    trainable = set(saved["trainable"])
+    for name, p in model.named_parameters():
+        p.requires_grad_(name in trainable)
+
+
+def load_optimizer(opt: Optimizer, saved: Mapping[str, Any]) -> None:
+    """Put the saved state of the optimizer in place. Its param_groups stay the same objects: a fit holds on to them."""
+    groups = list(opt.param_groups)
+    kept = [{key: group[key] for key in OWN_CHOICE if key in group} for group in groups]
+    opt.load_state_dict(snapshot.clone(saved["state"]))
+    for group, loaded, own in zip(groups, opt.param_groups, kept, strict=True):
+        group.update(loaded | own)
+    opt.param_groups[:] = groups
+
+
+@contextmanager
+def all_or_nothing(state: State) -> Iterator[None]:
+    """If the block fails, model, optimizer and random generators are what they were."""
+    undo = snapshot.capture(state.model, state.opt, loader_generators(state))
+    try:
+        yield
+    except BaseException:
+        undo()
+        raise
+
+
+def has_finite_weights(model: nn.Module) -> bool:
+    """Whether no parameter holds NaN or infinity. Waits for the device."""
+    params = [p.detach() for p in model.parameters() if p.is_floating_point() and p.numel()]
+    return not params or bool(torch.stack([norm.float().cpu() for norm in torch._foreach_norm(params, float("inf"))])
+                              .isfinite().all())
+
+
+def _transient(model: nn.Module) -> Iterator[tuple[str, Tensor | None]]:
+    """Buffers that are not in the state dict."""
+    for prefix, module in model.named_modules():
+        for name in module._non_persistent_buffers_set:
+            yield f"{prefix}.{name}".lstrip("."), module._buffers[name]
+
+
+def _names(model: nn.Module, opt: Optimizer) -> list[list[str]]:
+    names = {id(p): name for name, p in model.named_parameters()}
+    return [[names[id(p)] for p in group["params"]] for group in opt.param_groups]
+
+
+def _form(value: Any) -> str:
+    return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}" if isinstance(value, Tensor) \
+        else type(value).__name__
