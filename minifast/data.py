@@ -298,8 +298,8 @@ def feed(loader: Iterable[Batch], device: torch.device, limit: int | None, inter
 
     first: how many batches of the pass are behind already, of which `iterator` is the rest.
 
-    An error of the loader gains a note that counts the batch. One that comes after Ctrl-C is the interrupt itself:
-    worker processes get the signal too and die of it.
+    An error of the loader gains a note that counts the batch. One that comes after SIGINT or SIGTERM is the interrupt
+    itself: worker processes get the signal too and die of it.
     """
     count = first
     on_cpu = device.type == "cpu"  # batches come from loaders on the CPU: nothing to walk through
@@ -312,7 +312,8 @@ def feed(loader: Iterable[Batch], device: torch.device, limit: int | None, inter
                 return
             except Exception as error:
                 if interrupt.pending:
-                    raise KeyboardInterrupt from error
+                    interrupt.was_raised = True  # between two batches, as by `check`
+                    raise interrupt.exception() from error
                 error.add_note(f"while loading batch {count} of {what} ({type(loader).__name__})")
                 raise
             yield batch if on_cpu else to_device(batch, device)

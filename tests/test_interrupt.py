@@ -1,5 +1,6 @@
-"""Ctrl-C, by real signals: the first one finishes the batch and cleans up, the second one is at once."""
+"""Ctrl-C and SIGTERM, by real signals: the first one finishes the batch and cleans up, a second Ctrl-C is at once."""
 
+import logging
 import multiprocessing
 import os
 import signal
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -18,38 +20,51 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from minifast import CancelEpoch, CancelFit, LRFinder
 from minifast.callback import EVENTS
+from minifast.signals import DeferredInterrupt
 
 ROOT = Path(__file__).resolve().parent.parent
 FOREVER = 60.0  # seconds: what lasts that long did not work
+DEFAULTS = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+both = pytest.mark.parametrize("number", DEFAULTS, ids=lambda number: number.name)
 
 
 @pytest.fixture(autouse=True)
-def python_handles_ctrl_c():
-    """As in any program that was started in the foreground; and after the test the handler is this one again."""
-    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+def python_handles_signals():
+    """As in any program that was started in the foreground; and after the test the handlers are these again."""
+    previous = {number: signal.signal(number, handler) for number, handler in DEFAULTS.items()}
     yield
-    left = signal.getsignal(signal.SIGINT)
-    signal.signal(signal.SIGINT, previous)
-    assert left is signal.default_int_handler
+    left = {number: signal.signal(number, handler) for number, handler in previous.items()}
+    assert left == DEFAULTS
 
 
-def ctrl_c(state=None):
-    """A SIGINT to this process; Python's handler has run when it returns."""
-    os.kill(os.getpid(), signal.SIGINT)
-    for _ in range(3):  # the handler runs between two instructions of the main thread
-        time.sleep(0)
+def sends(number):
+    """An action for `At`: this signal to this process; Python's handler has run when it returns."""
+
+    def send(state=None):
+        os.kill(os.getpid(), number)
+        for _ in range(3):  # the handler runs between two instructions of the main thread
+            time.sleep(0)
+
+    return send
 
 
-def interrupted(fit):
-    """Run `fit`, which must end with a KeyboardInterrupt; gives it.
+ctrl_c, sigterm = sends(signal.SIGINT), sends(signal.SIGTERM)
+
+
+def interrupted(fit, number=signal.SIGINT):
+    """Run `fit`, which must end as it does by this signal; gives the exception.
 
     (pytest.raises would make a cycle of it and this frame. Of a cycle's workers torch cannot tell that they are done.)
     """
     try:
         fit()
     except KeyboardInterrupt as error:
-        return error
-    return pytest.fail("no KeyboardInterrupt")
+        if number == signal.SIGINT:
+            return error
+    except SystemExit as error:
+        if (number, error.code) == (signal.SIGTERM, 143):
+            return error
+    return pytest.fail(f"it was not interrupted as by {number.name}")
 
 
 # ---- the first one
@@ -69,11 +84,12 @@ REST = {  # (the loop looks between batches and between epochs)
 }
 
 
+@both
 @pytest.mark.parametrize("event", EVENTS)
-def test_the_first_one_finishes_the_batch_and_cleans_up(event):
+def test_the_first_one_finishes_the_batch_and_cleans_up(event, number):
     log, learn = [], learner(batches(2), batches(1), opt_func=partial(spying(), momentum=0.8))
-    callbacks = [At(event, ctrl_c, n=0), Trace(log, "a."), Trace(log, "b.")]
-    interrupted(lambda: learn.fit_one_cycle(2, 0.1, callbacks=callbacks))
+    callbacks = [At(event, sends(number), n=0), Trace(log, "a."), Trace(log, "b.")]
+    interrupted(lambda: learn.fit_one_cycle(2, 0.1, callbacks=callbacks), number)
     heard = [name[2:] for name in log if name.startswith("b.")]
     begin = len(heard) if event == "after_fit" else heard.index(event) + 1
     assert heard[begin:] == [*REST[event].split(), *(["after_fit"] if event != "after_fit" else [])]
@@ -84,10 +100,11 @@ def test_the_first_one_finishes_the_batch_and_cleans_up(event):
     assert learn.model.training
 
 
+@both
 @pytest.mark.parametrize("event", EVENTS)
-def test_the_learner_is_one_that_the_uninterrupted_fit_passed_through(event):
+def test_the_learner_is_one_that_the_uninterrupted_fit_passed_through(event, number):
     learns = [learner(batches(2), batches(1), opt_func=partial(spying(), momentum=0.9)) for _ in range(2)]
-    interrupted(lambda: learns[0].fit_one_cycle(2, 0.1, callbacks=[At(event, ctrl_c, n=0)]))
+    interrupted(lambda: learns[0].fit_one_cycle(2, 0.1, callbacks=[At(event, sends(number), n=0)]), number)
     learns[1].fit_one_cycle(2, 0.1)
     done = len(learns[0].opt.seen)
     assert done or event == "before_fit"
@@ -99,9 +116,10 @@ def test_the_learner_is_one_that_the_uninterrupted_fit_passed_through(event):
     assert trained(learns[0]) == trained(other)
 
 
-def test_from_another_thread_while_the_model_computes():
+@both
+def test_from_another_thread_while_the_model_computes(number):
     pressed, learn = threading.Event(), learner(batches(50))
-    presser = threading.Thread(target=lambda: (pressed.wait(FOREVER), ctrl_c()))
+    presser = threading.Thread(target=lambda: (pressed.wait(FOREVER), sends(number)()))
     presser.start()
 
     def wait(state):
@@ -111,44 +129,48 @@ def test_from_another_thread_while_the_model_computes():
         while not state.interrupt.pending and time.monotonic() < begin + FOREVER:
             time.sleep(0.001)
 
-    interrupted(lambda: learn.fit(0.1, callbacks=[At("after_pred", wait, n=7)]))
+    interrupted(lambda: learn.fit(0.1, callbacks=[At("after_pred", wait, n=7)]), number)
     assert len(learn.recorder.losses) == len(learn.opt.seen) == 8
 
 
+@both
 @pytest.mark.parametrize("cancel", [CancelEpoch, CancelFit])
 @pytest.mark.parametrize("event", ["before_epoch", "after_pred", "after_step"])
-def test_a_cancel_after_it_does_not_swallow_it(event, cancel):
+def test_a_cancel_after_it_does_not_swallow_it(event, cancel, number):
     learn = learner(batches(2), batches(1))
-    callbacks = [At(event, ctrl_c, n=0), At(event, throw(cancel()), n=0)]
-    interrupted(lambda: learn.fit(0.1, 2, callbacks=callbacks))
+    callbacks = [At(event, sends(number), n=0), At(event, throw(cancel()), n=0)]
+    interrupted(lambda: learn.fit(0.1, 2, callbacks=callbacks), number)
     assert len(learn.opt.seen) <= 1
 
 
-def test_inside_an_accumulation_window_its_gradients_are_dropped():
+@both
+def test_inside_an_accumulation_window_its_gradients_are_dropped(number):
     learn = learner(batches(4))
-    interrupted(lambda: learn.fit(0.1, accumulate=2, callbacks=[At("after_backward", ctrl_c, n=2)]))
+    interrupted(lambda: learn.fit(0.1, accumulate=2, callbacks=[At("after_backward", sends(number), n=2)]), number)
     assert len(learn.opt.seen) == len(learn.recorder.losses) == 1
     assert [p.grad for p in learn.model.parameters()] == [None, None]
 
 
-def test_an_error_after_it_is_still_that_error():
+@both
+def test_an_error_after_it_is_still_that_error(number):
     error = ZeroDivisionError()
     with pytest.raises(ZeroDivisionError) as info:
-        learner().fit(0.1, callbacks=[At("after_pred", ctrl_c), At("after_loss", throw(error))])
+        learner().fit(0.1, callbacks=[At("after_pred", sends(number)), At("after_loss", throw(error))])
     assert info.value is error
 
 
-def test_a_loader_that_fails_after_it_counts_as_the_interrupt():
+@both
+def test_a_loader_that_fails_after_it_counts_as_the_interrupt(number):
     class Loader:
         def __len__(self):
             return 3
 
         def __iter__(self):
             yield batches(1)[0]
-            ctrl_c()
+            sends(number)()
             raise RuntimeError("DataLoader worker (pid 4711) exited unexpectedly")
 
-    error = interrupted(lambda: learner(Loader()).fit(0.1))
+    error = interrupted(lambda: learner(Loader()).fit(0.1), number)
     assert isinstance(error.__cause__, RuntimeError)
 
 
@@ -156,14 +178,14 @@ def test_a_loader_that_fails_after_it_counts_as_the_interrupt():
 
 
 class Stuck(nn.Linear):
-    """Presses Ctrl-C in its second batch, and then once more in the middle of something that lasts."""
+    """Gets `first` in its second batch, and then a Ctrl-C in the middle of something that lasts."""
 
-    calls, woke = 0, False
+    first, calls, woke = signal.SIGINT, 0, False
 
     def forward(self, x):
         self.calls += 1
         if self.calls == 2:
-            ctrl_c()
+            sends(self.first)()
             threading.Timer(0.05, ctrl_c_in_main_thread).start()
             time.sleep(FOREVER)
             self.woke = True
@@ -174,17 +196,94 @@ def ctrl_c_in_main_thread():
     signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
 
 
+@both
 @pytest.mark.parametrize("fit", ["fit(0.1, 2)", "lr_find()", "fit(0.1, callbacks=[LRFinder()])"])
-def test_the_second_one_is_at_once(fit):
+def test_a_second_ctrl_c_is_at_once_after_either(fit, number):
     model = Stuck(3, 1)
+    model.first = number
     log, learn = [], learner(model=model)
     learn.callbacks.append(Trace(log))
-    interrupted(lambda: eval(f"learn.{fit}", {"learn": learn, "LRFinder": LRFinder}))
+    interrupted(lambda: eval(f"learn.{fit}", {"learn": learn, "LRFinder": LRFinder}), number)
     assert not model.woke
     if fit == "fit(0.1, 2)":
         assert log[-2:] == ["before_batch", "after_fit"]
         assert len(learn.recorder.losses) == len(learn.opt.seen) == 1
     assert [p.grad for p in model.parameters()] == [None, None]
+
+
+@both
+def test_a_sigterm_after_either_waits_too_and_outranks(number):
+    learn = learner(batches(3))
+    presses = [At("after_pred", sends(number), n=0), At("after_loss", sigterm, n=0), At("after_step", sigterm, n=0)]
+    interrupted(lambda: learn.fit(0.1, callbacks=presses), signal.SIGTERM)
+    assert len(learn.opt.seen) == 1
+
+
+@both
+def test_a_callback_can_tell_where_the_fit_stopped(number):
+    seen = []
+
+    class Look(Trace):
+        def after_fit(self, state):
+            interrupt = state.interrupt
+            seen.append((interrupt.pending, interrupt.signal, interrupt.was_raised))
+
+    learn = learner(batches(3), batches(3))
+    learn.fit(0.1, callbacks=[Look()])
+    interrupted(lambda: learn.fit(0.1, callbacks=[Look(), At("after_pred", sends(number), n=0)]), number)
+    interrupted(lambda: learn.fit(0.1, callbacks=[Look(), At("after_valid_batch", sends(number), n=0)]), number)
+    at_once = [At("after_pred", sends(number), n=0), At("after_loss", ctrl_c, n=0)]
+    interrupted(lambda: learn.fit(0.1, callbacks=[Look(), *at_once]), number)
+    assert seen == [(False, None, False), (True, number, True), (True, number, True), (True, number, False)]
+
+
+def test_held_signals_wait_even_the_second_one():
+    steps = []
+
+    def hold():
+        with DeferredInterrupt() as interrupt:
+            interrupt.is_held = True
+            for _ in range(3):
+                ctrl_c()
+            steps.append("done")
+
+    interrupted(hold)
+    assert steps == ["done"]
+
+
+def test_held_inside_a_fit_the_second_one_is_raised_where_that_ends():
+    steps = []
+
+    def put_back(state):
+        with DeferredInterrupt() as interrupt:
+            interrupt.is_held = True
+            ctrl_c(), ctrl_c()
+            steps.append("put back")
+        steps.append("not reached")
+
+    interrupted(lambda: learner().fit(0.1, callbacks=[At("after_pred", put_back, n=0)]))
+    assert steps == ["put back"]
+
+
+@both
+def test_a_short_block_inside_a_fit_leaves_it_to_the_fit(number):
+    learn, steps = learner(batches(3)), []
+
+    def put_back(state):
+        with DeferredInterrupt():
+            sends(number)()
+        steps.append("after the block")
+
+    interrupted(lambda: learn.fit(0.1, callbacks=[At("after_pred", put_back, n=0)]), number)
+    assert (steps, len(learn.opt.seen)) == (["after the block"], 1)
+
+
+@both
+def test_a_fit_that_begins_after_it_does_not_train(number):
+    inner, outer = learner(batches(3)), learner(batches(3))
+    actions = [At("after_pred", sends(number), n=0), At("after_step", lambda state: inner.fit(0.1), n=0)]
+    interrupted(lambda: outer.fit(0.1, callbacks=actions), number)
+    assert (len(inner.opt.seen), len(outer.opt.seen)) == (0, 1)
 
 
 def test_the_second_one_in_a_cleanup_lets_the_others_clean_up():
@@ -223,37 +322,46 @@ def finder_learner():
     return learn
 
 
+@both
 @pytest.mark.parametrize("n", [0, 5, 99])
-def test_in_lr_find_everything_is_put_back(n):
+def test_in_lr_find_everything_is_put_back(n, number):
     learn, calls = finder_learner(), []
-    learn.model[0].register_forward_hook(lambda *args: (calls.append(1), ctrl_c() if len(calls) == n + 1 else None)[1])
+
+    def press(*args):
+        calls.append(1)
+        if len(calls) == n + 1:
+            sends(number)()
+
+    learn.model[0].register_forward_hook(press)
     before = everything(learn)
-    interrupted(lambda: learn.lr_find(1e-6, 1e-5))
+    interrupted(lambda: learn.lr_find(1e-6, 1e-5), number)
     assert everything(learn) == before
     assert len(calls) == n + 1  # that batch was the last one
 
 
-def test_in_a_sandbox_everything_is_put_back():
+@both
+def test_in_a_sandbox_everything_is_put_back(number):
     learn = finder_learner()
     before = everything(learn)
 
     def try_out():
         with learn.sandbox():
             learn.freeze()
-            learn.fit(0.1, callbacks=[At("after_pred", ctrl_c)])
+            learn.fit(0.1, callbacks=[At("after_pred", sends(number))])
 
-    interrupted(try_out)
+    interrupted(try_out, number)
     assert everything(learn) == before
 
 
-def test_while_everything_is_put_back_it_waits():
+@both
+def test_while_everything_is_put_back_it_waits(number):
     learn = finder_learner()
     before = everything(learn)
 
     class Recorder(type(learn.recorder)):
         def keep(self):
             restore = super().keep()
-            return lambda: (ctrl_c(), restore())
+            return lambda: (sends(number)(), restore())
 
     learn.recorder.__class__ = Recorder
 
@@ -261,7 +369,7 @@ def test_while_everything_is_put_back_it_waits():
         with learn.sandbox():
             learn.fit(0.1)
 
-    interrupted(try_out)
+    interrupted(try_out, number)
     assert everything(learn) == before
 
 
@@ -273,75 +381,129 @@ def host_handler(signum, frame):
 
 
 FITS = {
-    "normal": lambda learn: learn.fit(0.1),
-    "error": lambda learn: learn.fit(0.1, callbacks=[At("after_pred", throw(ZeroDivisionError))]),
-    "Ctrl-C": lambda learn: learn.fit(0.1, callbacks=[At("after_pred", ctrl_c)]),
-    "lr_find": lambda learn: learn.lr_find(),
-}
+    "normal": lambda learn, number: learn.fit(0.1),
+    "error": lambda learn, number: learn.fit(0.1, callbacks=[At("after_pred", throw(ZeroDivisionError))]),
+    "at once": lambda learn, number: learn.fit(0.1, callbacks=[At("after_pred", throw(SystemExit(3)))]),
+    "signal": lambda learn, number: learn.fit(0.1, callbacks=[At("after_pred", sends(number))]),
+    "several": lambda learn, number: learn.fit(0.1, callbacks=[
+        At("after_pred", sends(number)), At("after_pred", sigterm), At("after_loss", ctrl_c)]),
+    "lr_find": lambda learn, number: learn.lr_find(),
+}  # fmt: skip
 
 
+@both
 @pytest.mark.parametrize("handler", [host_handler, signal.SIG_DFL, signal.SIG_IGN, signal.default_int_handler])
 @pytest.mark.parametrize("fit", FITS)
-def test_the_host_programs_handler_is_put_back(handler, fit):
-    if handler is signal.SIG_DFL and fit == "Ctrl-C":
+def test_the_host_programs_handlers_are_put_back(handler, fit, number):
+    if handler is signal.SIG_DFL and number == signal.SIGINT and fit in ("signal", "several"):
         return  # that ends a process
-    signal.signal(signal.SIGINT, handler)
+    if handler is signal.SIG_IGN and fit == "several":
+        return  # the other one is not ignored: see below
+    handlers = DEFAULTS | {number: handler}
+    signal.signal(number, handler)
     try:
-        FITS[fit](learner())
-    except (ZeroDivisionError, KeyboardInterrupt):
+        FITS[fit](learner(), number)
+    except (ZeroDivisionError, KeyboardInterrupt, SystemExit):
         pass
     finally:
-        left = signal.signal(signal.SIGINT, signal.default_int_handler)
-    assert left is handler
+        left = {number: signal.signal(number, handler) for number, handler in DEFAULTS.items()}
+    assert all(left[number] is handler for number, handler in handlers.items())
 
 
-def test_where_the_host_program_ignores_ctrl_c_so_do_we():
+@both
+def test_each_is_left_to_the_host_program_that_ignores_it_and_the_other_is_not(number):
+    other = next(iter(DEFAULTS.keys() - {number}))
+    assert fit_under(number, signal.SIG_IGN, "after_pred") == (3, None)
+    signal.signal(number, signal.SIG_IGN)
     learn = learner(batches(3))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        learn.fit(0.1, callbacks=[At("after_pred", ctrl_c)])
+        presses = [At("after_pred", sends(number), n=0), At("after_pred", sends(other), n=1)]
+        interrupted(lambda: learn.fit(0.1, callbacks=presses), other)
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    assert len(learn.opt.seen) == 3
+        signal.signal(number, DEFAULTS[number])
+    assert len(learn.opt.seen) == 2
 
 
-def fit_under(handler, *presses):
-    """The updates of a fit of 3 with Ctrl-C in these events of its first batch, and what ended it."""
+def fit_under(number, handler, *presses):
+    """The updates of a fit of 3 with this signal in these events of its first batch, and what ended it."""
     learn = learner(batches(3))
-    signal.signal(signal.SIGINT, handler)
+    signal.signal(number, handler)
     try:
-        learn.fit(0.1, callbacks=[At(event, ctrl_c, n=0) for event in presses])
+        learn.fit(0.1, callbacks=[At(event, sends(number), n=0) for event in presses])
     except BaseException as error:
-        return len(learn.opt.seen), type(error)
+        return len(learn.opt.seen), error
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(number, DEFAULTS[number])
     return len(learn.opt.seen), None
 
 
+@both
 @pytest.mark.parametrize("presses", [["after_pred"], ["after_pred", "after_loss"]])
-def test_the_host_programs_handler_hears_of_each(presses):
+def test_the_host_programs_handler_hears_of_each(presses, number):
     calls = []
-    assert fit_under(lambda *args: calls.append(args), *presses) == (1, KeyboardInterrupt)
-    assert [signum for signum, _ in calls] == [signal.SIGINT] * len(presses)
+    steps, error = fit_under(number, lambda *args: calls.append(args), *presses)
+    interrupted(lambda: throw(error)(None), number)
+    assert (steps, [signum for signum, _ in calls]) == (1, [number] * len(presses))
 
 
-def test_an_interrupt_that_the_host_programs_handler_raises_waits_too():
+@both
+@pytest.mark.parametrize("error", [KeyboardInterrupt("mine"), SystemExit(3)])
+def test_an_interrupt_that_the_host_programs_handler_raises_waits_too(error, number):
     def handler(signum, frame):
-        raise KeyboardInterrupt
+        raise error
 
-    assert fit_under(handler, "after_pred") == (1, KeyboardInterrupt)
-    assert fit_under(handler, "after_pred", "after_loss") == (0, KeyboardInterrupt)
-
-
-def test_anything_else_that_it_raises_does_not_wait():
-    assert fit_under(lambda *args: sys.exit(3), "after_pred") == (0, SystemExit)
+    assert fit_under(number, handler, "after_pred") == (1, error)
+    is_at_once = number == signal.SIGINT
+    assert fit_under(number, handler, "after_pred", "after_loss") == (0 if is_at_once else 1, error)
 
 
-def test_another_learners_fit_inside_a_callback_hands_it_on():
+@both
+def test_and_it_is_the_one_that_a_fit_inside_a_fit_ends_with(number):
+    def nested(state):
+        learner(batches(3)).fit(0.1, callbacks=[At("after_pred", sends(number), n=0)])
+
+    signal.signal(number, lambda *args: sys.exit(3))
+    try:
+        with pytest.raises(SystemExit) as info:
+            learner(batches(3)).fit(0.1, callbacks=[At("after_step", nested)])
+    finally:
+        signal.signal(number, DEFAULTS[number])
+    assert info.value.code == 3
+
+
+@both
+def test_an_error_that_it_raises_does_not_wait(number):
+    error = ZeroDivisionError()
+    assert fit_under(number, lambda *args: throw(error)(None), "after_pred") == (0, error)
+
+
+@both
+def test_nothing_keeps_the_state_alive(number):
+    """Whatever the host program's handler raised holds frames; a cycle of them would hold the worker processes."""
+    import gc
+    import weakref
+
+    states = []
+    note = At("before_fit", lambda state: states.append(weakref.ref(state.interrupt)))
+    gc.disable()
+    try:
+        for handler in (DEFAULTS[number], lambda *args: sys.exit(3)):
+            learn = learner()
+            signal.signal(number, handler)
+            with suppress(KeyboardInterrupt, SystemExit):
+                learn.fit(0.1, callbacks=[note, At("after_pred", sends(number), n=0)])
+            assert states[-1]() is None
+    finally:
+        gc.enable()
+        signal.signal(number, DEFAULTS[number])
+
+
+@both
+def test_another_learners_fit_inside_a_callback_hands_it_on(number):
     inner, outer = learner(batches(3)), learner(batches(3))
-    press = At("after_pred", ctrl_c, n=0)
+    press = At("after_pred", sends(number), n=0)
     nested = At("after_step", lambda state: inner.fit(0.1, callbacks=[press]), n=1)
-    interrupted(lambda: outer.fit(0.1, callbacks=[nested]))
+    interrupted(lambda: outer.fit(0.1, callbacks=[nested]), number)
     assert (len(inner.opt.seen), len(outer.opt.seen)) == (1, 2)
 
 
@@ -351,14 +513,16 @@ def test_the_second_one_is_at_once_in_a_fit_inside_a_fit():
     assert not inner.model.woke
 
 
-def test_a_fit_in_another_thread_leaves_the_handler_alone():
+def test_a_fit_in_another_thread_leaves_the_handlers_alone_and_says_so(caplog):
     learn, seen = learner(batches(3)), []
-    look = At("after_pred", lambda state: seen.append(signal.getsignal(signal.SIGINT)))
+    look = At("after_pred", lambda state: seen.append({number: signal.getsignal(number) for number in DEFAULTS}))
     thread = threading.Thread(target=lambda: learn.fit(0.1, callbacks=[look]))
-    thread.start()
-    thread.join()
-    assert seen == [signal.default_int_handler] * 3
+    with caplog.at_level(logging.DEBUG, "minifast"):
+        thread.start()
+        thread.join()
+    assert seen == [DEFAULTS] * 3
     assert len(learn.opt.seen) == 3
+    assert [record.levelname for record in caplog.records if "not in the main thread" in record.message] == ["DEBUG"]
 
 
 # ---- in processes of their own
@@ -381,17 +545,26 @@ def in_a_process_group_of_its_own(function, result):
     return result.read_text()
 
 
-def fits_with_workers(persistent):
-    """How many updates each fit made, where the whole process group gets a Ctrl-C in the third."""
+def to_the_group(number):
+    """This signal, from outside, to this process and its workers; SIGTERM ends them, and torch hears of it."""
+    workers = multiprocessing.active_children()
+    subprocess.run(["kill", "-s", number.name[3:], "--", f"-{os.getpgrp()}"], check=True, start_new_session=True)
+    for worker in workers if number == signal.SIGTERM else []:
+        worker.join(FOREVER)
+        assert worker.exitcode == -signal.SIGTERM
+
+
+def fits_with_workers(persistent, number):
+    """How many updates each fit made, where the whole process group gets a signal in the third."""
     data = TensorDataset(torch.randn(40, 3), torch.randn(40, 1))
     loader = DataLoader(data, 4, num_workers=2, persistent_workers=persistent, multiprocessing_context="fork")
     learn = learner(loader, loader)
     steps = []
     for fit in (learn.fit, learn.fit, learn.lr_find, learn.fit):
         done = len(learn.opt.seen)
-        press = At("after_pred", lambda state: os.killpg(0, signal.SIGINT), n=2)
+        press = At("after_pred", lambda state: to_the_group(number), n=2)
         press.in_lr_find = True
-        interrupted(lambda: fit(0.1, callbacks=[press]))  # noqa: B023
+        interrupted(lambda: fit(0.1, callbacks=[press]), number)  # noqa: B023
         steps.append(len(learn.opt.seen) - done)
     learn.fit(0.1)
     return [*steps, len(learn.recorder.losses), len(learn.recorder.epochs)]
@@ -399,9 +572,10 @@ def fits_with_workers(persistent):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@both
 @pytest.mark.parametrize("persistent", [False, True])
-def test_the_terminal_sends_it_to_the_workers_too(persistent, tmp_path):
-    result = in_a_process_group_of_its_own(lambda: fits_with_workers(persistent), tmp_path / "result")
+def test_a_terminal_or_a_scheduler_sends_it_to_the_workers_too(persistent, number, tmp_path):
+    result = in_a_process_group_of_its_own(lambda: fits_with_workers(persistent, number), tmp_path / "result")
     assert result == "[3, 3, 3, 3, 10, 1]"
 
 
