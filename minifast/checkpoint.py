@@ -72,7 +72,7 @@ class Checkpoint(Callback):
 
     def before_fit(self, state: State) -> None:
         if self._folder is None:
-            raise RuntimeError(f"{self!r} works only in a fit of a Learner: learn.fit(..., callbacks=[Checkpoint(...)]).")
+            raise RuntimeError(f"{self!r} works only in a fit of a Learner: learn.fit(..., callbacks=[...]).")
         self._n_failures, self._is_saved = 0, True  # nothing to lose before the first step
         self._at_epoch_start: dict[str, Any] | None = None  # the random generators
         self._is_first_pass = True

@@ -232,13 +232,14 @@ def check(path: Path, saved: Any, state: State, own: dict[str, Any]) -> None:
         raise ValueError(f"{path} has format {saved['format']}, and this version of minifast reads up to {FORMAT}. "
                          "Upgrade minifast.")
     missing = [part for part in PARTS if part not in saved]
+    mine = saved_state.keyed(state.callbacks)
     try:
         problems = [f"it has no {listed(missing)}"] if missing else [
             *differences(saved["facts"], own), *saved_state.model_misfits(state.model, saved["model"]),
             *saved_state.optimizer_misfits(state.model, state.opt, saved["optimizer"])]
         changed = [f"{name} {saved['environment'].get(name)} then, {value} now"
                    for name, value in environment(state).items() if saved["environment"].get(name) != value]
-        theirs = set(saved["callbacks"])
+        gone = [name for name, kept in saved["callbacks"].items() if kept and name not in mine]
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
         raise ValueError(f"{path} is not a checkpoint that minifast has written ({error!r}).") from error
     if problems:
@@ -246,11 +247,11 @@ def check(path: Path, saved: Any, state: State, own: dict[str, Any]) -> None:
         raise ValueError(f"{path} was made by another fit:\n  {lines}\nTo go on with it, call the fit with the same "
                          "arguments. To train on from its weights by another plan, load them by learn.load(path) and "
                          "give Checkpoint another folder.")
-    mine = set(saved_state.keyed(state.callbacks))
-    for names, text in ((theirs - mine, "are not in this fit: what they have kept is left out"),
-                        (mine - theirs, "are not in the checkpoint: they begin in the middle of the fit")):
-        if names - {"Progress"}:  # a bar more or less is no matter
-            warnings.warn(f"{path}: the callbacks {', '.join(sorted(names))} {text}.", stacklevel=2)
+    new = [name for name, cb in mine.items() if name not in saved["callbacks"] and saved_state.keeps_anything(cb)]
+    for names, text in ((gone, "in this fit: what it has kept is left out"),
+                        (new, "in the checkpoint: it begins in the middle of the fit")):
+        for name in names:
+            warnings.warn(f"{path}: there is no {name} {text}.", stacklevel=2)
     if changed:
         warnings.warn(f"{path} was made elsewhere ({'; '.join(changed)}): training goes on, but maybe not with "
                       "the same bits.", stacklevel=2)

@@ -45,6 +45,11 @@ def capture_callbacks(state: State) -> dict[str, Any]:
     return {name: cb.state_dict() for name, cb in keyed(state.callbacks).items()}
 
 
+def keeps_anything(cb: Callback) -> bool:
+    """Whether a callback has a state to keep over a kill."""
+    return bool(cb.saves) or type(cb).state_dict is not Callback.state_dict
+
+
 def loader_generators(state: State) -> list[Any]:
     """The random generators that the loaders of a fit carry."""
     loaders = [state.train_dl, *(loader for _, loader in state.valid_sets)]

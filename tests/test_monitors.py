@@ -482,7 +482,8 @@ def test_two_of_them_multiply():
 def kill_and_resume(values, killed_after, make):
     """The learner of a fit in two halves: the second is a new Learner with what the first one has saved."""
     first, callbacks = learner(batches(2), batches(1), metrics=[Given(values, "accuracy")]), make()
-    first.fit(0.1, killed_after, callbacks=callbacks)
+    scale = []
+    first.fit(0.1, killed_after, callbacks=[*callbacks, At("after_epoch", lambda state: scale.append(state.lr_scale))])
     saved = first.model.state_dict(), first.opt.state_dict(), [cb.state_dict() for cb in callbacks]
     second = learner(batches(2), batches(1), seed=9, metrics=[Given(values[killed_after:], "accuracy")])
     fresh = make()
@@ -492,6 +493,7 @@ def kill_and_resume(values, killed_after, make):
         second.opt.load_state_dict(saved[1])
         for cb, of_it in zip(fresh, saved[2], strict=True):
             cb.load_state_dict(of_it)
+        state.lr_scale = scale[-1]
 
     at = At("before_fit", load)
     at.order = 999
