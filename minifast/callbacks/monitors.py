@@ -241,7 +241,7 @@ class SaveBest(Monitor):
                             getattr(error, "strerror", None) or f"cannot save to {self.path}: {error}.")
                 return
         self.keep_best(state, value)
-        if self is next((cb for cb in state.callbacks if isinstance(cb, SaveBest)), self):  # of several, the first one's
+        if self is next((cb for cb in state.callbacks if isinstance(cb, SaveBest)), self):  # of several the first
             state.best = Best(self.monitor, value, state.epoch)
 
     def after_fit(self, state: State) -> None:
