@@ -17,11 +17,11 @@ import minifast
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "minifast"
 FLOORS = {
-    0: {"errors", "signals", "suggest", "schedules", "plots", "tables", "batches", "losses", "scalars",
-        "files"},
-    1: {"groups", "hypers", "data", "snapshot", "window", "record", "plan", "weights", "hooks", "verdict"},
-    2: {"state", "checks", "image_folder", "meters", "inference"},
-    3: {"callback", "whole_set"},
+    0: {"errors", "signals", "suggest", "schedules", "plots", "tables", "batches", "losses", "scalars", "trees",
+        "pickles"},
+    1: {"groups", "hypers", "data", "snapshot", "window", "record", "plan", "files", "hooks", "verdict"},
+    2: {"state", "checks", "image_folder", "meters", "weights"},
+    3: {"callback", "whole_set", "inference"},
     4: {"loop", "scheduler", "lr_find", "recorder", "progress", "metrics", "first_batch", "ownership", "budget",
         "loggers"},
     5: {"lr", "composed"},
