@@ -87,7 +87,7 @@ def newest(paths: list[Path]) -> tuple[Path, Any, list[str]]:
     skipped: list[str] = []
     for path in paths:
         try:
-            return path, load_tree(path), skipped
+            return path, load_tree(path, checked=True), skipped
         except (ValueError, OSError) as error:
             skipped.append(str(error))
     raise ValueError("no checkpoint can be read: " + " ".join(skipped))

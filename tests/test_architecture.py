@@ -17,12 +17,11 @@ import minifast
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "minifast"
 FLOORS = {
-    0: {"errors", "signals", "suggest", "schedules", "plots", "tables", "batches", "losses", "scalars",
-        "files", "rng"},
-    1: {"groups", "hypers", "data", "snapshot", "window", "record", "plan", "weights", "hooks", "verdict",
-        "run_folder"},
-    2: {"replay", "checks", "image_folder", "meters", "inference"},
-    3: {"state", "whole_set"},
+    0: {"errors", "signals", "suggest", "schedules", "plots", "tables", "batches", "losses", "scalars", "trees",
+        "pickles", "rng"},
+    1: {"groups", "hypers", "data", "snapshot", "window", "record", "plan", "files", "hooks", "verdict"},
+    2: {"replay", "checks", "image_folder", "meters", "weights", "run_folder"},
+    3: {"state", "whole_set", "inference"},
     4: {"callback"},
     5: {"loop", "scheduler", "lr_find", "recorder", "progress", "metrics", "first_batch", "ownership", "budget",
         "loggers"},
