@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from . import fitting, loop, snapshot
 from .batches import Batch, UnpackBatch, call_model, scores, split_batch, to_device
+from .best import load_best
 from .callback import Callback, Emitter, evaluating
 from .cycles import check_not_swapped, epochs_and_schedule
 from .data import DataLoaders, as_dataloaders, count_steps, feed, generators, in_order, second_copy, valid_sets
@@ -25,10 +26,12 @@ from .lr_find import LRFind, LRFinder
 from .metrics import Metrics
 from .ownership import check_callbacks
 from .plan import Plan
+from .progress import say
 from .recorder import Recorder
 from .resume import Resume
 from .scheduler import Scheduler
 from .signals import DeferredInterrupt
+from .tables import shown
 from .weights import load_weights, save_weights
 
 if TYPE_CHECKING:
@@ -470,8 +473,23 @@ class Learner:
         return save_weights(self.model, path)
 
     def load(self, path: str | os.PathLike[str]) -> "Learner":
-        """Load weights that `save` wrote. Raises ValueError that names what does not fit, and then changes nothing."""
+        """Load weights that `save` wrote, or those in a checkpoint.
+
+        Raises ValueError that names what does not fit, and then changes nothing.
+        """
         load_weights(self.model, path)
+        return self
+
+    def load_best(self, path: str | os.PathLike[str]) -> "Learner":
+        """Load the weights of the best epoch of a run, as `SaveBest` and `Checkpoint(path)` have kept them.
+
+        path: the folder of the run (then it is its last fit's), of a fit, or a best.ckpt. The weights are those that
+        were validated: of an `EMA`, the average. Raises FileNotFoundError if there is none, ValueError for one that is
+        damaged or does not fit, and then changes nothing.
+        """
+        best = load_best(self.model, path)
+        if self.verbose:
+            say(f"loaded the weights of epoch {best['epoch']}: {best['monitor']} {shown(best['value'])}")
         return self
 
     # ---- inside

@@ -110,6 +110,8 @@ class Session:
             for reason in skipped:
                 log.warning("skipped: %s", reason)
             check(self._path, self._saved, state, own)
+        elif folder is not None:
+            folder.set_aside(-1)  # a best checkpoint that is left of a run that was removed
         if saver is not None and folder is not None:
             saver.begin(folder, uuid4().hex if self._saved is None else self._saved["run"], own)
 

@@ -20,6 +20,7 @@ from typing import Any
 from .files import load_tree, replacing, save_tree, sweep
 
 NAME = re.compile(r"step-(\d{8,})\.ckpt")
+FIT = re.compile(r"fit-([1-9]\d*)")
 BEST = "best.ckpt"
 log = logging.getLogger("minifast")
 _held: set[Path] = set()  # the runs that this process trains: its own lock would not keep it out
@@ -62,9 +63,18 @@ class FitFolder:
     def set_aside(self, step: int) -> list[Path]:
         """Rename what is newer than `step`, for a fit that goes on from there: else it would pass for the newest."""
         newer = [path for path in self.checkpoints() if step_of(path) > step]
+        if self.best.exists() and load_tree(self.best, checked=True)["position"]["step"] > step:
+            newer.append(self.best)
         for path in newer:
             os.replace(path, path.with_suffix(".superseded"))
         return newer
+
+
+def fits_of(run: Path) -> list[FitFolder]:
+    """The folders of the fits of a run that hold anything, in their order."""
+    found = {int(match[1]): path for path in run.glob("fit-*") if (match := FIT.fullmatch(path.name))}
+    folders = [FitFolder(path) for _, path in sorted(found.items())]
+    return [folder for folder in folders if folder.checkpoints() or folder.best.exists()]
 
 
 def step_of(path: Path) -> int:

@@ -21,13 +21,21 @@ def save_weights(model: nn.Module, path: str | os.PathLike[str]) -> Path:
 
 
 def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Load what `save_weights` wrote. Nothing in the file is executed, and all of it fits or nothing is changed.
+    """Load what `save_weights` wrote, or the weights in a checkpoint. Nothing in the file is executed.
 
-    Values of another precision (float16 for float32) become those of the model; whole numbers for real ones, or any
-    other kind, do not fit. Raises ValueError that names what is missing, unexpected, of another shape or kind, and for
-    a damaged file.
+    All of it fits, or nothing is changed. Values of another precision (float16 for float32) become those of the model;
+    whole numbers for real ones, or any other kind, do not fit. Raises ValueError that names what is missing,
+    unexpected, of another shape or kind, and for a damaged file.
     """
-    loaded, own = load_tree(path), model.state_dict()
+    loaded = load_tree(path)
+    if isinstance(loaded, dict) and {"format", "model", "optimizer"} <= loaded.keys():
+        loaded = loaded["model"]["weights"]
+    put_weights(model, loaded, path)
+
+
+def put_weights(model: nn.Module, loaded: Any, path: str | os.PathLike[str]) -> None:
+    """Give `model` the weights `loaded`, read from `path`; the errors are those of `load_weights`."""
+    own = model.state_dict()
     if not isinstance(loaded, Mapping):
         raise ValueError(f"{path} holds a {type(loaded).__name__}, not the weights of a model.")
     both = [name for name in own if name in loaded]

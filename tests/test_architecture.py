@@ -21,7 +21,7 @@ FLOORS = {
         "pickles", "rng"},
     1: {"groups", "hypers", "data", "snapshot", "window", "record", "plan", "files", "hooks", "verdict"},
     2: {"replay", "checks", "image_folder", "meters", "weights", "run_folder"},
-    3: {"state", "whole_set", "inference"},
+    3: {"state", "whole_set", "inference", "best"},
     4: {"callback"},
     5: {"loop", "scheduler", "lr_find", "recorder", "progress", "metrics", "first_batch", "ownership", "budget",
         "loggers"},
