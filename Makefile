@@ -42,8 +42,9 @@ nbs: $(READY) ## run every notebook in nbs/ in place
 	    nbformat.write(nb, path)' "$$nb" || exit 1; \
 	done
 
-bench: $(READY) ## compare with the hand-written loop
+bench: $(READY) ## compare with the hand-written loop; what checkpoints cost
 	@$(RUN) tests/benchmarks/run.py $(ARGS)
+	@$(RUN) tests/benchmarks/checkpoint.py $(ARGS)
 
 clean: ## remove .venv, caches, build results and the plots of the demo
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist minifast-demo

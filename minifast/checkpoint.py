@@ -28,8 +28,11 @@ class Checkpoint(Callback):
 
     path: the folder of the run, made if need be. Of a Learner's k-th fit in it (k from 1), the checkpoints are in
     `path/fit-<k>/step-<updates>.ckpt`. every_steps: after every so many weight updates, an int >= 1 or None.
-    every_seconds: after so much time, > 0 or None; what is due first counts. keep: how many of them stay, the newest;
-    >= 1. One is written, too, when SIGINT or SIGTERM ends the fit, when an epoch was the best one for a `SaveBest`
+    every_seconds: after so much time, > 0, or None; "auto": after a minute, or later where a checkpoint takes so long
+    to write that this would be more than 1 % of the time. What is due first counts. keep: how many of them stay, the
+    newest; an int >= 1.
+
+    One is written, too, when SIGINT or SIGTERM ends the fit, when an epoch was the best one for a `SaveBest`
     (`best.ckpt` is that one, for `learn.load_best`), and when the fit has ended.
 
     A checkpoint holds the model with its buffers, the optimizer, what callbacks keep (`state_dict`), the Recorder's
@@ -42,12 +45,12 @@ class Checkpoint(Callback):
     OSError before the fit for a folder that cannot be written.
 
     >>> Checkpoint("runs/a", every_steps=200)
-    Checkpoint(path='runs/a', every_steps=200, every_seconds=60.0, keep=2)
+    Checkpoint(path='runs/a', every_steps=200, every_seconds='auto', keep=2)
     """
 
     path: str | os.PathLike[str]
     every_steps: int | None = None
-    every_seconds: float | None = 60.0
+    every_seconds: float | str | None = "auto"
     keep: int = 2
 
     order = sys.maxsize  # hears each event last: then what all others keep is of one moment
@@ -61,8 +64,9 @@ class Checkpoint(Callback):
         self.path = os.fspath(self.path)
         if self.every_steps is not None:
             self.every_steps = check_int("every_steps", self.every_steps)
-        if self.every_seconds is not None:
-            self.every_seconds = check_number("every_seconds", self.every_seconds, above=0)
+        if self.every_seconds is not None and self.every_seconds != "auto":
+            self.every_seconds = check_number("every_seconds", self.every_seconds, above=0,
+                                              example='every_seconds=60, "auto" or None')
         self.keep = check_int("keep", self.keep)
         self._folder: FitFolder | None = None
 
@@ -78,6 +82,7 @@ class Checkpoint(Callback):
         self._is_first_pass = True
         self._before_validation: dict[str, Any] | None = None
         self._is_epoch_end = self._is_validating = False
+        self._seconds = 0.0  # that the last one took
         self._plan_next(state)
 
     def take_up(self, saved: dict[str, Any]) -> None:
@@ -136,12 +141,14 @@ class Checkpoint(Callback):
         return self._folder
 
     def _plan_next(self, state: State) -> None:
-        every = self.every_steps
+        every, seconds = self.every_steps, self.every_seconds
         self._next_step = math.inf if every is None else (state.step // every + 1) * every
-        self._next_time = math.inf if self.every_seconds is None else time.monotonic() + self.every_seconds
+        wait = math.inf if seconds is None else max(60.0, 100 * self._seconds) if seconds == "auto" else float(seconds)
+        self._next_time = time.monotonic() + wait
 
     def _save(self, state: State, is_best: bool = False, moment: dict[str, Any] | None = None) -> None:
         """Write a checkpoint, if that is possible."""
+        began = time.monotonic()
         tree = self._moment(state) if moment is None else moment
         try:
             self._write(state, tree, is_best)
@@ -152,6 +159,7 @@ class Checkpoint(Callback):
                 error.add_note(f"this was the checkpoint number {self._n_failures} in a row that could not be written")
                 raise
             log.warning("no checkpoint after update %d: %s Training goes on.", state.step, error.strerror or error)
+        self._seconds = time.monotonic() - began
         self._plan_next(state)
 
     def _write(self, state: State, moment: dict[str, Any], is_best: bool = False) -> None:
