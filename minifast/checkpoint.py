@@ -13,7 +13,7 @@ from .callback import Callback, evaluating
 from .errors import check_int, check_number
 from .identity import environment
 from .progress import Progress, say
-from .replay import digest, way
+from .replay import digest, remembers, way
 from .run_folder import FitFolder
 from .state import State
 
@@ -80,6 +80,7 @@ class Checkpoint(Callback):
         self._n_failures, self._is_saved = 0, True  # nothing to lose before the first step
         self._at_epoch_start: dict[str, Any] | None = None  # the random generators
         self._is_first_pass = True
+        self._n_done, self._first_batch = 0, None  # of the epoch: batches that are behind, the `digest` of the first
         self._before_validation: dict[str, Any] | None = None
         self._is_epoch_end = self._is_validating = False
         self._seconds = 0.0  # that the last one took
@@ -88,14 +89,19 @@ class Checkpoint(Callback):
     def take_up(self, saved: dict[str, Any]) -> None:
         """Go on behind a checkpoint: what it says of the epoch that it lies in."""
         self._at_epoch_start = rng.from_plain(saved["epoch_rng"])
-        self._is_first_pass = saved["loader"]["is_first_pass"]
+        self._is_first_pass, self._first_batch = saved["loader"]["is_first_pass"], saved["loader"]["first"]
+        self._n_done = saved["position"]["n_done"]
 
     def before_epoch(self, state: State) -> None:
         self._at_epoch_start = saved_state.capture_rng(state)  # the pass over the data begins now
         self._is_first_pass = getattr(state.train_dl, "_iterator", None) is None
+        self._n_done, self._first_batch = 0, None
 
     def after_batch(self, state: State) -> None:
         self._is_epoch_end = self._is_saved = False
+        self._n_done = state.batch_index + 1
+        if self._n_done == 1 and remembers(state.train_dl):
+            self._first_batch = digest(state.loaded)
         is_due = state.step >= self._next_step or time.monotonic() >= self._next_time
         if state.interrupt.pending or (is_due and not state.window.is_open):
             self._save(state)
@@ -178,7 +184,7 @@ class Checkpoint(Callback):
         """All but model and optimizer."""
         return {"format": FORMAT, "run": self._run_id, "time": datetime.now(UTC).isoformat(timespec="seconds"),
                 "finished": False, "facts": self._facts, "environment": environment(state),
-                "position": {"epoch": state.epoch, "step": state.step, "n_done": state.batch_index + 1,
+                "position": {"epoch": state.epoch, "step": state.step, "n_done": self._n_done,
                              "is_epoch_end": self._is_epoch_end, "is_ending": state.is_ending,
                              "lr_scale": state.lr_scale, "metrics": dict(getattr(state, "metrics", {}))},
                 "rng": rng.to_plain(saved_state.capture_rng(state)),
@@ -189,9 +195,10 @@ class Checkpoint(Callback):
     def _loader(self, state: State) -> dict[str, Any]:
         loader: Any = state.train_dl
         kind = way(loader)
-        return {"is_first_pass": self._is_first_pass,
-                "state": loader.state_dict() if kind == "state" else None,
-                "digest": digest(state.loaded) if kind == "draw" and not self._is_epoch_end else None}
+        in_pass = kind != "state" and self._n_done and not self._is_epoch_end
+        return {"is_first_pass": self._is_first_pass, "first": self._first_batch,
+                "last": digest(state.loaded) if in_pass else None,
+                "state": loader.state_dict() if kind == "state" else None}
 
     def _validated(self, state: State, monitor: str) -> dict[str, Any] | None:
         """The weights that were validated, if a callback puts others in the model's place for that."""

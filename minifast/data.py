@@ -5,6 +5,7 @@ import random
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,9 @@ from torch.utils.data import DataLoader, IterableDataset, RandomSampler, Sequent
 from .batches import Batch, n_samples, to_device
 from .errors import check_flag, check_int
 from .signals import DeferredInterrupt
+
+GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+MOST_LEVELS, MOST_OBJECTS, MOST_PARTS = 6, 500, 100  # of the objects in which generators are looked for
 
 
 @dataclass
@@ -281,14 +285,38 @@ def second_copy(loader: Iterable[Batch]) -> Iterable[Batch]:
 
 
 def generators(loader: Any) -> list[Any]:
-    """The random generators that a loader, its samplers and its data set carry."""
-    owners = [loader]
-    for name in ("sampler", "batch_sampler", "dataset"):
-        owner = getattr(loader, name, None)
-        owners += [owner, getattr(owner, "sampler", None), getattr(owner, "dataset", None)]
-    found = {id(value): value for owner in owners for value in getattr(owner, "__dict__", {}).values()
-             if isinstance(value, (torch.Generator, np.random.Generator, np.random.RandomState, random.Random))}
-    return list(found.values())
+    """The random generators that a loader carries: it, its samplers, its data set, their transforms.
+
+    Looked for in attributes of attributes, lists and dicts, not in closures; in no more than a few hundred objects.
+
+    >>> len(generators(TensorLoader(torch.zeros(1), generator=torch.Generator())))
+    1
+    """
+    found: list[Any] = []
+    seen, level = {id(loader)}, [loader]
+    for _ in range(MOST_LEVELS):
+        below: list[Any] = []
+        for owner in level:
+            if isinstance(owner, GENERATORS):
+                found.append(owner)
+                continue
+            for part in _parts(owner):
+                if id(part) not in seen:
+                    seen.add(id(part))
+                    below.append(part)
+        level = below[:MOST_OBJECTS]
+    return found
+
+
+def _parts(owner: Any) -> Iterable[Any]:
+    """What `owner` consists of, as far as generators may be in it."""
+    if isinstance(owner, (list, tuple, dict)):
+        parts = owner.values() if isinstance(owner, dict) else owner
+        return [] if len(owner) > MOST_PARTS else parts
+    if isinstance(owner, (Tensor, np.ndarray, type, ModuleType, FunctionType, MethodType)):
+        return []
+    # _iterator: the pass under way of a DataLoader
+    return [value for name, value in getattr(owner, "__dict__", {}).items() if name != "_iterator"]
 
 
 def feed(loader: Iterable[Batch], device: torch.device, limit: int | None, interrupt: DeferredInterrupt,

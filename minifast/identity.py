@@ -43,6 +43,7 @@ def environment(state: State) -> dict[str, str]:
     initialized = torch.distributed.is_available() and torch.distributed.is_initialized()
     return {"torch": str(torch.__version__), "numpy": np.__version__, "device": name,
             "threads": str(torch.get_num_threads()),
+            "worker processes": str(getattr(state.train_dl, "num_workers", 0)),
             "world size": str(torch.distributed.get_world_size() if initialized else 1),
             "deterministic algorithms": str(torch.are_deterministic_algorithms_enabled()),
             "float32 matmul precision": torch.get_float32_matmul_precision(),

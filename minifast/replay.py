@@ -8,12 +8,15 @@ the pass is begun again and brought forward, by the cheapest way that gives the 
     indices  a DataLoader of torch's without workers, whose sampler draws all that it needs when the pass begins: the
              indices are drawn, no sample is read
     draw     anything else: batches are drawn and dropped. Whether they are the same is seen by the last one of them.
+
+Some loaders remember over passes what no one can ask for: a sampler that counts epochs, a stream that goes on where
+it ended. For them a pass is begun again even if it was over, and whether it is the same is seen by its first batch.
 """
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import (
@@ -72,6 +75,22 @@ def _draws_at_once(loader: "DataLoader[Any]") -> bool:
     return type(sampler) in SAMPLERS
 
 
+def remembers(loader: Iterable[Batch]) -> bool:
+    """Whether the batches of a pass may depend on the passes before it, in a way that the loader cannot tell.
+
+    >>> remembers(DataLoader([1, 2], num_workers=1)), remembers(DataLoader([1, 2], sampler=[1, 0]))
+    (False, True)
+    """
+    if way(loader) != "draw":
+        return False
+    if getattr(loader, "persistent_workers", False) or type(loader).__iter__ is not DataLoader.__iter__:
+        return True
+    assert isinstance(loader, DataLoader)
+    if isinstance(loader.dataset, IterableDataset):
+        return loader.num_workers == 0  # worker processes get a new copy in each pass
+    return not _draws_at_once(loader)
+
+
 def can_differ(loader: Iterable[Batch], was_new: bool) -> str:
     """Why a pass that is begun again may give other batches without anyone noticing; "" if it may not.
 
@@ -98,35 +117,46 @@ def digest(batch: Batch) -> str | None:
     return hasher.hexdigest() if found else None
 
 
-def forward(loader: Any, n_done: int, interrupt: DeferredInterrupt, expected: str | None = None
-            ) -> Iterator[Batch] | None:
-    """An iterator that goes on behind batch `n_done` of a pass that begins now; None if it cannot be brought there.
+class Pass(NamedTuple):
+    """A pass that was begun again."""
 
-    Call it with the random generators as they were when the pass began. expected: the `digest` of the last batch that
-    is behind, which is compared where batches are drawn and dropped.
+    iterator: Iterator[Batch]
+    first: str | None = None  # the `digest` of its first batch, and of the newest, where batches were drawn
+    last: str | None = None
+    is_over: bool = False  # it has given fewer batches than it had
+
+
+def forward(loader: Any, n_done: int, interrupt: DeferredInterrupt) -> Pass:
+    """Begin a pass and bring it behind its batch `n_done`.
+
+    Call it with the random generators as they were when the pass began.
     """
     kind = way(loader)
     if kind == "skip":
-        return loader.iter_from(n_done) if isinstance(loader, TensorLoader) else iter(loader[n_done:])
+        return Pass(loader.iter_from(n_done) if isinstance(loader, TensorLoader) else iter(loader[n_done:]))
     iterator = begin(loader)
     if kind == "indices":
         for _ in islice(iterator._sampler_iter, n_done):  # type: ignore[attr-defined]
             interrupt.check()
-        return iterator
-    if kind == "state":
-        return iterator  # its state was loaded before
-    last: Batch = None
+    if kind in ("indices", "state"):  # the state was loaded before
+        return Pass(iterator)
+    first = batch = None
     try:
-        for _ in range(n_done):
+        for i in range(n_done):
             interrupt.check()
-            last = next(iterator)
-    except StopIteration:  # it has less to give than it had
-        end_workers(loader, iterator)
-        return None
+            batch = next(iterator)
+            first = digest(batch) if i == 0 else first
+    except StopIteration:
+        return Pass(iterator, first, is_over=True)
     except BaseException:
-        end_workers(loader, iterator)
+        leave(loader, iterator)
         raise
-    if expected is None or digest(last) != expected:
-        end_workers(loader, iterator)
-        return None
-    return iterator
+    return Pass(iterator, first, digest(batch))
+
+
+def leave(loader: Iterable[Batch], iterator: Iterator[Batch]) -> None:
+    """End a pass in the middle."""
+    end_workers(loader, iterator)
+    close = getattr(iterator, "close", None)  # of a generator
+    if close is not None:
+        close()

@@ -11,6 +11,7 @@ from uuid import uuid4
 from . import replay, rng, saved_state
 from .callback import CancelFit
 from .checkpoint import FORMAT, Checkpoint
+from .data import begin
 from .errors import shown
 from .files import probe, sweep
 from .identity import differences, environment, facts
@@ -176,44 +177,89 @@ class Session:
     def _enter(self, state: State, saved: Mapping[str, Any]) -> bool:
         """Bring the loader and the random generators to where they were. Whether the fit has nothing left to do."""
         position, loader, own = saved["position"], state.train_dl, saved_state.loader_generators(state)
-        kind, now = replay.way(loader), rng.from_plain(saved["rng"])
-        if kind == "state":
+        now, n_done = rng.from_plain(saved["rng"]), position["n_done"]
+        is_over = position["is_epoch_end"] and (state.is_ending or state.epoch + 1 == state.n_epochs)
+        if replay.way(loader) == "state":
             loader.load_state_dict(saved["loader"]["state"])  # type: ignore[attr-defined]
+        drawn = ""
+        if position["is_epoch_end"] or state.is_ending or n_done == state.max_batches:
+            if not state.is_ending and not is_over:
+                self._end_pass(state, saved, own)
+        else:
+            drawn = self._go_into_pass(state, saved, own)
+        if not position["is_epoch_end"]:
+            state.entry = state.entry or Entry(n_done, limit=n_done)
+            state.entry.window = None if state.entry.is_cut else saved["window"]
+        rng.restore(now, own)
         if position["is_epoch_end"]:
-            rng.restore(now, own)
             self._say(f"resumed after epoch {state.epoch}, {_updates(state)}")
-            is_over = state.is_ending or state.epoch + 1 == state.n_epochs
             state.epoch += not is_over
-            return is_over
-        n_done = position["n_done"]
-        if state.is_ending or (n_done == state.n_batches and kind != "state"):
-            state.entry = Entry(n_done, limit=n_done)  # no batch is left: none has to be drawn
+        else:
+            self._say(f"resumed in epoch {state.epoch}, {n_done} batches and {_updates(state)}{drawn}")
+        return is_over
+
+    def _go_into_pass(self, state: State, saved: Mapping[str, Any], own: list[Any]) -> str:
+        """Have the fit enter its epoch where it was killed. Gives what is to be said of the way there."""
+        loader, noted, n_done = state.train_dl, saved["loader"], saved["position"]["n_done"]
+        kind, is_whole = replay.way(loader), n_done == state.n_batches
+        if is_whole and kind == "draw" and not replay.remembers(loader):
+            return ""  # nothing of the pass is left, and nothing stays of it
+        rng.restore(rng.from_plain(saved["epoch_rng"]), own)
+        again = replay.forward(loader, n_done, state.interrupt)
+        if kind == "draw" and (again.is_over or not _are_same(noted, again, is_whole)):
+            replay.leave(loader, again.iterator)
+            state.entry = self._new_pass(n_done, is_whole)
+            return ""
+        state.entry = Entry(n_done, again.iterator, state.max_batches)
+        self._doubt(noted)
+        return (f"; these batches were drawn again and dropped, as the training data ({type(loader).__name__}) can be "
+                "brought there in no other way") if kind == "draw" else ""
+
+    def _end_pass(self, state: State, saved: Mapping[str, Any], own: list[Any]) -> None:
+        """Have the loader be where it was when the epoch had drawn all its batches; a new pass comes next."""
+        loader, noted, n_done = state.train_dl, saved["loader"], saved["position"]["n_done"]
+        is_exhausted = state.max_batches is None and n_done == state.n_batches and saved["position"]["is_epoch_end"]
+        if replay.way(loader) == "state":
+            if not is_exhausted:  # else the next pass would be the rest of this one
+                replay.leave(loader, begin(loader))
+        elif self._doubt(noted) or not replay.remembers(loader) or not n_done:
+            return
         else:
             rng.restore(rng.from_plain(saved["epoch_rng"]), own)
-            iterator = replay.forward(loader, n_done, state.interrupt, saved["loader"]["digest"])
-            state.entry = Entry(n_done, iterator, state.max_batches) if iterator is not None else self._new_pass(n_done)
-            doubt = replay.can_differ(loader, saved["loader"]["is_first_pass"])
-            if doubt and iterator is not None:
-                warnings.warn(f"{self._path}: the training data ({type(loader).__name__}) may go on with other batches "
-                              f"than it would have: {doubt}.", stacklevel=2)
-        state.entry.window = None if state.entry.is_cut else saved["window"]
-        rng.restore(now, own)
-        self._say(f"resumed in epoch {state.epoch}, {n_done} batches and {_updates(state)}"
-                  + (f"; these batches were drawn again and dropped, as the training data ({type(loader).__name__}) "
-                     "can be brought there in no other way" if kind == "draw" and state.entry.iterator else ""))
-        return False
+            again = replay.forward(loader, n_done, state.interrupt)
+            if is_exhausted:
+                next(again.iterator, None)
+            replay.leave(loader, again.iterator)
+            if not _are_same(noted, again, is_whole=True):
+                warnings.warn(self._other("the next epochs may not have the batches that they would have had"), stacklevel=2)
 
-    def _new_pass(self, n_done: int) -> Entry:
+    def _doubt(self, noted: Mapping[str, Any]) -> bool:
+        """Whether other batches may come without anyone noticing. Warns of it."""
+        loader = self._state.train_dl
+        doubt = replay.can_differ(loader, noted["is_first_pass"])
+        if doubt:
+            warnings.warn(f"{self._path}: the training data ({type(loader).__name__}) may go on with other batches "
+                          f"than it would have: {doubt}.", stacklevel=2)
+        return bool(doubt)
+
+    def _new_pass(self, n_done: int, is_whole: bool) -> Entry:
         """How the fit goes on if the data cannot be brought back into the middle of its pass. Warns of it."""
         state = self._state
-        what = f"{self._path}: the training data ({type(state.train_dl).__name__}) gives other batches when its pass " \
-               f"is begun again, so it cannot go on behind batch {n_done - 1} of epoch {state.epoch}"
-        hint = "A loader with state_dict() and load_state_dict() goes on exactly"
+        if is_whole:
+            warnings.warn(self._other("the next epochs may not have the batches that they would have had"),
+                          stacklevel=2)
+            return Entry(n_done, limit=n_done)
         if state.n_epochs is not None and state.epoch + 1 == state.n_epochs:
-            warnings.warn(f"{what}: the rest of this last epoch comes from a new pass. {hint}.", stacklevel=2)
+            warnings.warn(self._other(f"the rest of this last epoch, behind batch {n_done - 1}, comes from a new pass"),
+                          stacklevel=2)
             return Entry(n_done, limit=state.n_batches)
-        warnings.warn(f"{what}: training goes on with the next epoch. {hint}.", stacklevel=2)
+        warnings.warn(self._other(f"the rest of epoch {state.epoch}, behind batch {n_done - 1}, is left out"),
+                      stacklevel=2)
         return Entry(n_done, limit=n_done, is_cut=True)
+
+    def _other(self, what: str) -> str:
+        return (f"{self._path}: the training data ({type(self._state.train_dl).__name__}) gives other batches when its "
+                f"pass is begun again, so {what}. A loader with state_dict() and load_state_dict() goes on exactly.")
 
     def _say(self, text: str) -> None:
         text = f"{self._path}: {text}"
@@ -221,6 +267,14 @@ class Session:
             say(text)
         else:
             log.info(text)
+
+
+def _are_same(noted: Mapping[str, Any], again: replay.Pass, is_whole: bool) -> bool:
+    """Whether a pass gives the batches that it gave: the newest, or, of one that is whole, the first.
+
+    Batches that come after it may depend on random numbers that the model has drawn in between.
+    """
+    return noted["first"] == again.first is not None if is_whole else noted["last"] == again.last is not None
 
 
 def check(path: Path, saved: Any, state: State, own: dict[str, Any]) -> None:
