@@ -198,6 +198,14 @@ def deep(n):
     return repickled(plain_archive(), b"\x80\x02}X\x06\x00\x00\x00weight" + b"]" * n + b"a" * (n - 1) + b"s.")
 
 
+def long_key():
+    """The place of each of these lists, written out, would be 1 MB; one is too deep."""
+    tree = []
+    for _ in range(70):
+        tree = [tree]
+    return pickle.dumps({"k" * MB: [[[]] for _ in range(10**5)], "b": tree}, protocol=2)
+
+
 def laughs(n, make):
     """n levels of containers of twice the one below: 2**n values."""
     tree = make([1.0])
@@ -212,6 +220,7 @@ BOMBS = {  # name: (the content, what is said of it)
     "10**6 entries, not claimed": (lambda: one_entry_many_times(10**6, 9), "it holds more than 100,000 entries"),
     "entries that overlap": (lambda: one_entry_many_times(20_000), "its entries overlap"),
     "lists, 10**5 deep": (lambda: deep(10**5), r"weight(\[0\])*.*nested more than 64 levels deep"),
+    "a key of 1 MB over 100,000 lists": (lambda: repickled(plain_archive(), long_key()), "nested more than 64 levels"),
     "2**50 values": (lambda: repickled(plain_archive(), laughs(50, list)), "it holds too much|holds too much"),
     "a key that takes 2**50 steps to hash": (
         lambda: repickled(plain_archive(), b"\x80\x02})" + b"\x85" + b"q\x00h\x00\x86" * 50 + b"K\x01s."),
