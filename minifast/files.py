@@ -82,7 +82,7 @@ def save_tree(tree: Any, path: PathLike) -> None:
     Raises TypeError that names the place of what is not plain (see `trees`), OSError for what the disk refuses.
     """
     check_plain(tree)
-    with replacing(path, needed=size_of(tree)) as file:
+    with replacing(path, needed=size_of(tree)) as file, _check_sums():
         torch.save(to_save(tree), file)
 
 
@@ -128,6 +128,17 @@ def probe(folder: PathLike) -> None:
 def write(handle: int, data: bytes | memoryview) -> int:
     """All that is ever written to a file by this module comes through here; gives how many bytes were taken."""
     return os.write(handle, data)
+
+
+@contextmanager
+def _check_sums() -> Iterator[None]:
+    """Have torch write them, whatever it is set to."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(True)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)
 
 
 class _Raw(io.RawIOBase):
@@ -307,7 +318,7 @@ def _is_archive(file: BinaryIO) -> bool:
 
 def _check_archive(file: BinaryIO, size: int) -> None:
     """Raise ValueError for an archive that is not as torch writes it: not packed, each entry with its check sum."""
-    n_entries = _check_directory(file, size)
+    n_entries = check_directory(file, size)
     with zipfile.ZipFile(file) as archive:
         entries = {entry.filename: entry for entry in archive.infolist()}
         if len(archive.infolist()) != n_entries or len(entries) != n_entries:
@@ -339,7 +350,7 @@ def _check_archive(file: BinaryIO, size: int) -> None:
                 raise ValueError(f"its storage {key!r:.20} is not of {n_bytes:,} bytes, as it says")
 
 
-def _check_directory(file: BinaryIO, size: int) -> int:
+def check_directory(file: BinaryIO, size: int) -> int:
     """The number of entries that an archive claims to hold, from its end: before a list of them is made.
 
     The end has to be as torch writes it, without a gap: then all readers find the same list.

@@ -104,7 +104,7 @@ def read(file: BinaryIO, storages: dict[str, int]) -> Any:
         elif not (name == "PROTO" and arg == 2):
             if name in _CALLS:
                 raise AsksForCode(f"it asks to run code ({name}): refused")
-            raise ValueError(f"it is not written as torch writes ({name} {arg!r:.40})")
+            raise ValueError(f"it is not written as torch writes ({name})")
     raise ValueError("it ends too early")
 
 

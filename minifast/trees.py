@@ -10,6 +10,7 @@ from torch.nn.parameter import is_lazy
 DEPTH = 64  # levels of containers
 MOST_VALUES = 10_000_000  # with what is shared counted each time: a small file could claim 2**64 of them
 LARGEST_INT = 2**2000  # in size; torch cannot read larger ones back
+_Place = tuple[Any, Any]  # (the place of the container, the key, or (index,), in it): made into text for an error only
 _TENSORS = (Tensor, nn.Parameter)
 _VALUES = (int, float, bool, str, bytes, type(None))
 _ADVICE = {"set": ": use sorted(x)", "frozenset": ": use sorted(x)", "OrderedDict": ": use dict(x)",
@@ -32,18 +33,18 @@ def check_plain(tree: Any, name: str = "", *, ordered: bool = False) -> None:
     TypeError: callbacks.SaveBest.best[1] is a set: use sorted(x). Only tensors and plain values can be saved.
     """
     containers = (list, tuple, dict, OrderedDict) if ordered else (list, tuple, dict)
-    level: dict[int, tuple[Any, str, int]] = {}  # by id: what is shared is looked at once per level
+    level: dict[int, tuple[Any, _Place, int]] = {}  # by id: what is shared is looked at once per level
 
-    def look(value: Any, place: str, times: int) -> None:
+    def look(value: Any, place: _Place, times: int) -> None:
         if type(value) in containers:
             seen = level.get(id(value))
             level[id(value)] = (value, place, times) if seen is None else (value, seen[1], seen[2] + times)
         else:
             problem = _problem(value)
             if problem:
-                raise TypeError(f"{place or 'it'} {problem}. Only tensors and plain values can be saved.")
+                raise TypeError(f"{_shown(place)} {problem}. Only tensors and plain values can be saved.")
 
-    look(tree, name, 1)
+    look(tree, (None, name), 1)
     n_values = 1
     for _ in range(DEPTH):
         if not level:
@@ -52,13 +53,13 @@ def check_plain(tree: Any, name: str = "", *, ordered: bool = False) -> None:
         for container, place, times in waiting:
             n_values += times * len(container)
             if n_values > MOST_VALUES:
-                raise TypeError(f"{place or 'it'} holds too much: more than {MOST_VALUES:,} values in the whole. Put "
+                raise TypeError(f"{_shown(place)} holds too much: more than {MOST_VALUES:,} values in the whole. Put "
                                 "numbers into a tensor.")
             for key, value in _items(container, place):
-                look(value, key, times)
+                look(value, (place, key), times)
     if level:
         place = next(iter(level.values()))[1]
-        raise TypeError(f"{place[:80]}... is nested more than {DEPTH} levels deep, or holds itself.")
+        raise TypeError(f"{_shown(place):.80}... is nested more than {DEPTH} levels deep, or holds itself.")
 
 
 def size_of(tree: Any) -> int:
@@ -166,16 +167,26 @@ def _view(tensor: Tensor) -> Any:
             tensor.is_conj(), tensor.is_neg())
 
 
-def _items(container: Any, place: str) -> Iterator[tuple[str, Any]]:
+def _items(container: Any, place: _Place) -> Iterator[tuple[Any, Any]]:
     if not isinstance(container, dict):
         for i, value in enumerate(container):
-            yield f"{place}[{i}]", value
+            yield (i,), value
         return
     for key, value in container.items():
         if type(key) not in (str, int):
-            raise TypeError(f"{place or 'it'} has the key {key!r:.80}, a {_name(type(key))}: use str or int. Only "
+            raise TypeError(f"{_shown(place)} has the key {key!r:.80}, a {_name(type(key))}: use str or int. Only "
                             "tensors and plain values can be saved.")
-        yield f"{place}.{key}" if place else str(key), value
+        yield key, value
+
+
+def _shown(place: _Place | None) -> str:
+    """E.g. callbacks.SaveBest.best[1]."""
+    text = ""
+    while place is not None:
+        place, key = place
+        part = f"[{key[0]}]" if type(key) is tuple else f"{key}"[:200]
+        text = part + ("" if not text or text.startswith("[") or not part else ".") + text
+    return text or "it"
 
 
 def _problem(value: Any) -> str:
