@@ -4,9 +4,9 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from multiprocessing import connection
 from pickle import PicklingError
 from typing import Any
 
@@ -86,13 +86,10 @@ def explain(error: BaseException, iterator: Any = None) -> None:
 
 def _deaths(workers: Any) -> list[str]:
     """Which of them have died of themselves, or do so within a second: "worker process 4711 died of SIGKILL"."""
-    if not workers:
-        return []
+    end = time.monotonic() + 1
     with suppress(RuntimeError):  # torch's handler may say the same in the middle of this
-        ended = connection.wait([worker.sentinel for worker in workers], timeout=1)
-        for worker in workers:
-            if worker.sentinel in ended:
-                worker.join(1)
+        while workers and not any(worker.exitcode for worker in workers) and time.monotonic() < end:
+            time.sleep(0.01)
     codes = {worker.pid: worker.exitcode for worker in workers if worker.exitcode}
     return [f"worker process {pid} died of {signal.Signals(-code).name if code < 0 else f'exit code {code}'}"
             for pid, code in codes.items()]
