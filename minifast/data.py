@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset, RandomSampler, Sequent
 from .batches import Batch, n_samples, to_device
 from .errors import check_flag, check_int
 from .signals import DeferredInterrupt
+from .workers import bound_to_this_process, deaths_ignored, explain
 
 GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 MOST_LEVELS, MOST_OBJECTS, MOST_PARTS = 6, 500, 100  # of the objects in which generators are looked for
@@ -26,7 +27,8 @@ class DataLoaders:
     """The training data and, if there is any, the validation data: iterables of batches.
 
     A torch `DataLoader`, a `TensorLoader`, a list of batches, or any object whose `__iter__` starts a new pass. Several
-    validation sets are a dict of name -> loader: then the columns of the epoch rows begin with the name.
+    validation sets are a dict of name -> loader: then the columns of the epoch rows begin with the name. A worker
+    process that hangs is waited for until the `timeout` of its DataLoader, which torch leaves at 0: for ever.
 
     >>> dls = DataLoaders([(torch.zeros(2, 3), torch.zeros(2))])
     >>> dls.valid is None
@@ -343,6 +345,7 @@ def feed(loader: Iterable[Batch], device: torch.device, limit: int | None, inter
                     interrupt.was_raised = True  # between two batches, as by `check`
                     raise interrupt.exception() from error
                 error.add_note(f"while loading batch {count} of {what} ({type(loader).__name__})")
+                explain(error, iterator)
                 raise
             yield batch if on_cpu else to_device(batch, device)
             count += 1
@@ -355,9 +358,11 @@ def end_workers(loader: Iterable[Batch], iterator: Iterator[Batch] | None) -> No
     """End the worker processes of a pass over `loader`, unless they are to serve for more passes."""
     shut_down = getattr(iterator, "_shutdown_workers", None)
     if shut_down is not None and not getattr(loader, "persistent_workers", False):
-        shut_down()
+        with deaths_ignored():
+            shut_down()
 
 
+@bound_to_this_process()
 def begin(loader: Iterable[Batch]) -> Iterator[Batch]:
     """`iter(loader)`."""
     try:

@@ -24,6 +24,7 @@ from .recorder import Recorder
 from .resume import Resume, check_resume, session
 from .scheduler import Scheduler
 from .state import State
+from .workers import explain
 
 if TYPE_CHECKING:
     from .learner import Learner
@@ -206,6 +207,9 @@ def fitting(learn: "Learner", state: State, wd: float | None) -> Iterator[None]:
             set_weight_decay(learn.opt, learn.groups, wd, learn.wd_norm_bias)
         state.weight_decays = tuple(group.get("weight_decay", 0.0) for group in learn.opt.param_groups)
         yield
+    except RuntimeError as error:
+        explain(error)
+        raise
     finally:
         learn.is_fitting = False
         restore()

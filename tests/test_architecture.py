@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "minifast"
 FLOORS = {
     0: {"errors", "signals", "suggest", "schedules", "plots", "tables", "batches", "losses", "scalars", "trees",
-        "pickles", "rng"},
+        "pickles", "rng", "workers"},
     1: {"groups", "hypers", "data", "snapshot", "window", "record", "plan", "files", "hooks", "verdict"},
     2: {"replay", "checks", "image_folder", "meters", "weights", "run_folder"},
     3: {"state", "whole_set", "inference", "best"},
