@@ -58,7 +58,8 @@ class FitFolder:
 
     def make(self) -> None:
         """Make the folder, if it is not there."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        with _explaining(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
 
     def set_aside(self, step: int) -> list[Path]:
         """Rename what is newer than `step`, for a fit that goes on from there: else it would pass for the newest."""
@@ -110,13 +111,15 @@ def locked(run: Path) -> Iterator[None]:
     Raises RuntimeError that says who does. The lock ends with the process. Where the file system has no locks, there
     is none.
     """
-    run.mkdir(parents=True, exist_ok=True)
+    with _explaining(run):
+        run.mkdir(parents=True, exist_ok=True)
     key = run.resolve()
     if key in _held:
         raise RuntimeError(f"{run} is in use by another fit of this process. Give each Learner a folder of its own.")
     _held.add(key)
     try:
-        handle = os.open(run / ".lock", os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
+        with _explaining(run):
+            handle = os.open(run / ".lock", os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
         try:
             _lock(handle, run)
             yield
@@ -124,6 +127,16 @@ def locked(run: Path) -> Iterator[None]:
             os.close(handle)  # and with it goes the lock
     finally:
         _held.discard(key)
+
+
+@contextmanager
+def _explaining(folder: Path) -> Iterator[None]:
+    """An OSError of the block says what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise type(error)(error.errno, f"cannot use {folder} for checkpoints: {error.strerror}. Make it a folder that "
+                                       "can be written, or pass another folder.") from error
 
 
 def _lock(handle: int, run: Path) -> None:

@@ -194,6 +194,7 @@ def test_watching_changes_nothing():
     assert trained(plain) == trained(watched)
 
 
+@pytest.mark.case("I12")
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 @pytest.mark.parametrize("event", ["before_batch", "after_pred", "after_step", "before_validate", "after_fit"])
 def test_no_hook_is_left_however_the_fit_ends(event, error):

@@ -146,6 +146,7 @@ def run_python(*arguments):
     return done.stdout.split()
 
 
+@pytest.mark.case("E1")
 @pytest.mark.slow
 def test_importing_minifast_loads_nothing_heavy_and_prints_nothing():
     code = """

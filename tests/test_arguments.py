@@ -124,16 +124,19 @@ def product(calls, values, text):
             for call, name in calls for value, shown in values]
 
 
+@pytest.mark.case("A1", "A13")
 @table(product(COUNTS, NOT_A_COUNT, "{name} must be an int >= 1, got {shown}"))
 def test_counts(learn, call, error, message):
     refuse_and_leave(learn, call, error, message)
 
 
+@pytest.mark.case("A2")
 @table(product(RATES, NOT_A_RATE, "{name} must be a finite number > 0, got {shown}"))
 def test_rates(learn, call, error, message):
     refuse_and_leave(learn, call, error, message)
 
 
+@pytest.mark.case("A2", "A3", "A4", "A5", "A7", "L6")
 @table([
     # what fits take
     ("learn.fit(None)", ValueError, "lr must be a finite number > 0, got None (NoneType). Pass e.g. lr=1e-3"),
@@ -239,6 +242,7 @@ def test_what_a_learner_refuses(learn, call, error, message):
     assert len(learn.recorder.lrs) == 3, "the next fit works as if nothing had been asked"
 
 
+@pytest.mark.case("A5", "A6", "L6")
 @table([
     ("CircularLR(0)", ValueError, "div must be a finite number > 0, got 0 (int)"),
     ("CircularLR(10, 0.9)", ValueError, "cut_div must be a finite number >= 1, got 0.9 (float)"),
@@ -294,6 +298,7 @@ def test_what_is_refused_without_a_learner(call, error, message):
     assert rngs() == before
 
 
+@pytest.mark.case("A2", "A7", "A12", "A15")
 @table([
     ("Learner(loaders(), net, mse)", TypeError, "model and data are swapped: got Learner(DataLoaders, Net). The call "
                                                 "is Learner(model, dls, loss_func)."),
@@ -308,6 +313,8 @@ def test_what_is_refused_without_a_learner(call, error, message):
     ("make(net, loss_func=nn.MSELoss)", TypeError, "loss_func must be a function (output, target) -> loss, got <class"),
     ("make(net, lr=[1, 2])", ValueError, "2 learning rates for 1 layer group (model): pass one float, slice(lo, hi) "
                                          "or 1 value."),
+    *product([("make(net, lr={})", "lr")], [*NOT_A_RATE, ("None", "None (NoneType)")],
+             "{name} must be a finite number > 0, got {shown}"),
     ("make(net, wd=-1)", ValueError, "wd must be a finite number >= 0, got -1 (int)"),
     ("make(net, wd_norm_bias=None)", TypeError, "wd_norm_bias must be True or False, got None (NoneType)"),
     ("make(net, train_bn=1)", TypeError, "train_bn must be True or False, got 1 (int)"),
@@ -362,6 +369,7 @@ def test_what_the_constructor_refuses(call, error, message):
     make(net).fit(0.1)
 
 
+@pytest.mark.case("B1", "B2", "B8")
 @table([
     ("make(net, loaders(13)).fit(0.1)", ValueError, "the last training batch has 1 sample (13 samples, batch_size 4), "
                                                     "and the model's BatchNorm cannot take statistics of one. Set "
@@ -406,6 +414,7 @@ def test_what_is_refused_before_the_first_batch(call, error, message):
 SCALAR = "loss_func must return a scalar tensor with grad, got "
 
 
+@pytest.mark.case("A11", "B4", "B6")
 @table([
     ("make(net, loss_func=nn.MSELoss(reduction='none')).fit(0.1)", ValueError, SCALAR + "float32 (4, 1). Did you leave "
                                                                                         "reduction='none'?"),
@@ -446,6 +455,7 @@ def test_what_is_refused_at_the_first_batch(call, error, message):
     make(net).fit(0.1)
 
 
+@pytest.mark.case("A12")
 def test_a_frozen_model_is_not_trained(learn):
     learn.freeze()
     for p in learn.model.head.parameters():
@@ -458,6 +468,7 @@ def test_a_frozen_model_is_not_trained(learn):
     learn.fit(0.1)
 
 
+@pytest.mark.case("A12")
 @pytest.mark.parametrize("call", ["learn.fit(0.1)", "learn.fit_one_cycle(1)", "learn.lr_find()"])
 def test_an_optimizer_that_does_not_fit_is_not_used(learn, call):
     groups = [*learn.model.body.parameters()], [*learn.model.neck.parameters(), *learn.model.head.parameters()]

@@ -150,6 +150,7 @@ def traces(learn):
             "lists": [list(map(id, values)) for values in (learn.callbacks, learn.metrics)]}  # fmt: skip
 
 
+@pytest.mark.case("I12")
 @pytest.mark.parametrize("name", MAKE)
 @pytest.mark.parametrize("ending", ["well", "before_batch", "after_loss", "before_step", "after_valid_batch"])
 def test_it_leaves_no_hooks_and_modes(make, name, ending):
@@ -164,6 +165,7 @@ def test_it_leaves_no_hooks_and_modes(make, name, ending):
     assert traces(learn) == before
 
 
+@pytest.mark.case("L8")
 @pytest.mark.parametrize("name", MAKE)
 def test_inside_lr_find_it_does_nothing_or_leaves_nothing(make, name):
     callback = make(name)

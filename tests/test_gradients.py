@@ -170,10 +170,13 @@ def test_it_serves_several_fits_and_keeps_nothing():
     assert repr(GradientNorm()) == "GradientNorm()"
 
 
+@pytest.mark.case("A13")
 @pytest.mark.parametrize(("options", "message"), [
     ({}, r"either a norm or a value, got norm=None and value=None. Pass e.g. GradientClip\(norm=1.0\)"),
     ({"norm": 1, "value": 2}, "got norm=1 and value=2"),
     ({"norm": 0}, "norm must be a finite number > 0, got 0"),
+    ({"norm": -1}, "norm must be a finite number > 0, got -1"),
+    ({"norm": math.nan}, "norm must be a finite number > 0, got nan"),
     ({"norm": math.inf}, "norm must be a finite number > 0, got inf"),
     ({"value": -1}, "value must be a finite number > 0, got -1"),
     ({"value": "x"}, "value must be a finite number > 0, got 'x'"),

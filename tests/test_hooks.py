@@ -88,6 +88,7 @@ def test_backward_hooks_see_the_gradients(model, seed):
     torch.testing.assert_close(grad_in, hidden.grad)
 
 
+@pytest.mark.case("I12")
 @pytest.mark.parametrize("backward", [False, True])
 def test_none_is_left_over_however_the_block_ends(model, backward):
     for error in (None, ValueError, KeyboardInterrupt):

@@ -322,6 +322,7 @@ def finder_learner():
     return learn
 
 
+@pytest.mark.case("L2")
 @both
 @pytest.mark.parametrize("n", [0, 5, 99])
 def test_in_lr_find_everything_is_put_back(n, number):

@@ -105,6 +105,7 @@ def test_everybody_gets_float32(precision, wrap):
     assert not learn.model._forward_pre_hooks
 
 
+@pytest.mark.case("I12")
 def test_a_model_that_fails_leaves_no_autocast():
     learn = learner(small(), small(), callbacks=[MixedPrecision()])
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):

@@ -218,6 +218,7 @@ def test_flat_curves_at_and_below_zero_are_flat_too(losses):
     assert reason.startswith("no descent")
 
 
+@pytest.mark.case("L5")
 def test_reason_names_the_fall_and_what_was_needed():
     _, reason = suggestions(*curve("flat_noise_ema98"))
     assert reason == (
@@ -226,6 +227,7 @@ def test_reason_names_the_fall_and_what_was_needed():
     )
 
 
+@pytest.mark.case("L5")
 def test_reason_names_the_points():
     lrs, losses, _ = curve("typical_u")
     found, reason = suggestions(lrs[:24], losses[:24], 100)
@@ -254,6 +256,7 @@ def test_ten_points_are_enough_for_suggestions():
 ANY_LOSS = st.floats() | st.sampled_from([0.0, 1.0, np.nan, np.inf, 1e308, -1e308, 5e-324])
 
 
+@pytest.mark.case("L5")
 @given(
     losses=st.lists(ANY_LOSS, max_size=40) | st.builds(lambda n, v: [v] * n, st.integers(0, 40), ANY_LOSS),
     num_it=st.integers(-1, 100),
