@@ -80,9 +80,10 @@ class Checkpoint(Callback):
         self._n_failures, self._is_saved = 0, True  # nothing to lose before the first step
         self._at_epoch_start: dict[str, Any] | None = None  # the random generators
         self._is_first_pass = True
-        self._n_done, self._first_batch = 0, None  # of the epoch: batches that are behind, the `digest` of the first
+        self._n_done = 0  # batches of the epoch that are behind
+        self._first_batch: str | None = None  # the `digest` of its first
         self._before_validation: dict[str, Any] | None = None
-        self._is_epoch_end = self._is_validating = False
+        self._is_epoch_end = self._is_validating = self._is_in_batch = False
         self._seconds = 0.0  # that the last one took
         self._plan_next(state)
 
@@ -96,9 +97,10 @@ class Checkpoint(Callback):
         self._at_epoch_start = saved_state.capture_rng(state)  # the pass over the data begins now
         self._is_first_pass = getattr(state.train_dl, "_iterator", None) is None
         self._n_done, self._first_batch = 0, None
+        self._is_in_batch = True  # what comes before the first batch cannot be told from a part of it
 
     def after_batch(self, state: State) -> None:
-        self._is_epoch_end = self._is_saved = False
+        self._is_epoch_end = self._is_saved = self._is_in_batch = False
         self._n_done = state.batch_index + 1
         if self._n_done == 1 and remembers(state.train_dl):
             self._first_batch = digest(state.loaded)
@@ -115,14 +117,14 @@ class Checkpoint(Callback):
 
     def after_epoch(self, state: State) -> None:
         self._before_validation, self._is_epoch_end, self._is_saved = None, True, False
-        self._is_validating = False
+        self._is_validating = self._is_in_batch = False
         is_best = state.best is not None and state.best.epoch == state.epoch
         if is_best or state.interrupt.pending or time.monotonic() >= self._next_time:
             self._save(state, is_best=is_best)
 
     def after_fit(self, state: State) -> None:
         try:
-            if state.interrupt.was_raised:  # a signal has ended the fit between two batches
+            if state.interrupt.was_raised and not self._is_in_batch:  # a signal has ended it between two batches
                 moment = self._before_validation if self._is_validating else self._moment(state)
                 if not self._is_saved and moment is not None:
                     self._save(state, moment=moment)

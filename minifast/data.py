@@ -342,7 +342,8 @@ def feed(loader: Iterable[Batch], device: torch.device, limit: int | None, inter
                 return
             except Exception as error:
                 if interrupt.pending:
-                    interrupt.was_raised = True  # between two batches, as by `check`
+                    # between two batches, as by `check`; without workers, half a batch may have drawn random numbers
+                    interrupt.was_raised = bool(getattr(loader, "num_workers", 0))
                     raise interrupt.exception() from error
                 error.add_note(f"while loading batch {count} of {what} ({type(loader).__name__})")
                 explain(error, iterator)

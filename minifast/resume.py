@@ -274,7 +274,8 @@ def _are_same(noted: Mapping[str, Any], again: replay.Pass, is_whole: bool) -> b
 
     Batches that come after it may depend on random numbers that the model has drawn in between.
     """
-    return noted["first"] == again.first is not None if is_whole else noted["last"] == again.last is not None
+    then, now = (noted["first"], again.first) if is_whole else (noted["last"], again.last)
+    return now is not None and bool(then == now)
 
 
 def check(path: Path, saved: Any, state: State, own: dict[str, Any]) -> None:
