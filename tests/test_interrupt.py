@@ -560,13 +560,15 @@ def fits_with_workers(persistent, number):
     data = TensorDataset(torch.randn(40, 3), torch.randn(40, 1))
     loader = DataLoader(data, 4, num_workers=2, persistent_workers=persistent, multiprocessing_context="fork")
     learn = learner(loader, loader)
-    steps = []
+    steps, of_children = [], set()
     for fit in (learn.fit, learn.fit, learn.lr_find, learn.fit):
         done = len(learn.opt.seen)
         press = At("after_pred", lambda state: to_the_group(number), n=2)
         press.in_lr_find = True
         interrupted(lambda: fit(0.1, callbacks=[press]), number)  # noqa: B023
         steps.append(len(learn.opt.seen) - done)
+        of_children.add(signal.getsignal(signal.SIGCHLD))
+    assert len(of_children) == 1  # torch's own is back
     learn.fit(0.1)
     return [*steps, len(learn.recorder.losses), len(learn.recorder.epochs)]
 
