@@ -23,6 +23,7 @@ from .progress import Progress, say
 from .recorder import Recorder
 from .resume import Resume, check_resume, session
 from .scheduler import Scheduler
+from .signals import DeferredInterrupt
 from .state import State
 from .workers import explain
 
@@ -59,14 +60,16 @@ def fit(learn: "Learner", n_epochs: int, lr: Any, schedule: Scheduler | None, **
     check_trainable(learn.model, state.group_names)
     run = next((os.path.realpath(cb.path) for cb in state.callbacks if isinstance(cb, Checkpoint)), "")
     number = learn.fits_ended.get(run, 0) + 1
-    with fitting(learn, state, options.get("wd")), session(state, number, options.get("resume", False)) as kept:
+    # signals are held but in the loop, which has a block of its own: what surrounds it is done whole, or not at all
+    with DeferredInterrupt(is_held=True), fitting(learn, state, options.get("wd")), \
+            session(state, number, options.get("resume", False)) as kept:
         if kept.is_finished:
             kept.restore_final()
         else:
             kept.begin()
             loop.run(state)
             kept.finish()
-    learn.fits_ended = {**learn.fits_ended, run: number}
+        learn.fits_ended = {**learn.fits_ended, run: number}
 
 
 def prepare(learn: "Learner", n_epochs: int, lr: Any, schedule: Scheduler | None,
@@ -112,7 +115,7 @@ def find(learn: "Learner", finder: LRFinder, given: list[Callback], *, wd: float
     batches, recorder = n_batches(learn.dls.train), Recorder()
     running = [cb for cb in _callbacks(learn, [finder, *given]) if cb.in_lr_find or cb is finder]
     shown = [Progress("lr_find")] if _is_verbose(learn, verbose) else []
-    with learn.sandbox([cb for cb in running if cb is not finder]):
+    with DeferredInterrupt(is_held=True), learn.sandbox([cb for cb in running if cb is not finder]):
         state = new_state(
             learn, n_epochs=finder.num_it, n_steps=finder.num_it, accumulate=accumulate, n_batches=batches,
             steps_per_epoch=None if batches is None else math.ceil(batches / accumulate), valid_sets=(),

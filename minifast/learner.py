@@ -294,7 +294,7 @@ class Learner:
         try:
             yield self
         finally:
-            with DeferredInterrupt():  # Ctrl-C must not stop this half way
+            with DeferredInterrupt(is_held=True):  # Ctrl-C must not stop this half way
                 vars(self).clear()
                 vars(self).update(attributes)
                 for value, items in lists:

@@ -18,7 +18,6 @@ from .identity import differences, environment, facts
 from .progress import Progress, say
 from .replay import Entry
 from .run_folder import FitFolder, locked, newest
-from .signals import DeferredInterrupt
 from .state import State
 from .tables import listed
 
@@ -135,7 +134,7 @@ class Session:
         """Put everything where the finished fit has left it."""
         saved, state = self._saved, self._state
         assert saved is not None
-        with DeferredInterrupt(), saved_state.all_or_nothing(state):
+        with saved_state.all_or_nothing(state):
             self._load(saved)
             rng.restore(rng.from_plain(saved["rng"]), saved_state.loader_generators(state))
         self._say(f"this fit has ended before, after {saved['position']['step']} updates: its final state is restored")
@@ -143,8 +142,7 @@ class Session:
     def finish(self) -> None:
         """The fit has ended well."""
         if self._saver is not None:
-            with DeferredInterrupt():
-                self._saver.finish(self._state)
+            self._saver.finish(self._state)
 
     def _take_up(self, state: State) -> None:
         """What `State.take_up` is: everything as it was, once all callbacks have heard `before_fit`."""
