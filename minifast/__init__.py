@@ -8,6 +8,8 @@ from .budget import TimeLimit
 from .callback import Callback, CancelBatch, CancelEpoch, CancelFit, Order
 from .composed import PiecewiseLR, Schedule
 from .data import DataLoaders, TensorLoader, digits
+from .errors import NonFiniteGradient, NonFiniteLoss
+from .finite import FiniteLoss
 from .groups import LayerGroup, LayerGroups
 from .learner import Learner
 from .lr import (
@@ -108,6 +110,7 @@ __all__ = [
     "EarlyStopping",
     "ExponentialLR",
     "Finding",
+    "FiniteLoss",
     "FitRecord",
     "FlatCos",
     "GradientClip",
@@ -126,6 +129,8 @@ __all__ = [
     "MixUp",
     "MixedPrecision",
     "Moment",
+    "NonFiniteGradient",
+    "NonFiniteLoss",
     "OneCycle",
     "Order",
     "PiecewiseLR",

@@ -22,7 +22,7 @@ FLOORS = {
     1: {"groups", "hypers", "data", "snapshot", "window", "record", "plan", "weights", "hooks", "verdict"},
     2: {"state", "checks", "image_folder", "meters", "inference"},
     3: {"callback", "whole_set"},
-    4: {"loop", "scheduler", "lr_find", "recorder", "progress", "metrics", "first_batch", "ownership", "budget",
+    4: {"loop", "scheduler", "lr_find", "recorder", "progress", "metrics", "finite", "ownership", "budget",
         "loggers"},
     5: {"lr", "composed"},
     6: {"cycles", "fitting"},
