@@ -1,4 +1,4 @@
-"""Checks of what users pass in: each failure says what was given, what is expected and what to do. And exceptions."""
+"""Errors of their own kind, and checks of what users pass in: what was given, what is expected, what to do."""
 import numbers
 import sys
 from collections.abc import Sequence

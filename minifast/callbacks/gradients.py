@@ -15,6 +15,7 @@ class GradientNorm(Callback):
     It is the norm over all parameters together, averaged over the accumulation window and unscaled. Nothing is
     changed, and nothing waits for the device.
 
+    >>> import torch
     >>> from minifast import Learner
     >>> learn = Learner(nn.Linear(1, 1, bias=False), ([(torch.ones(2, 1), torch.ones(2, 1))], None),
     ...                 lambda pred, target: 3 * pred.mean(), verbose=False)

@@ -280,6 +280,8 @@ def test_the_epoch_is_that_of_the_step(late):
     with pytest.raises(NonFiniteLoss, match=r"the loss is inf at epoch 1, step 4 .* Found at step 5;") as caught:
         learn.fit(0.1, 3, callbacks=[At("after_batch", throw(CancelFit), 4)])
     assert caught.value.__notes__ == ["in FiniteLoss.after_fit: epoch 1, step 5"]
+    with pytest.raises(NonFiniteLoss, match=r"the loss is inf at epoch 1, step 3 .* Found at step 6;"):
+        learner(batches(3), loss_func=Losses(INF, 3)).fit(0.1, 3)
     learn = learner(batches(3), loss_func=Losses(INF, 4))
     with pytest.raises(ZeroDivisionError) as caught:
         learn.fit(0.1, 3, callbacks=[At("after_batch", throw(ZeroDivisionError), 4)])
@@ -697,6 +699,7 @@ def drawn(ax, tmp_path):
 BROKEN = {"one": {7}, "the first": {0}, "the last": {19}, "a tail": set(range(10, 20)), "all": set(range(20))}
 
 
+@pytest.mark.slow
 @pytest.mark.case("N9")
 @pytest.mark.parametrize("where", BROKEN.values(), ids=BROKEN)
 @pytest.mark.parametrize("bad", BAD.values(), ids=BAD)
@@ -729,6 +732,7 @@ def _calls(steps):
     return [step // 4 * 5 + step % 4 for step in steps]
 
 
+@pytest.mark.slow
 @pytest.mark.case("N9")
 @pytest.mark.parametrize("bad", BAD.values(), ids=BAD)
 @pytest.mark.parametrize("at", [0, 1, 30])
