@@ -354,6 +354,15 @@ def test_with_an_optimizer_that_does_not_skip_the_error_comes_late_and_says_what
         learn.fit(0.1)
 
 
+def test_an_optimizer_whose_state_says_that_it_is_not_fused_is_left_alone(late):
+    """As after loading the state of one that was not: it would raise an error for the flag."""
+    learn, other = learner(opt_func=torch.optim.AdamW), learner(opt_func=partial(torch.optim.AdamW, fused=False))
+    other.fit(0.1)
+    learn.opt.load_state_dict(other.opt.state_dict())
+    learn.fit(0.1)
+    assert len(learn.recorder.losses) == 2
+
+
 @pytest.mark.case("N1")
 def test_who_keeps_the_weights_can_ask_first(late):
     def keep(state):
