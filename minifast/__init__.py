@@ -15,6 +15,8 @@ from .callback import Callback, CancelBatch, CancelEpoch, CancelFit, Order
 from .checkpoint import Checkpoint
 from .composed import PiecewiseLR, Schedule
 from .data import DataLoaders, TensorLoader, digits
+from .errors import NonFiniteGradient, NonFiniteLoss
+from .finite import FiniteLoss
 from .groups import LayerGroup, LayerGroups
 from .learner import Learner
 from .lr import (
@@ -116,6 +118,7 @@ __all__ = [
     "EarlyStopping",
     "ExponentialLR",
     "Finding",
+    "FiniteLoss",
     "FitRecord",
     "FlatCos",
     "GradientClip",
@@ -134,6 +137,8 @@ __all__ = [
     "MixUp",
     "MixedPrecision",
     "Moment",
+    "NonFiniteGradient",
+    "NonFiniteLoss",
     "OneCycle",
     "Order",
     "PiecewiseLR",

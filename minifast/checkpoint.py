@@ -157,6 +157,8 @@ class Checkpoint(Callback):
     def _save(self, state: State, is_best: bool = False, moment: dict[str, Any] | None = None) -> None:
         """Write a checkpoint, if that is possible."""
         began = time.monotonic()
+        if state.finite_check is not None:  # what is not finite must not take the place of what is
+            state.finite_check.check(state)
         tree = self._moment(state) if moment is None else moment
         try:
             self._write(state, tree, is_best)

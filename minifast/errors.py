@@ -1,8 +1,16 @@
-"""Checks of what users pass in: each failure says what was given, what is expected and what to do."""
+"""Errors of their own kind, and checks of what users pass in: what was given, what is expected, what to do."""
 import numbers
 import sys
 from collections.abc import Sequence
 from typing import Any
+
+
+class NonFiniteLoss(ValueError):
+    """The loss of an update is NaN or infinite; the update was not made. Raised by `FiniteLoss`."""
+
+
+class NonFiniteGradient(ValueError):
+    """A gradient that was to be clipped is NaN or infinite; the update was not made. Raised with `GradientClip`."""
 
 
 def check_int(name: str, value: Any, minimum: int = 1, example: str = "") -> int:

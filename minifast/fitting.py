@@ -13,7 +13,7 @@ from .checkpoint import Checkpoint
 from .checks import check_loader, check_optimizer, check_trainable, check_valid
 from .data import as_dataloaders, count_steps, is_one_shot, micro_batches, n_batches, valid_sets
 from .errors import check_flag, check_int, check_number
-from .first_batch import FiniteInputs
+from .finite import FiniteLoss
 from .hypers import fill_momentum, keep_hypers, label_groups, norms_in_eval, set_weight_decay, spread_lrs
 from .lr import ConstantLR
 from .lr_find import LRFinder
@@ -91,6 +91,8 @@ def prepare(learn: "Learner", n_epochs: int, lr: Any, schedule: Scheduler | None
     users = _callbacks(learn, [*given, *([schedule] if schedule else []), *([TimeLimit(minutes)] if minutes else [])])
     if owner_of("lr", users) is None:
         users.append(ConstantLR())
+    if owner_of("the finite check", users) is None:
+        users.append(FiniteLoss())
     shown = [Progress()] if _is_verbose(learn, options.get("verbose")) else []
     accumulate = micro_batches(learn.dls.train, options.get("accumulate", 1), options.get("effective_batch_size"))
     per_epoch, batches, limit = count_steps(learn.dls.train, steps_per_epoch, accumulate)
@@ -99,7 +101,7 @@ def prepare(learn: "Learner", n_epochs: int, lr: Any, schedule: Scheduler | None
         learn, lrs=lrs, n_epochs=n_epochs if minutes is None else None, steps_per_epoch=per_epoch,
         n_steps=n_epochs * per_epoch if minutes is None else TICKS, accumulate=accumulate, n_batches=batches,
         max_batches=limit, metric_names=metrics.names([name for name, _ in sets]),
-        callbacks=[learn.recorder, metrics, FiniteInputs(), *users, *shown])
+        callbacks=[learn.recorder, metrics, *users, *shown])
 
 
 def find(learn: "Learner", finder: LRFinder, given: list[Callback], *, wd: float | None = None, accumulate: int = 1,

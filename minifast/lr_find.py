@@ -102,7 +102,8 @@ class LRFind:
         highest = losses
         if self.band is not None:
             low, highest = (edge[shown] for edge in self.band)
-            ax.fill_between(lrs, low, highest, color="C0", alpha=0.2, linewidth=0, label=f"{len(self.runs)} runs")
+            if np.isfinite(low).any():  # a band without a point has no limits: on a log axis that is an error
+                ax.fill_between(lrs, low, highest, color="C0", alpha=0.2, linewidth=0, label=f"{len(self.runs)} runs")
         finite = losses[np.isfinite(losses)]
         if finite.size:
             top = max(finite[0], finite.min() + 4 * abs(finite.min()))
@@ -113,7 +114,7 @@ class LRFind:
         for i, (rule, lr) in enumerate(marked):
             ax.plot(lr, np.interp(math.log(lr), np.log(self.lrs), self.smooth_losses), "o", color=f"C{i + 1}",
                     label=f"{rule}: {lr:.2e}")
-        if marked or self.band is not None:
+        if ax.get_legend_handles_labels()[0]:
             ax.legend()
         if self.verdict != OK:
             ax.set_title(f"verdict: {self.verdict}", fontsize="small")

@@ -23,7 +23,7 @@ FLOORS = {
     2: {"replay", "checks", "image_folder", "meters", "weights", "run_folder"},
     3: {"state", "whole_set", "inference", "best"},
     4: {"callback"},
-    5: {"loop", "scheduler", "lr_find", "recorder", "progress", "metrics", "first_batch", "ownership", "budget",
+    5: {"loop", "scheduler", "lr_find", "recorder", "progress", "metrics", "finite", "ownership", "budget",
         "loggers"},
     6: {"lr", "composed", "identity"},
     7: {"cycles", "saved_state"},

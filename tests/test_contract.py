@@ -31,6 +31,7 @@ MAKE = {
     "EMA": "EMA(decay=0.8, half_life=None, in_validation=True)",
     "EarlyStopping": "EarlyStopping('accuracy', patience=1)",
     "ExponentialLR": "ExponentialLR(end=0.1)",
+    "FiniteLoss": "FiniteLoss(strict=True)",
     "FlatCos": "FlatCos(pct_start=0.5, div_final=10.0)",
     "GradientClip": "GradientClip(norm=0.1, value=None)",
     "GradientNorm": "GradientNorm()",

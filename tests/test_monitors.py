@@ -14,6 +14,8 @@ from minifast import CancelBatch, CancelEpoch, CancelFit, Checkpoint, CosineAnne
 from minifast.callbacks import monitors
 from minifast.callbacks.monitors import EarlyStopping, ReduceLROnPlateau, SaveBest
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*Training goes on; such a value")  # tests/reliability: it is said
+
 NAN, INF = math.nan, math.inf
 MONITORS = [EarlyStopping, SaveBest, ReduceLROnPlateau]
 

@@ -15,6 +15,7 @@ from ..callback import Callback, Order
 from ..checks import check_loader, check_valid
 from ..data import DataLoaders, feed, valid_sets
 from ..errors import check_int
+from ..finite import FiniteLoss
 from ..hypers import spread_lrs
 from ..ownership import check_callbacks
 from ..progress import Progress
@@ -132,6 +133,7 @@ class _Watch(Callback):
     """Keeps the training loss of each step and the validation loss of each batch."""
 
     order = Order.RECORD
+    sets = FiniteLoss.sets  # in its place: a candidate that explodes has lost, and is no error
     in_lr_find = True
 
     def __init__(self) -> None:
