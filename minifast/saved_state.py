@@ -110,11 +110,17 @@ def load_optimizer(opt: Optimizer, saved: Mapping[str, Any]) -> None:
 
 @contextmanager
 def all_or_nothing(state: State) -> Iterator[None]:
-    """If the block fails, model, optimizer and random generators are what they were."""
+    """If the block fails, model, optimizer, callbacks, Recorder and random generators are what they were."""
     undo = snapshot.capture(state.model, state.opt, loader_generators(state))
+    undo_recorder = state.recorder.keep()
+    watched = [(cb, dict(vars(cb))) for cb in state.callbacks if cb is not state.recorder]
     try:
         yield
     except BaseException:
+        for cb, attributes in watched:
+            vars(cb).clear()
+            vars(cb).update(attributes)
+        undo_recorder()
         undo()
         raise
 

@@ -68,3 +68,9 @@ def wandb(monkeypatch):
     fake.init = init
     monkeypatch.setitem(sys.modules, "wandb", fake)
     return fake
+
+
+@pytest.fixture
+def quick_disk(monkeypatch):
+    """Files need not outlive a power cut: on a busy machine waiting for the disk takes most of a test's time."""
+    monkeypatch.setattr(os, "fsync", lambda handle: None)

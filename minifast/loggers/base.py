@@ -3,7 +3,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
 from typing import Any, ClassVar
@@ -57,7 +57,8 @@ class Logger(Callback):
         self._has_begun = True  # not before: until then the Recorder's newest record is that of an earlier fit
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        if self._is_open:  # a sandbox gives back what was before it, but what is written stays written
+        # a sandbox gives back what was before it, but what is written stays written: outside a fit only forward
+        if self._is_open or _n_written(saved) > _n_written(vars(self)):
             super().load_state_dict(saved)
             self._has_begun = True
 
@@ -97,6 +98,11 @@ class Logger(Callback):
                             type(self).__name__, self.target, error.strerror or error)
             return False
         return True
+
+
+def _n_written(attributes: Mapping[str, Any]) -> int:
+    """The steps that a logger with these attributes has written, in all its fits."""
+    return int(attributes.get("_earlier", 0) + attributes.get("_n_steps", 0))
 
 
 def step_columns(record: FitRecord, first: int) -> dict[str, list[float]]:

@@ -5,6 +5,8 @@ from resuming import data, every_step, kill, learner, same, uninterrupted
 
 from minifast import OneCycle
 
+pytestmark = pytest.mark.usefixtures("quick_disk")
+
 FITS = {
     "constant": lambda learn, cbs, resume: learn.fit(0.01, 4, callbacks=cbs, resume=resume),
     "cosine": lambda learn, cbs, resume: learn.fit(slice(0.001, 0.01), 2, cycle_len=2, callbacks=cbs, resume=resume),
