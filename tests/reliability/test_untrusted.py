@@ -164,7 +164,7 @@ def packed():
     buffer = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(plain_archive())) as old, zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as new:
         for name in old.namelist():
-            new.writestr(name, bytes(500 * MB) if name.endswith("data/0") else old.read(name))
+            new.writestr(name, bytes(500 * MB) if name.endswith("data/0") else old.read(name), compresslevel=1)
     return buffer.getvalue()
 
 
@@ -194,6 +194,14 @@ def claims_entries(n):
     return bytes(content)
 
 
+def gap():
+    """Space for a second list of entries: readers would differ in which one they take."""
+    content = plain_archive()
+    end = bytearray(content[-98:])
+    end[56 + 8 : 56 + 16] = struct.pack("<Q", len(content) - 98 + 50)
+    return content[:-98] + bytes(50) + bytes(end)
+
+
 def deep(n):
     return repickled(plain_archive(), b"\x80\x02}X\x06\x00\x00\x00weight" + b"]" * n + b"a" * (n - 1) + b"s.")
 
@@ -219,6 +227,7 @@ BOMBS = {  # name: (the content, what is said of it)
     "10**6 entries, claimed": (lambda: claims_entries(10**6), "it claims to hold 1,000,000 entries"),
     "10**6 entries, not claimed": (lambda: one_entry_many_times(10**6, 9), "it holds more than 100,000 entries"),
     "entries that overlap": (lambda: one_entry_many_times(20_000), "its entries overlap"),
+    "a gap before its end": (lambda: gap(), "its list of entries is not where it says"),
     "lists, 10**5 deep": (lambda: deep(10**5), r"weight(\[0\])*.*nested more than 64 levels deep"),
     "a key of 1 MB over 100,000 lists": (lambda: repickled(plain_archive(), long_key()), "nested more than 64 levels"),
     "2**50 values": (lambda: repickled(plain_archive(), laughs(50, list)), "it holds too much|holds too much"),
