@@ -110,6 +110,8 @@ class Session:
             for reason in skipped:
                 log.warning("skipped: %s", reason)
             check(self._path, self._saved, state, own)
+            if folder is not None and self._saved.get("best") is not None and self._path.parent == folder.path:
+                folder.mend_best(self._path)
         if saver is not None and folder is not None:
             saver.begin(folder, uuid4().hex if self._saved is None else self._saved["run"], own)
 
