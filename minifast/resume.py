@@ -110,6 +110,8 @@ class Session:
             for reason in skipped:
                 log.warning("skipped: %s", reason)
             check(self._path, self._saved, state, own)
+            if folder is not None and self._saved.get("best") is not None and self._path.parent == folder.path:
+                folder.mend_best(self._path)
         elif folder is not None:
             folder.set_aside(-1)  # a best checkpoint that is left of a run that was removed
         if saver is not None and folder is not None:
@@ -229,7 +231,8 @@ class Session:
                 next(again.iterator, None)
             replay.leave(loader, again.iterator)
             if not _are_same(noted, again, is_whole=True):
-                warnings.warn(self._other("the next epochs may not have the batches that they would have had"), stacklevel=2)
+                warnings.warn(self._other("the next epochs may not have the batches that they would have had"),
+                              stacklevel=2)
 
     def _doubt(self, noted: Mapping[str, Any]) -> bool:
         """Whether other batches may come without anyone noticing. Warns of it."""

@@ -56,6 +56,11 @@ class FitFolder:
         sweep(self.path)
         return path
 
+    def mend_best(self, path: Path) -> None:
+        """Have `best` be `path`, in case a kill came after `path` had its name, and before it was the best one."""
+        if not (self.best.exists() and self.best.samefile(path)):
+            _link(path, self.best)
+
     def make(self) -> None:
         """Make the folder, if it is not there."""
         with _explaining(self.path):
