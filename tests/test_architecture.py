@@ -17,7 +17,8 @@ import minifast
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "minifast"
 FLOORS = {
-    0: {"errors", "signals", "suggest", "schedules", "plots", "tables", "batches", "losses", "scalars",
+    -1: {"errors"},
+    0: {"signals", "suggest", "schedules", "plots", "tables", "batches", "losses", "scalars",
         "files"},
     1: {"groups", "hypers", "data", "snapshot", "window", "record", "plan", "weights", "hooks", "verdict"},
     2: {"state", "checks", "image_folder", "meters", "inference"},
