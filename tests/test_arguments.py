@@ -263,7 +263,7 @@ def test_what_a_learner_refuses(learn, call, error, message):
     ("ExponentialLR(end=0)", ValueError, "end must be a finite number > 0, got 0 (int)"),
     ("PolynomialLR(power=0)", ValueError, "power must be a finite number > 0, got 0 (int)"),
     ("PiecewiseLR([(0.2, FlatCos()), (0.7, FlatCos())])", ValueError, "must add up to 1, got 0.9"),
-    ("PiecewiseLR([(1.5, FlatCos())])", ValueError, "the share in pieces[0] must be a finite number > 0 and <= 1, got "),
+    ("PiecewiseLR([(1.5, FlatCos())])", ValueError, "the share in pieces[0] must be a finite number > 0 and <= 1"),
     ("PiecewiseLR([(1, FlatCos)])", TypeError, "pieces must be (share, schedule) pairs"),
     ("PiecewiseLR([(0.5, FlatCos()), (0.5, OneCycle())])", ValueError,
      "the pieces must own the same hyper-parameters, got lr, lr+momentum"),

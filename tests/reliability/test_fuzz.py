@@ -48,7 +48,7 @@ from minifast.callback import EVENTS
 from minifast.fitting import FitOptions
 
 FULL = os.environ.get("MINIFAST_FULL") == "1"
-EXAMPLES = 200 if FULL else 30  # of junk for each parameter
+EXAMPLES = 200 if FULL else 40  # of junk for each parameter
 TICKING = 0.02  # minutes of a fit that is limited in time; it is ended after a few batches anyway
 
 
@@ -685,7 +685,8 @@ def shows(value, words):
         texts += [_repr(part)[:15], type(part).__name__, *([part.__name__] if isinstance(part, type) else [])]
         if isinstance(part, Sized) and getattr(part, "ndim", 1) and not isinstance(part, type):
             n = len(part)
-            texts += [f"({n},)", "have shape", *([f"got {n}", f"holds {n}"] if n else ["none", "0", "empty", "no "])]
+            texts += [f"({n},)", "have shape"]
+            texts += [f"got {n}", f"holds {n}"] if n else ["none", "0", "empty", "no ", "with ()"]
         if is_number(part):
             texts.append(f"{float(part):g}")
         if hasattr(part, "shape"):
