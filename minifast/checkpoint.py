@@ -10,7 +10,7 @@ from typing import Any
 
 from . import rng, saved_state
 from .callback import Callback, evaluating
-from .errors import check_int, check_number
+from .errors import check_int, check_number, check_path
 from .identity import environment
 from .progress import Progress, say
 from .replay import digest, remembers, way
@@ -58,10 +58,7 @@ class Checkpoint(Callback):
     in_sandbox = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.path, (str, os.PathLike)) or not os.fspath(self.path):
-            raise TypeError(f"path must be the folder of the run, got {self.path!r:.80} ({type(self.path).__name__}). "
-                            'Pass e.g. Checkpoint("runs/a").')
-        self.path = os.fspath(self.path)
+        self.path = check_path("path", self.path)
         if self.every_steps is not None:
             self.every_steps = check_int("every_steps", self.every_steps)
         if self.every_seconds is not None and self.every_seconds != "auto":

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler
 
-from .batches import Batch, n_samples, to_device
-from .errors import check_flag, check_int
+from .batches import Batch, check_device, n_samples, to_device
+from .errors import check_callable, check_flag, check_int, quoted
 from .signals import DeferredInterrupt
 from .workers import bound_to_this_process, deaths_ignored, explain
 
@@ -43,6 +43,8 @@ class DataLoaders:
         if not all(isinstance(name, str) and name for name in sets):
             raise ValueError(f"valid must name each of its loaders, got {list(sets)}. "
                              "Pass e.g. {'clean': loader, 'noisy': other}.")
+        if isinstance(self.valid, Mapping) and self.valid:
+            sets = {f"valid[{name!r}]": loader for name, loader in sets.items()}
         for name, loader in (("train", self.train), *sets.items()):
             if self.valid is None and name == "valid":
                 continue
@@ -104,6 +106,11 @@ class TensorLoader:
         lengths = [len(tensor) for tensor in tensors]
         if len(set(lengths)) > 1:
             raise ValueError(f"tensors must have one length, got {lengths}. Each row is one sample.")
+        if transform is not None:
+            check_callable("transform", transform, "a function of the tuple of tensors of a batch")
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise TypeError(f"generator must be a torch.Generator or None, got {quoted(generator)}.")
+        device = None if device is None else check_device(device)
         self.tensors = tensors if device is None else tuple(tensor.to(device) for tensor in tensors)
         self.batch_size = check_int("batch_size", batch_size)
         self.shuffle = check_flag("shuffle", shuffle)

@@ -93,6 +93,7 @@ class LRFind:
         """
         skip_start = check_int("skip_start", skip_start, minimum=0)
         skip_end = check_int("skip_end", skip_end, minimum=0)
+        suggestions = check_flag("suggestions", suggestions)
         n = len(self.lrs)
         share = min(1.0, n / 2 / max(1, skip_start + skip_end))  # at least half of the points stay
         shown = slice(int(skip_start * share), n - int(skip_end * share))

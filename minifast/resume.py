@@ -12,7 +12,7 @@ from . import replay, rng, saved_state
 from .callback import CancelFit
 from .checkpoint import FORMAT, Checkpoint
 from .data import begin
-from .errors import shown
+from .errors import check_path, quoted
 from .files import probe, sweep
 from .identity import differences, environment, facts
 from .progress import Progress, say
@@ -29,11 +29,11 @@ log = logging.getLogger("minifast")
 
 def check_resume(resume: Any) -> Resume:
     """`resume` if it has one of its forms. Raises TypeError or ValueError otherwise."""
-    if not isinstance(resume, (bool, str, os.PathLike)):
-        raise TypeError(f'resume must be "auto", True, False, or the path of a checkpoint, got {shown(resume)}.')
-    if not isinstance(resume, bool) and not os.fspath(resume):
-        raise ValueError('resume must be "auto", True, False, or the path of a checkpoint, got an empty path.')
-    return resume
+    if isinstance(resume, bool):
+        return resume
+    if not isinstance(resume, (str, os.PathLike)):
+        raise TypeError(f'resume must be "auto", True, False, or the path of a checkpoint, got {quoted(resume)}.')
+    return check_path("resume", resume)
 
 
 @contextmanager

@@ -439,7 +439,7 @@ def test_a_smaller_batch_is_no_dark_column_and_nan_no_warning():
 
 
 def test_plots_of_what_is_not_there(fitted):
-    with pytest.raises(ValueError, match=r"stat must be one of mean, std, near_zero, got 'median'"):
+    with pytest.raises(ValueError, match=r"stat must be one of 'mean', 'std', 'near_zero', got 'median'"):
         fitted.plot("median")
     for layer in ("conv", 3, -4, None):
         with pytest.raises(ValueError, match=rf"a watched one \(first, act, last\) or its number, got {layer!r}"):

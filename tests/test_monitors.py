@@ -236,7 +236,7 @@ def test_its_repr_rebuilds_it(callback):
     (lambda: Checkpoint(""), TypeError, "path must be the folder of the run, got ''"),
     (lambda: Checkpoint(None), TypeError, "path must be the folder of the run, got None"),
     (lambda: EarlyStopping(patience=2.5), ValueError, r"patience must be an int >= 1, got 2.5 \(float\)"),
-    (lambda: SaveBest(path=3), TypeError, "path must be the name of a file, or None, got 3"),
+    (lambda: SaveBest(path=3), TypeError, "path must be a path, got 3"),
     (lambda: SaveBest(restore=1), TypeError, "restore must be True or False, got 1"),
     (lambda: ReduceLROnPlateau(factor=1.0), ValueError, r"factor must be a finite number > 0 and < 1, got 1.0"),
     (lambda: ReduceLROnPlateau(patience=0), ValueError, "patience must be an int >= 1, got 0"),
