@@ -172,8 +172,6 @@ def test_what_is_not_there_yet_says_so():
     model, dls = nn.Linear(3, 1), ([(torch.ones(4, 3), torch.ones(4, 1))], None)
     with pytest.raises(ValueError, match="graph=True is not available in this version"):
         Learner(model, dls, nn.MSELoss(), graph=True)
-    with pytest.raises(ValueError, match="resume=True is not available in this version"):
-        Learner(model, dls, nn.MSELoss(), verbose=False).fit(0.1, 1, resume=True)
 
 
 @pytest.mark.slow
