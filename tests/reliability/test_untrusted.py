@@ -245,6 +245,8 @@ BOMBS = {  # name: (the content, what is said of it)
         lambda: torch_bytes({"weight": torch.ones(300)}, _use_new_zipfile_serialization=False).replace(
             b"M,\x01", b"J\xff\xff\xff\x7f"), "storages are larger than it|does not lie"),
     "a codec": (lambda: torch_bytes({"weight": Calls(codecs.encode, "x" * 100, "punycode")}), "asks to run code"),
+    "a function that is named, not called": (
+        lambda: torch_bytes({"weight": os.system}), r"asks to run code \('posix\.system'\): refused"),
     "a bytearray of 100 GB": (lambda: torch_bytes({"weight": Calls(bytearray, 10**11)}), "asks to run code"),
     "a sparse tensor of 10**12 rows": (lambda: sparse(), "asks to run code"),
     "a TorchScript program": (torchscript, "TorchScript program"),
