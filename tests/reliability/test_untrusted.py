@@ -359,6 +359,15 @@ def test_bombs_are_refused_in_little_memory_and_time(tmp_path, bombs, door):
             assert re.search(BOMBS[name][1] + ("|no archive" if "checked" in door else ""), said), (name, said)
 
 
+@pytest.mark.case("X4")
+def test_a_program_whose_entries_overlap_is_refused(tmp_path):
+    """20 GB in a file of 2 MB."""
+    path = put(one_entry_many_times(20_000, folder="model/data/weights/weight_"), tmp_path / "net.pt2")
+    for read in (load_exported, export_info):
+        with pytest.raises(ValueError, match="its entries overlap"):
+            read(path)
+
+
 @pytest.mark.case("X3")
 def test_text_stays_text(tmp_path):
     tree = {"state": GADGETS, "names": list(GADGETS.values())}
