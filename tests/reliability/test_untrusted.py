@@ -245,6 +245,8 @@ BOMBS = {  # name: (the content, what is said of it)
         lambda: torch_bytes({"weight": torch.ones(300)}, _use_new_zipfile_serialization=False).replace(
             b"M,\x01", b"J\xff\xff\xff\x7f"), "storages are larger than it|does not lie"),
     "a codec": (lambda: torch_bytes({"weight": Calls(codecs.encode, "x" * 100, "punycode")}), "asks to run code"),
+    "a function that is named, not called": (
+        lambda: torch_bytes({"weight": os.system}), r"asks to run code \('posix\.system'\): refused"),
     "a bytearray of 100 GB": (lambda: torch_bytes({"weight": Calls(bytearray, 10**11)}), "asks to run code"),
     "a sparse tensor of 10**12 rows": (lambda: sparse(), "asks to run code"),
     "a TorchScript program": (torchscript, "TorchScript program"),
@@ -355,6 +357,15 @@ def test_bombs_are_refused_in_little_memory_and_time(tmp_path, bombs, door):
         assert n_bytes < 400 * MB, (name, n_bytes)  # the largest of these files has 80 MB
         if door in OF_TREES:
             assert re.search(BOMBS[name][1] + ("|no archive" if "checked" in door else ""), said), (name, said)
+
+
+@pytest.mark.case("X4")
+def test_a_program_whose_entries_overlap_is_refused(tmp_path):
+    """20 GB in a file of 2 MB."""
+    path = put(one_entry_many_times(20_000, folder="model/data/weights/weight_"), tmp_path / "net.pt2")
+    for read in (load_exported, export_info):
+        with pytest.raises(ValueError, match="its entries overlap"):
+            read(path)
 
 
 @pytest.mark.case("X3")
