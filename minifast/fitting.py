@@ -1,6 +1,5 @@
 """How a Learner makes one fit: its arguments checked, its `State` made, what it sets put back."""
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
@@ -9,7 +8,6 @@ from . import loop
 from .batches import output_loss
 from .budget import TICKS, TimeLimit
 from .callback import Callback
-from .checkpoint import Checkpoint
 from .checks import check_loader, check_optimizer, check_trainable, check_valid
 from .data import as_dataloaders, count_steps, is_one_shot, micro_batches, n_batches, valid_sets
 from .errors import check_flag, check_int, check_number
@@ -21,7 +19,7 @@ from .metrics import Metrics
 from .ownership import check_callbacks, owner_of, resolve
 from .progress import Progress, say
 from .recorder import Recorder
-from .resume import Resume, check_resume, session
+from .resume import Resume, check_resume, place, session
 from .scheduler import Scheduler
 from .signals import DeferredInterrupt
 from .state import State
@@ -55,21 +53,21 @@ def fit(learn: "Learner", n_epochs: int, lr: Any, schedule: Scheduler | None, **
     finder = next((cb for cb in (*given, *learn.callbacks) if isinstance(cb, LRFinder)), None)
     if finder is not None:
         _check_options(learn, lr, **options)
+        place([*given, *learn.callbacks], learn.fits_ended, options.get("resume", False)).candidates()
         return find(learn, finder, [callback for callback in given if callback is not finder], **options)
     state = prepare(learn, n_epochs, lr, schedule, **options)
     check_trainable(learn.model, state.group_names)
-    run = next((os.path.realpath(cb.path) for cb in state.callbacks if isinstance(cb, Checkpoint)), "")
-    number = learn.fits_ended.get(run, 0) + 1
+    at = place(state.callbacks, learn.fits_ended, options.get("resume", False))
     # signals are held but in the loop, which has a block of its own: what surrounds it is done whole, or not at all
     with DeferredInterrupt(is_held=True), fitting(learn, state, options.get("wd")), \
-            session(state, number, options.get("resume", False)) as kept:
+            session(state, at) as kept:
         if kept.is_finished:
             kept.restore_final()
         else:
             kept.begin()
             loop.run(state)
             kept.finish()
-        learn.fits_ended = {**learn.fits_ended, run: number}
+        learn.fits_ended = {**learn.fits_ended, at.run: at.number}
 
 
 def prepare(learn: "Learner", n_epochs: int, lr: Any, schedule: Scheduler | None,
@@ -97,6 +95,7 @@ def prepare(learn: "Learner", n_epochs: int, lr: Any, schedule: Scheduler | None
     accumulate = micro_batches(learn.dls.train, options.get("accumulate", 1), options.get("effective_batch_size"))
     per_epoch, batches, limit = count_steps(learn.dls.train, steps_per_epoch, accumulate)
     metrics = Metrics(learn.metrics, train=learn.train_metrics)
+    place(users, learn.fits_ended, options.get("resume", False)).candidates()
     return new_state(
         learn, lrs=lrs, n_epochs=n_epochs if minutes is None else None, steps_per_epoch=per_epoch,
         n_steps=n_epochs * per_epoch if minutes is None else TICKS, accumulate=accumulate, n_batches=batches,

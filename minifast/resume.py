@@ -2,14 +2,15 @@
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 from . import replay, rng, saved_state
-from .callback import CancelFit
+from .callback import Callback, CancelFit
 from .checkpoint import FORMAT, Checkpoint
 from .data import begin
 from .errors import check_path, quoted
@@ -36,35 +37,62 @@ def check_resume(resume: Any) -> Resume:
     return check_path("resume", resume)
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a fit keeps its checkpoints, and which ones it may go on from."""
+
+    saver: Checkpoint | None
+    run: str  # the folder of the run
+    number: int  # of the fit in it, from 1
+    resume: Resume
+
+    @property
+    def folder(self) -> FitFolder | None:
+        """Where the fit's own checkpoints are; None if it keeps none."""
+        return None if self.saver is None else FitFolder(Path(self.saver.path) / f"fit-{self.number}")
+
+    def candidates(self) -> list[Path] | None:
+        """The checkpoints to go on from, newest first; None to start afresh.
+
+        Raises FileNotFoundError where there has to be one, FileExistsError for a run that would be overwritten.
+        """
+        return _find(self.folder, self.resume, self.number)
+
+
+def place(callbacks: Iterable[Callback], fits_ended: Mapping[str, int], resume: Resume) -> Place:
+    """The place of a fit with `callbacks`. fits_ended: how many fits of the Learner have ended in each run's folder."""
+    saver = next((cb for cb in callbacks if isinstance(cb, Checkpoint)), None)
+    run = "" if saver is None else os.path.realpath(saver.path)
+    return Place(saver, run, fits_ended.get(run, 0) + 1, resume)
+
+
 @contextmanager
-def session(state: State, number: int, resume: Resume) -> Iterator["Session"]:
+def session(state: State, at: Place) -> Iterator["Session"]:
     """A block for one fit: the folder of its checkpoints is locked, and the checkpoint that it goes on from is read.
 
-    number: which fit of its run it is, from 1. Raises ValueError for a checkpoint of another fit, FileNotFoundError
-    where there has to be one, FileExistsError for a run that would be overwritten, OSError for a folder that cannot
+    Raises what `Place.candidates` does, ValueError for a checkpoint of another fit, OSError for a folder that cannot
     be written, RuntimeError for one that is in use: all before anything is changed.
     """
-    saver = next((cb for cb in state.callbacks if isinstance(cb, Checkpoint)), None)
-    if saver is None:
-        if resume is True or resume == "auto":
-            raise ValueError(f"resume={resume!r} has to know where the checkpoints are: pass "
-                             'callbacks=[Checkpoint("runs/a")], or the path of a checkpoint.')
-        yield Session(state, None, None, None if resume is False else _named(Path(resume), number))
+    saver, folder = at.saver, at.folder
+    if saver is None or folder is None:
+        yield Session(state, None, None, at.candidates())
         return
-    run = Path(saver.path)
-    folder = FitFolder(run / f"fit-{number}")
-    with locked(run):
+    with locked(folder.path.parent):
         folder.make()
         probe(folder.path)
         sweep(folder.path)
         try:
-            yield Session(state, saver, folder, _find(folder, resume, number))
+            yield Session(state, saver, folder, at.candidates())
         finally:
             saver.end()
 
 
-def _find(folder: FitFolder, resume: Resume, number: int) -> list[Path] | None:
-    """The checkpoints to go on from, newest first; None to start afresh."""
+def _find(folder: FitFolder | None, resume: Resume, number: int) -> list[Path] | None:
+    if folder is None:
+        if resume is True or resume == "auto":
+            raise ValueError(f"resume={resume!r} has to know where the checkpoints are: pass "
+                             'callbacks=[Checkpoint("runs/a")], or the path of a checkpoint.')
+        return None if resume is False else _named(Path(resume), number)
     own = folder.checkpoints()
     if resume is False:
         if own:

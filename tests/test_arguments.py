@@ -154,8 +154,9 @@ def test_rates(learn, call, error, message):
     ("learn.fit(slice(-1))", ValueError, "lr=slice(...) end must be a finite number > 0, got -1 (int)"),
     ("learn.fit(0.1, wd=-0.5)", ValueError, "wd must be a finite number >= 0, got -0.5 (float)"),
     ("learn.fit(0.1, wd='x')", ValueError, "wd must be a finite number >= 0, got 'x' (str)"),
-    ("learn.fit(0.1, resume=True)", ValueError, "resume=True is not available in this version"),
-    ("learn.fit(0.1, resume='no')", TypeError, "resume must be True or False, got 'no' (str)"),
+    ("learn.fit(0.1, resume=True)", ValueError, "resume=True has to know where the checkpoints are"),
+    ("learn.fit(0.1, resume='no')", FileNotFoundError, "there is no checkpoint no to resume"),
+    ("learn.fit(0.1, resume=3)", TypeError, "resume must be \"auto\", True, False, or the path of a checkpoint, got 3"),
     ("learn.fit(0.1, verbose=1)", TypeError, "verbose must be True or False, got 1 (int)"),
     ("learn.fit(0.1, steps_per_epoch=4)", ValueError, "steps_per_epoch=4 is more than the 3 updates that one pass "
                                                       "over 3 batches makes"),
