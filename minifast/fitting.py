@@ -95,7 +95,8 @@ def prepare(learn: "Learner", n_epochs: int, lr: Any, schedule: Scheduler | None
     accumulate = micro_batches(learn.dls.train, options.get("accumulate", 1), options.get("effective_batch_size"))
     per_epoch, batches, limit = count_steps(learn.dls.train, steps_per_epoch, accumulate)
     metrics = Metrics(learn.metrics, train=learn.train_metrics)
-    place(users, learn.fits_ended, options.get("resume", False)).candidates()
+    if "resume" in options:
+        place(users, learn.fits_ended, options["resume"]).candidates()
     return new_state(
         learn, lrs=lrs, n_epochs=n_epochs if minutes is None else None, steps_per_epoch=per_epoch,
         n_steps=n_epochs * per_epoch if minutes is None else TICKS, accumulate=accumulate, n_batches=batches,

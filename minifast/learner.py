@@ -222,6 +222,7 @@ class Learner:
         lr_mult = check_number("lr_mult", lr_mult, minimum=1)
         check_div("div", div)
         options["callbacks"] = check_callbacks(options.get("callbacks", ()), "callbacks")
+        options.setdefault("resume", False)
         first, second = OneCycle(pct_start=0.99), OneCycle(None, div, pct_start)
         both, minutes = freeze_epochs + epochs, options.pop("minutes", None)
         head, rest = options.copy(), options.copy()
