@@ -76,7 +76,8 @@ class Checkpoint(Callback):
         self._n_failures, self._is_saved = 0, True  # nothing to lose before the first step
         self._at_epoch_start: dict[str, Any] | None = None  # the random generators
         self._is_first_pass = True
-        self._n_done, self._first_batch = 0, None  # of the epoch: batches that are behind, the `digest` of the first
+        self._n_done = 0  # batches of the epoch that are behind
+        self._first_batch: str | None = None  # the `digest` of its first one
         self._before_validation: dict[str, Any] | None = None
         self._is_epoch_end = self._is_validating = False
         self._plan_next(state)
