@@ -1,5 +1,5 @@
 # Everything runs in .venv, which the first target that needs it creates: with uv where that works, else with venv and pip.
-# Options: ARGS="..." goes to the command of demo, test, fast and bench; PYTHON=... is the Python that .venv is made from.
+# Options: ARGS="..." goes to the command of demo, test, fast, bench and crash; PYTHON=... is the Python that .venv is made from.
 
 # Emptied, so that settings of another environment do not leak into this one.
 RUN = PYTHONPATH= PYTHONHOME= .venv/bin/python
@@ -7,7 +7,7 @@ READY = .venv/.installed
 ARGS =
 PYTHON ?=
 
-.PHONY: help demo test fast check nbs bench clean
+.PHONY: help demo test fast check nbs bench crash clean
 
 help:
 	@echo "minifast: make <target>"
@@ -42,8 +42,12 @@ nbs: $(READY) ## run every notebook in nbs/ in place
 	    nbformat.write(nb, path)' "$$nb" || exit 1; \
 	done
 
-bench: $(READY) ## compare with the hand-written loop
+bench: $(READY) ## compare with the hand-written loop; what checkpoints cost
 	@$(RUN) tests/benchmarks/run.py $(ARGS)
+	@$(RUN) tests/benchmarks/checkpoint.py $(ARGS)
+
+crash: $(READY) ## kill training thousands of times, resume it, compare bits (ARGS="--kills 300 --worker-kills 60")
+	@$(RUN) tests/reliability/crash_table.py $(ARGS)
 
 clean: ## remove .venv, caches, build results and the plots of the demo
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist minifast-demo

@@ -2,6 +2,12 @@
 import typing as _typing
 from importlib import import_module as _import_module
 
+from torch import __version__ as _torch
+
+if _torch < "2.10":  # a TorchVersion, which compares by numbers
+    raise ImportError(f"minifast needs torch 2.10 or newer, this is {_torch}: older ones can run code from a file of "
+                      "weights (CVE-2025-32434, CVE-2026-24747). Install a newer one: pip install --upgrade torch.")
+
 from . import schedules, suggest
 from .batches import split_batch
 from .budget import TimeLimit
@@ -9,6 +15,8 @@ from .callback import Callback, CancelBatch, CancelEpoch, CancelFit, Order
 from .checkpoint import Checkpoint
 from .composed import PiecewiseLR, Schedule
 from .data import DataLoaders, TensorLoader, digits
+from .errors import NonFiniteGradient, NonFiniteLoss
+from .finite import FiniteLoss
 from .groups import LayerGroup, LayerGroups
 from .learner import Learner
 from .lr import (
@@ -110,6 +118,7 @@ __all__ = [
     "EarlyStopping",
     "ExponentialLR",
     "Finding",
+    "FiniteLoss",
     "FitRecord",
     "FlatCos",
     "GradientClip",
@@ -128,6 +137,8 @@ __all__ = [
     "MixUp",
     "MixedPrecision",
     "Moment",
+    "NonFiniteGradient",
+    "NonFiniteLoss",
     "OneCycle",
     "Order",
     "PiecewiseLR",

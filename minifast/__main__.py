@@ -12,6 +12,7 @@ import torch
 
 from . import demo
 from .data import digits
+from .errors import NonFiniteLoss
 from .image_folder import image_folder
 
 OUT = Path("minifast-demo")
@@ -33,8 +34,8 @@ class Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo with the options `argv`, None for the command line's; gives the exit status.
 
-    0: done; 130: interrupted by Ctrl-C; 1: nobody reads the output any more. A wrong option or path exits with 2
-    (SystemExit), as argparse does.
+    0: done; 130: interrupted by Ctrl-C; 1: the loss is not finite, or nobody reads the output any more. A wrong option
+    or path exits with 2 (SystemExit), as argparse does.
     """
     parser = _parser()
     options = parser.parse_args(argv)
@@ -46,6 +47,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"{parser.prog}: interrupted", file=sys.stderr)
         return 130
+    except NonFiniteLoss as error:
+        sys.stdout.flush()
+        print(f"{parser.prog}: {error} The option is --lr.", file=sys.stderr)
+        return 1
     except BrokenPipeError:  # as in `python -m minifast | head -3`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains when it ends
         return 1

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .errors import quoted
+
 Batch = Any  # any nest of tensors: tuple, list, dict, namedtuple, dataclass
 UnpackBatch = Callable[[Batch], tuple[Any, Any]]
 
@@ -92,9 +94,24 @@ def to_device(nest: Any, device: torch.device | str) -> Any:
     """The same nest with its tensors on `device`; whatever has a `.to(device)` of its own is moved by that."""
     if isinstance(nest, Tensor):
         return nest.to(device, non_blocking=str(device) != "cpu")  # a copy to the host must be waited for
-    if hasattr(nest, "to"):
+    if hasattr(nest, "to") and not isinstance(nest, type):
         return nest.to(device)
     return _rebuilt(nest, lambda part: to_device(part, device))
+
+
+def check_device(device: Any) -> torch.device:
+    """`device` as torch knows it, with its index. Raises ValueError for one that cannot be used here.
+
+    >>> check_device("cpu")
+    device(type='cpu')
+    """
+    try:
+        if not isinstance(device, (str, int, torch.device)) or isinstance(device, bool):
+            raise TypeError("it is no name, no number and no torch.device")
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, TypeError, ValueError) as error:
+        given = repr(device) if isinstance(device, (str, torch.device)) else quoted(device)
+        raise ValueError(f"device={given:.80} cannot be used: {error}. Pass e.g. 'cpu' or 'cuda'.") from error
 
 
 def map_tensors(function: Callable[[Tensor], Any], nest: Any) -> Any:

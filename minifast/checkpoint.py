@@ -10,7 +10,7 @@ from typing import Any
 
 from . import rng, saved_state
 from .callback import Callback, evaluating
-from .errors import check_int, check_number
+from .errors import check_int, check_number, check_path
 from .identity import environment
 from .progress import Progress, say
 from .replay import digest, remembers, way
@@ -28,8 +28,11 @@ class Checkpoint(Callback):
 
     path: the folder of the run, made if need be. Of a Learner's k-th fit in it (k from 1), the checkpoints are in
     `path/fit-<k>/step-<updates>.ckpt`. every_steps: after every so many weight updates, an int >= 1 or None.
-    every_seconds: after so much time, > 0 or None; what is due first counts. keep: how many of them stay, the newest;
-    >= 1. One is written, too, when SIGINT or SIGTERM ends the fit, when an epoch was the best one for a `SaveBest`
+    every_seconds: after so much time, > 0, or None; "auto": after a minute, or later where a checkpoint takes so long
+    to write that this would be more than 1 % of the time. What is due first counts. keep: how many of them stay, the
+    newest; an int >= 1.
+
+    One is written, too, when SIGINT or SIGTERM ends the fit, when an epoch was the best one for a `SaveBest`
     (`best.ckpt` is that one, for `learn.load_best`), and when the fit has ended.
 
     A checkpoint holds the model with its buffers, the optimizer, what callbacks keep (`state_dict`), the Recorder's
@@ -42,12 +45,12 @@ class Checkpoint(Callback):
     OSError before the fit for a folder that cannot be written.
 
     >>> Checkpoint("runs/a", every_steps=200)
-    Checkpoint(path='runs/a', every_steps=200, every_seconds=60.0, keep=2)
+    Checkpoint(path='runs/a', every_steps=200, every_seconds='auto', keep=2)
     """
 
     path: str | os.PathLike[str]
     every_steps: int | None = None
-    every_seconds: float | None = 60.0
+    every_seconds: float | str | None = "auto"
     keep: int = 2
 
     order = sys.maxsize  # hears each event last: then what all others keep is of one moment
@@ -55,14 +58,12 @@ class Checkpoint(Callback):
     in_sandbox = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.path, (str, os.PathLike)) or not os.fspath(self.path):
-            raise TypeError(f"path must be the folder of the run, got {self.path!r:.80} ({type(self.path).__name__}). "
-                            'Pass e.g. Checkpoint("runs/a").')
-        self.path = os.fspath(self.path)
+        self.path = check_path("path", self.path)
         if self.every_steps is not None:
             self.every_steps = check_int("every_steps", self.every_steps)
-        if self.every_seconds is not None:
-            self.every_seconds = check_number("every_seconds", self.every_seconds, above=0)
+        if self.every_seconds is not None and self.every_seconds != "auto":
+            self.every_seconds = check_number("every_seconds", self.every_seconds, above=0,
+                                              example='every_seconds=60, "auto" or None')
         self.keep = check_int("keep", self.keep)
         self._folder: FitFolder | None = None
 
@@ -79,7 +80,8 @@ class Checkpoint(Callback):
         self._n_done = 0  # batches of the epoch that are behind
         self._first_batch: str | None = None  # the `digest` of its first one
         self._before_validation: dict[str, Any] | None = None
-        self._is_epoch_end = self._is_validating = False
+        self._is_epoch_end = self._is_validating = self._is_in_batch = False
+        self._seconds = 0.0  # that the last one took
         self._plan_next(state)
 
     def take_up(self, saved: dict[str, Any]) -> None:
@@ -92,9 +94,10 @@ class Checkpoint(Callback):
         self._at_epoch_start = saved_state.capture_rng(state)  # the pass over the data begins now
         self._is_first_pass = getattr(state.train_dl, "_iterator", None) is None
         self._n_done, self._first_batch = 0, None
+        self._is_in_batch = True  # what comes before the first batch cannot be told from a part of it
 
     def after_batch(self, state: State) -> None:
-        self._is_epoch_end = self._is_saved = False
+        self._is_epoch_end = self._is_saved = self._is_in_batch = False
         self._n_done = state.batch_index + 1
         if self._n_done == 1 and remembers(state.train_dl):
             self._first_batch = digest(state.loaded)
@@ -111,14 +114,14 @@ class Checkpoint(Callback):
 
     def after_epoch(self, state: State) -> None:
         self._before_validation, self._is_epoch_end, self._is_saved = None, True, False
-        self._is_validating = False
+        self._is_validating = self._is_in_batch = False
         is_best = state.best is not None and state.best.epoch == state.epoch
         if is_best or state.interrupt.pending or time.monotonic() >= self._next_time:
             self._save(state, is_best=is_best)
 
     def after_fit(self, state: State) -> None:
         try:
-            if state.interrupt.was_raised:  # a signal has ended the fit between two batches
+            if state.interrupt.was_raised and not self._is_in_batch:  # a signal has ended it between two batches
                 moment = self._before_validation if self._is_validating else self._moment(state)
                 if not self._is_saved and moment is not None:
                     self._save(state, moment=moment)
@@ -143,12 +146,16 @@ class Checkpoint(Callback):
         return self._folder
 
     def _plan_next(self, state: State) -> None:
-        every = self.every_steps
+        every, seconds = self.every_steps, self.every_seconds
         self._next_step = math.inf if every is None else (state.step // every + 1) * every
-        self._next_time = math.inf if self.every_seconds is None else time.monotonic() + self.every_seconds
+        wait = math.inf if seconds is None else max(60.0, 100 * self._seconds) if seconds == "auto" else float(seconds)
+        self._next_time = time.monotonic() + wait
 
     def _save(self, state: State, is_best: bool = False, moment: dict[str, Any] | None = None) -> None:
         """Write a checkpoint, if that is possible."""
+        began = time.monotonic()
+        if state.finite_check is not None:  # what is not finite must not take the place of what is
+            state.finite_check.check(state)
         tree = self._moment(state) if moment is None else moment
         try:
             self._write(state, tree, is_best)
@@ -159,6 +166,7 @@ class Checkpoint(Callback):
                 error.add_note(f"this was the checkpoint number {self._n_failures} in a row that could not be written")
                 raise
             log.warning("no checkpoint after update %d: %s Training goes on.", state.step, error.strerror or error)
+        self._seconds = time.monotonic() - began
         self._plan_next(state)
 
     def _write(self, state: State, moment: dict[str, Any], is_best: bool = False) -> None:

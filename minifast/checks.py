@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from .batches import Batch, describe, n_samples
 from .data import is_one_shot, n_batches, smallest_batch
-from .losses import is_cross_entropy, is_loss
+from .losses import ignored_label, is_cross_entropy, is_loss
 
 ELEMENTWISE = (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss)
 ELEMENTWISE_FUNCTIONS = (nn.functional.mse_loss, nn.functional.l1_loss, nn.functional.smooth_l1_loss,
@@ -77,8 +77,7 @@ def check_target(pred: Any, target: Any, loss_func: Any) -> None:
                          "target.unsqueeze(1) or output.squeeze(1).")
     if is_cross_entropy(loss_func) and pred.ndim >= 2 and target.shape != pred.shape:
         _check_labels(pred, target)
-        given = getattr(loss_func, "keywords", {}).get("ignore_index", -100)  # of a partial
-        labels = target[target != getattr(loss_func, "ignore_index", given)]
+        labels = target[target != ignored_label(loss_func)]
         if labels.numel() and not (labels.min() >= 0 and labels.max() < pred.shape[1]):
             raise ValueError(f"labels must be 0..{pred.shape[1] - 1} for the model's {pred.shape[1]} outputs, got "
                              f"{int(labels.min())}..{int(labels.max())}. Give the model one output per class, or "

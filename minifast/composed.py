@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from . import schedules
-from .errors import check_number
+from .errors import check_items, check_number
 from .scheduler import Scheduler
 from .schedules import Shape
 from .state import State
@@ -28,11 +28,11 @@ class PiecewiseLR(Scheduler):
 
     def __post_init__(self) -> None:
         try:
-            pieces = tuple((share, piece) for share, piece in self.pieces)
+            pieces = tuple((share, piece) for share, piece in check_items("pieces", self.pieces, "pairs"))
         except (TypeError, ValueError):
             raise TypeError(f"pieces must be (share, schedule) pairs, got {self.pieces!r:.80}.") from None
-        for share, piece in pieces:
-            check_number("share", share, above=0, maximum=1)
+        for i, (share, piece) in enumerate(pieces):
+            check_number(f"the share in pieces[{i}]", share, above=0, maximum=1)
             if not isinstance(piece, Scheduler):
                 raise TypeError(f"pieces must be (share, schedule) pairs, got {piece!r:.80} as a schedule.")
         total = sum(share for share, _ in pieces)

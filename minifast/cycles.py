@@ -1,9 +1,10 @@
 """The words of `fit`: cycles, their lengths and `use_clr`, turned into epochs and a schedule."""
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from .errors import check_int
-from .lr import CircularLR, CircularLRBeta, CosineAnnealing
+from . import schedules
+from .errors import check_int, check_items
+from .lr import CircularLR, CircularLRBeta, CosineAnnealing, check_cycles
 from .scheduler import Scheduler
 
 
@@ -39,18 +40,36 @@ def epochs_and_schedule(n_cycle: int, cycle_len: int | None, cycle_mult: int, us
                              f"Pass e.g. fit(lr, {n_cycle}, cycle_len=1, {asked[0]}).")
         return n_cycle, None
     cycle_len = check_int("cycle_len", cycle_len)
-    n_epochs = cycle_len * sum(cycle_mult**c for c in range(n_cycle))
-    if use_clr is not None:
-        div, cut_div, moms = _clr("use_clr", "(div, cut_div)", use_clr)
-        return n_epochs, CircularLR(div, cut_div, n_cycles=n_cycle, cycle_mult=cycle_mult, moms=moms)
-    if use_clr_beta is not None:
-        div, pct, moms = _clr("use_clr_beta", "(div, pct)", use_clr_beta)
-        return n_epochs, CircularLRBeta(div, pct, n_cycles=n_cycle, cycle_mult=cycle_mult, moms=moms)
+    n_epochs = epochs_of_cycles(cycle_len, n_cycle, cycle_mult)
+    try:
+        if use_clr is not None:
+            div, cut_div, moms = _clr("use_clr", "(div, cut_div)", use_clr)
+            return n_epochs, CircularLR(div, cut_div, n_cycles=n_cycle, cycle_mult=cycle_mult, moms=moms)
+        if use_clr_beta is not None:
+            div, pct, moms = _clr("use_clr_beta", "(div, pct)", use_clr_beta)
+            return n_epochs, CircularLRBeta(div, pct, n_cycles=n_cycle, cycle_mult=cycle_mult, moms=moms)
+    except ValueError as error:
+        error.add_note(f"in {asked[0]:.200}")
+        raise
     return n_epochs, CosineAnnealing(n_cycles=n_cycle, cycle_mult=cycle_mult)
 
 
+def epochs_of_cycles(cycle_len: int, n_cycles: int, cycle_mult: int) -> int:
+    """How many epochs `n_cycles` cycles take. Raises ValueError for more than can be counted.
+
+    >>> epochs_of_cycles(2, 3, 2)
+    14
+    """
+    check_cycles(n_cycles, cycle_mult)
+    return check_int("cycle_len * the cycles of cycle_mult", cycle_len * schedules.n_units(n_cycles, cycle_mult))
+
+
 def _clr(name: str, form: str, value: Sequence[float]) -> tuple[float, float, tuple[float, ...] | None]:
-    numbers = tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else ()
+    form = f"2 numbers {form} or 4, with (mom_max, mom_min) behind"
+    try:
+        numbers = tuple(check_items(name, value, form))
+    except TypeError:
+        numbers = ()
     if len(numbers) not in (2, 4):
-        raise ValueError(f"{name} takes 2 numbers {form} or 4, with (mom_max, mom_min) behind, got {value!r:.80}.")
+        raise ValueError(f"{name} takes {form}, got {value!r:.80}.")
     return numbers[0], numbers[1], numbers[2:] or None

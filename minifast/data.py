@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler
 
-from .batches import Batch, n_samples, to_device
-from .errors import check_flag, check_int
+from .batches import Batch, check_device, n_samples, to_device
+from .errors import check_callable, check_flag, check_int, quoted
 from .signals import DeferredInterrupt
+from .workers import bound_to_this_process, deaths_ignored, explain
 
 GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 MOST_LEVELS, MOST_OBJECTS, MOST_PARTS = 6, 500, 100  # of the objects in which generators are looked for
@@ -26,7 +27,8 @@ class DataLoaders:
     """The training data and, if there is any, the validation data: iterables of batches.
 
     A torch `DataLoader`, a `TensorLoader`, a list of batches, or any object whose `__iter__` starts a new pass. Several
-    validation sets are a dict of name -> loader: then the columns of the epoch rows begin with the name.
+    validation sets are a dict of name -> loader: then the columns of the epoch rows begin with the name. A worker
+    process that hangs is waited for until the `timeout` of its DataLoader, which torch leaves at 0: for ever.
 
     >>> dls = DataLoaders([(torch.zeros(2, 3), torch.zeros(2))])
     >>> dls.valid is None
@@ -41,6 +43,8 @@ class DataLoaders:
         if not all(isinstance(name, str) and name for name in sets):
             raise ValueError(f"valid must name each of its loaders, got {list(sets)}. "
                              "Pass e.g. {'clean': loader, 'noisy': other}.")
+        if isinstance(self.valid, Mapping) and self.valid:
+            sets = {f"valid[{name!r}]": loader for name, loader in sets.items()}
         for name, loader in (("train", self.train), *sets.items()):
             if self.valid is None and name == "valid":
                 continue
@@ -102,6 +106,11 @@ class TensorLoader:
         lengths = [len(tensor) for tensor in tensors]
         if len(set(lengths)) > 1:
             raise ValueError(f"tensors must have one length, got {lengths}. Each row is one sample.")
+        if transform is not None:
+            check_callable("transform", transform, "a function of the tuple of tensors of a batch")
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise TypeError(f"generator must be a torch.Generator or None, got {quoted(generator)}.")
+        device = None if device is None else check_device(device)
         self.tensors = tensors if device is None else tuple(tensor.to(device) for tensor in tensors)
         self.batch_size = check_int("batch_size", batch_size)
         self.shuffle = check_flag("shuffle", shuffle)
@@ -340,9 +349,11 @@ def feed(loader: Iterable[Batch], device: torch.device, limit: int | None, inter
                 return
             except Exception as error:
                 if interrupt.pending:
-                    interrupt.was_raised = True  # between two batches, as by `check`
+                    # between two batches, as by `check`; without workers, half a batch may have drawn random numbers
+                    interrupt.was_raised = bool(getattr(loader, "num_workers", 0))
                     raise interrupt.exception() from error
                 error.add_note(f"while loading batch {count} of {what} ({type(loader).__name__})")
+                explain(error, iterator)
                 raise
             yield batch if on_cpu else to_device(batch, device)
             count += 1
@@ -355,9 +366,11 @@ def end_workers(loader: Iterable[Batch], iterator: Iterator[Batch] | None) -> No
     """End the worker processes of a pass over `loader`, unless they are to serve for more passes."""
     shut_down = getattr(iterator, "_shutdown_workers", None)
     if shut_down is not None and not getattr(loader, "persistent_workers", False):
-        shut_down()
+        with deaths_ignored():
+            shut_down()
 
 
+@bound_to_this_process()
 def begin(loader: Iterable[Batch]) -> Iterator[Batch]:
     """`iter(loader)`."""
     try:

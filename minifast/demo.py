@@ -1,6 +1,5 @@
 """What `python -m minifast` does: find a learning rate, train by one cycle and by a circular one, draw the curves."""
 import copy
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -114,8 +113,6 @@ def _show(learn: Learner, name: str, out: Path) -> float:
     n, last = len(recorder.epochs), recorder.epochs[-1]
     seconds = sum(row["time"] for row in recorder.epochs)
     print(f"{name}: accuracy {last['accuracy']:.2%} after {n} epoch{'s' * (n > 1)} in {seconds:.1f} s", flush=True)
-    if not math.isfinite(last["train_loss"]):
-        print("the loss is not finite: the learning rate is too high, pass a smaller --lr")
     return float(last["accuracy"])
 
 

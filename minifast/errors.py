@@ -1,14 +1,26 @@
-"""Checks of what users pass in: each failure says what was given, what is expected and what to do."""
+"""Errors of their own kind, and checks of what users pass in: what was given, what is expected, what to do."""
 import numbers
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+LARGEST = 3.4e38  # a float32 holds no more, and hyper-parameters meet float32 tensors
+MOST = sys.maxsize  # of anything that is counted: beyond it neither Python's len() nor torch can count
 
-def check_int(name: str, value: Any, minimum: int = 1, example: str = "") -> int:
-    """`value` as an int >= `minimum`.
+class NonFiniteLoss(ValueError):
+    """The loss of an update is NaN or infinite; the update was not made. Raised by `FiniteLoss`."""
 
-    Raises ValueError for a bool, a float (even 2.0), text or a smaller number.
+
+class NonFiniteGradient(ValueError):
+    """A gradient that was to be clipped is NaN or infinite; the update was not made. Raised with `GradientClip`."""
+
+
+
+def check_int(name: str, value: Any, minimum: int = 1, maximum: int = MOST, *, example: str = "") -> int:
+    """`value` as an int >= `minimum` and <= `maximum`.
+
+    Raises ValueError for a bool, a float (even 2.0), text or a number out of range.
 
     >>> check_int("n_cycle", 3)
     3
@@ -16,9 +28,11 @@ def check_int(name: str, value: Any, minimum: int = 1, example: str = "") -> int
     Traceback (most recent call last):
     ValueError: n_cycle must be an int >= 1, got 1.5 (float). Pass e.g. fit(0.1, 2).
     """
-    if isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= minimum:
+    is_int = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if is_int and minimum <= int(value) <= maximum:
         return int(value)
-    raise ValueError(f"{name} must be an int >= {minimum}, got {shown(value)}.{_hint(example)}")
+    bounds = f">= {minimum}" + (f" and <= {maximum}" if maximum != MOST or (is_int and value > maximum) else "")
+    raise ValueError(f"{name} must be an int {bounds}, got {quoted(value)}.{_hint(example)}")
 
 
 def check_number(name: str, value: Any, *, above: float | None = None, minimum: float | None = None,
@@ -35,16 +49,20 @@ def check_number(name: str, value: Any, *, above: float | None = None, minimum: 
     """
     number = value
     if getattr(value, "ndim", None) == 0 and not getattr(value, "requires_grad", False) and hasattr(value, "item"):
-        number = value.item()
+        try:
+            number = value.item()
+        except (RuntimeError, NotImplementedError):  # a tensor without a value, on the device "meta"
+            number = None
     is_real = isinstance(number, numbers.Real) and not isinstance(number, bool)
-    ok = is_real and -sys.float_info.max <= number <= sys.float_info.max  # neither inf nor nan, nor an int beyond them
+    ok = is_real and -LARGEST <= number <= LARGEST  # neither inf nor nan, nor an int beyond them
     if ok and (above is None or number > above) and (minimum is None or number >= minimum) \
             and (maximum is None or number <= maximum) and (below is None or number < below):
         return float(number)
     bounds = [f"{sign} {bound:g}" for sign, bound in ((">", above), (">=", minimum), ("<=", maximum), ("<", below))
               if bound is not None]
-    wanted = " ".join(["a finite number", " and ".join(bounds)]).strip()
-    raise ValueError(f"{name} must be {wanted}, got {shown(value)}.{_hint(example)}")
+    too_large = is_real and not ok and number == number and abs(number) != float("inf")
+    wanted = " ".join(["a finite number", " and ".join([*bounds, *[f"of at most {LARGEST:g}"] * too_large])]).strip()
+    raise ValueError(f"{name} must be {wanted}, got {quoted(value)}.{_hint(example)}")
 
 
 def check_flag(name: str, value: Any) -> bool:
@@ -55,7 +73,76 @@ def check_flag(name: str, value: Any) -> bool:
     """
     if isinstance(value, bool):
         return value
-    raise TypeError(f"{name} must be True or False, got {shown(value)}.")
+    raise TypeError(f"{name} must be True or False, got {quoted(value)}.")
+
+
+def check_choice(name: str, value: Any, choices: Sequence[str | None]) -> Any:
+    """`value` if it is one of `choices`, texts or None; raises ValueError that lists them otherwise.
+
+    >>> check_choice("mode", "mni", ("min", "max"))
+    Traceback (most recent call last):
+    ValueError: mode must be one of 'min', 'max', got 'mni' (str).
+    """
+    if (value is None or isinstance(value, str)) and value in choices:
+        return value
+    raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {quoted(value)}.")
+
+
+def check_text(name: str, value: Any) -> str:
+    """`value` if it is text; raises TypeError otherwise."""
+    if isinstance(value, str):
+        return value
+    raise TypeError(f"{name} must be text, got {quoted(value)}.")
+
+
+def check_path(name: str, path: Any) -> str:
+    """`path` as text. Raises TypeError for what is no path, ValueError for one that no file can have.
+
+    Without it `open` takes True for the file number 1, which is the output of the program, and closes it.
+
+    >>> check_path("path", 3)
+    Traceback (most recent call last):
+    TypeError: path must be a path, got 3 (int).
+    """
+    text = os.fspath(path) if isinstance(path, (str, os.PathLike)) else None
+    if not isinstance(text, str):
+        raise TypeError(f"{name} must be a path, got {quoted(path)}.")
+    if not text:
+        raise ValueError(f"{name} must be a path, got an empty one.")
+    try:
+        is_possible = b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        is_possible = False
+    if not is_possible:
+        raise ValueError(f"{name} must be a path that a file can have, got {quoted(path)}.")
+    return text
+
+
+def check_callable(name: str, value: Any, form: str, example: str = "") -> Callable[..., Any]:
+    """`value` if it can be called; raises TypeError that says in which `form` it is to be otherwise.
+
+    >>> check_callable("transform", 3, "a function batch -> batch")
+    Traceback (most recent call last):
+    TypeError: transform must be a function batch -> batch, got 3 (int).
+    """
+    if callable(value):
+        return value  # type: ignore[no-any-return]
+    raise TypeError(f"{name} must be {form}, got {quoted(value)}.{_hint(example)}")
+
+
+def check_items(name: str, values: Any, form: str, example: str = "") -> list[Any]:
+    """What `values` holds, as a new list. Raises TypeError for text and for what cannot be iterated.
+
+    >>> check_items("lrs", 0.1, "a list of learning rates")
+    Traceback (most recent call last):
+    TypeError: lrs must be a list of learning rates, got 0.1 (float).
+    """
+    if isinstance(values, Iterable) and not isinstance(values, (str, bytes, bytearray, type)):
+        try:
+            return list(values)
+        except TypeError:  # tensors and arrays without dimensions call themselves iterable
+            pass
+    raise TypeError(f"{name} must be {form}, got {quoted(values)}.{_hint(example)}")
 
 
 def check_same_names(what: str, saved: Sequence[str], own: Sequence[str]) -> None:
@@ -65,9 +152,16 @@ def check_same_names(what: str, saved: Sequence[str], own: Sequence[str]) -> Non
                          f"({', '.join(own)}): resume with the same model and the same arguments.")
 
 
-def shown(value: Any) -> str:
-    """A value and its type, for messages."""
-    return f"{value!r:.200} ({type(value).__name__})"
+def quoted(value: Any) -> str:
+    """`value` and its type, for messages, in 200 characters at most.
+
+    >>> quoted(0.5)
+    '0.5 (float)'
+    """
+    try:
+        return f"{value!r:.200} ({type(value).__name__})"
+    except ValueError:  # Python refuses to write down an int of more than 4,300 digits
+        return f"a {type(value).__name__} that is too long to show"
 
 
 def _hint(example: str) -> str:

@@ -1,93 +1,233 @@
-"""Files that are whole or not there, and plain values in them that are checked when they are read."""
+"""Files that are whole or not there, and plain values in them that are checked when they are read.
+
+Each call that changes the disk goes through `os.` or `write` here, so that a test can stop the process at any of them.
+"""
+import errno
+import io
+import logging
 import os
+import re
 import shutil
+import stat
+import struct
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import torch
 
-MOST_ENTRIES = 1_000_000  # of an archive: one for each tensor
+from . import pickles
+from .trees import check_plain, size_of, to_save
+
+MOST_ENTRIES = 100_000  # of an archive: one for each tensor, and few others
+MOST_PICKLED = 64_000_000  # bytes of its plain values and of the names and shapes of its tensors
+BUFFER = 64 * 1024
+PathLike = str | os.PathLike[str]
+log = logging.getLogger("minifast")
+
+_TEMPORARY = re.compile(r"\..+\.([1-9]\d{0,9})\.tmp", re.DOTALL)
+_ENTRY = re.compile(r"[^/]+/(data\.pkl|byteorder|version|\.format_version|\.storage_alignment|"
+                    r"\.data/serialization_id|data/\d+)")
+_NOT_FOR_FOLDERS = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EISDIR)
+_in_use: set[Path] = set()  # temporaries of this process that are being written
+
+
+# ---- writing
 
 
 @contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+def replacing(path: PathLike, needed: int | None = None) -> Iterator[BinaryIO]:
     """A file that takes the place of `path` once its block has ended well and all of it is on the disk.
 
-    Until then, and if anything fails, what was at `path` is as it was. Raises OSError that says what is missing.
+    Until then, and if anything fails, what was at `path` is as it was: a link is replaced, not followed. needed: bytes
+    that it will take, for the message. Raises OSError that says which step failed and how much space there is.
     """
     path = Path(path)
     if path.is_dir():
         raise IsADirectoryError(f"cannot save to {path}: it is a folder. Pass the name of a file in it.")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"cannot save to {path}: there is no folder {path.parent}. Make it first.")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _temporary(path)
+    step, raw, is_renamed = "open", None, False
     try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
+        raw = _Raw(_create(temporary))
+        step = ""
+        file = io.BufferedWriter(raw, BUFFER)
+        yield cast(BinaryIO, file)
+        file.flush()
+        step = "fsync"
+        os.fsync(raw.fileno())
+        step = "close"
+        raw.close()
+        step = "rename"
         os.replace(temporary, path)
+        is_renamed = True
+        step = "fsync of the folder"
         _sync_folder(path.parent)
     except (OSError, RuntimeError) as error:
         failure = _os_error(error)
         if failure is None:
             raise
-        raise type(failure)(failure.errno, _explain(path, temporary, failure)) from error
+        raise type(failure)(failure.errno, _explain(path, temporary, failure, step, needed)) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        if raw is not None:
+            _drop(temporary, raw, is_renamed)
 
 
-def save_tree(tree: Any, path: str | os.PathLike[str]) -> None:
-    """Write a tree of tensors and plain values to `path`: whole, or not at all."""
-    with replacing(path) as file:
-        torch.save(tree, file)
+def save_tree(tree: Any, path: PathLike) -> None:
+    """Write a plain tree to `path`: whole, or not at all. Tensors are written as they lie in memory, one by one.
 
-
-def load_tree(path: str | os.PathLike[str]) -> Any:
-    """What `save_tree` wrote, on the CPU. Nothing in the file is executed.
-
-    The check sums of all its parts are compared first: torch itself takes a flipped bit for a weight. Raises
-    ValueError for a file that is damaged, packed, or holds more than tensors and plain values.
+    Raises TypeError that names the place of what is not plain (see `trees`), OSError for what the disk refuses.
     """
-    path = Path(path)  # torch would take an open file too, and fail on anything else without naming it
+    check_plain(tree)
+    with replacing(path, needed=size_of(tree)) as file, _check_sums():
+        torch.save(to_save(tree), file)
+
+
+def sweep(folder: PathLike) -> list[Path]:
+    """Remove the temporaries of processes of this machine that are dead from `folder`; gives what was removed."""
+    if os.name != "posix":  # no way to ask for a process there without the risk of ending it
+        return []
+    removed = []
+    with suppress(OSError):
+        for path in sorted(Path(folder).iterdir()):
+            match = _TEMPORARY.fullmatch(path.name)
+            if match is not None and not _is_alive(int(match[1])):
+                with suppress(OSError):  # gone already, or a folder
+                    os.unlink(path)
+                    removed.append(path)
+    return removed
+
+
+def probe(folder: PathLike) -> None:
+    """Write a small file into `folder`, have it on the disk and remove it. Raises OSError that says what to do."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        if folder.exists() or folder.is_symlink():
+            raise NotADirectoryError(errno.ENOTDIR, f"cannot write into {folder}: it is no folder. Pass the name of "
+                                                    "a folder.")
+        raise FileNotFoundError(errno.ENOENT, f"cannot write into {folder}: there is no such folder. Make it first.")
+    temporary = _temporary(folder / "probe")
+    raw = None
     try:
-        if zipfile.is_zipfile(path):
-            _check_archive(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
+        raw = _Raw(_create(temporary))
+        raw.write(bytes(4096))
+        os.fsync(raw.fileno())
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        advice = "Make room" if full else "Make it writable"
+        raise type(error)(error.errno, f"cannot write into {folder}: {error.strerror or error}{_free(folder)}. "
+                                       f"{advice}, or pass another folder.") from error
+    finally:
+        if raw is not None:
+            _drop(temporary, raw)
+
+
+def write(handle: int, data: bytes | memoryview) -> int:
+    """All that is ever written to a file by this module comes through here; gives how many bytes were taken."""
+    return os.write(handle, data)
+
+
+@contextmanager
+def _check_sums() -> Iterator[None]:
+    """Have torch write them, whatever it is set to."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(True)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)
+
+
+class _Raw(io.RawIOBase):
+    """A file to write to, by its handle."""
+
+    def __init__(self, handle: int) -> None:
+        self._handle = handle
+
+    def writable(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return self._handle
+
+    def write(self, data: Any) -> int:
+        left = memoryview(data).cast("B")
+        n = len(left)
+        while left:
+            left = left[write(self._handle, left):]
+        return n
+
+    def close(self) -> None:
+        if not self.closed:
+            super().close()
+            os.close(self._handle)
+
+    def shut(self) -> None:
+        """Close it, whatever the disk says: for after a failure."""
+        with suppress(OSError):
+            self.close()
+
+
+def _temporary(path: Path) -> Path:
+    return Path(os.path.abspath(path.parent)) / f".{path.name}.{os.getpid()}.tmp"
+
+
+def _create(temporary: Path) -> int:
+    """A handle of a new file: one that is there is never written to, nor what a link there points to."""
+    if temporary in _in_use:
+        raise OSError(errno.EBUSY, "another thread of this process is saving to it")
+    _in_use.add(temporary)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+    try:
+        try:
+            return os.open(temporary, flags, 0o666)  # less what the umask takes away
+        except FileExistsError:  # of a process that is dead, since its number is ours; or put there
+            os.unlink(temporary)
+            return os.open(temporary, flags, 0o666)
+    except BaseException:
+        _in_use.discard(temporary)
         raise
-    except Exception as error:  # torch's own message advises to load the file in a way that can run code from it
-        reason = f": {error}" if type(error) is ValueError else f" ({type(error).__name__})"
-        raise ValueError(f"{path} is damaged, or holds more than plain tensors{reason}. Nothing was loaded.") from error
 
 
-def _check_archive(path: Path) -> None:
-    """Raise ValueError for an archive that is not as torch writes it: not packed, each entry with its check sum."""
-    with zipfile.ZipFile(path) as archive:
-        entries = archive.infolist()
-        if len(entries) > MOST_ENTRIES:
-            raise ValueError(f"it claims to hold {len(entries)} entries")
-        packed = next((entry for entry in entries if entry.compress_type != zipfile.ZIP_STORED), None)
-        if packed is not None:  # it could unpack to any size
-            raise ValueError(f"its entry {packed.filename!r:.80} is packed")
-        if sum(entry.file_size for entry in entries) > path.stat().st_size:
-            raise ValueError("its entries overlap")
-        damaged = archive.testzip()
-        if damaged is not None:
-            raise ValueError(f"the check sum of its entry {damaged!r:.80} is wrong")
+def _drop(temporary: Path, raw: _Raw, is_renamed: bool = False) -> None:
+    """Close the file and, unless it has another name by now, remove it: as far as a failing disk lets us."""
+    raw.shut()
+    if not is_renamed:
+        with suppress(OSError):  # `sweep` takes what is left
+            os.unlink(temporary)
+    _in_use.discard(temporary)
 
 
 def _sync_folder(folder: Path) -> None:
     """Have the new name on the disk, where the system can do that."""
-    if os.name == "posix":
+    if os.name != "posix":
+        return
+    try:
         handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+    except PermissionError as error:  # a folder to write to, but not to be listed
+        log.debug("no fsync of the folder %s: %s", folder, error.strerror)
+        return
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in _NOT_FOR_FOLDERS:
+            raise
+        log.debug("no fsync of the folder %s: %s", folder, error.strerror)
+    finally:
+        os.close(handle)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)  # asks whether it is there
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):  # of somebody else; or no process's number
+        return True
+    return True
 
 
 def _os_error(error: BaseException | None) -> OSError | None:
@@ -97,20 +237,155 @@ def _os_error(error: BaseException | None) -> OSError | None:
     return error
 
 
-def _explain(path: Path, temporary: Path, failure: OSError) -> str:
-    text = failure.strerror or str(failure)
+def _explain(path: Path, temporary: Path, failure: OSError, step: str, needed: int | None) -> str:
+    text = f"{failure.strerror or failure}{' in ' * bool(step)}{step}"
+    if step == "fsync of the folder":
+        return f"cannot save to {path} for sure: {text}. The new file is there, but a power cut might lose it."
+    space = _free(path.parent, needed)
+    if needed is None:
+        with suppress(OSError):
+            space = _free(path.parent, temporary.stat().st_size, "{:,.1f} MB were written")
+    return f"cannot save to {path}: {text}{space}. What was there is as it was."
+
+
+def _free(folder: Path, n: int | None = None, what: str = "needs {:,.1f} MB") -> str:
+    """E.g. " (needs 41.0 MB, 2.0 MB are free)"; nothing where the system does not tell."""
     try:
-        written, free = temporary.stat().st_size, shutil.disk_usage(path.parent).free
+        free = f"{shutil.disk_usage(folder).free / 1e6:,.1f} MB are free"
     except OSError:
-        return f"cannot save to {path}: {text}. What was there is as it was."
-    return (f"cannot save to {path}: {text} ({written / 1e6:,.1f} MB were written, {free / 1e6:,.1f} MB are free). "
-            "What was there is as it was.")
+        return ""
+    return f" ({free})" if n is None else f" ({what.format(n / 1e6)}, {free})"
 
 
-def probe(folder: Path) -> None:
-    """Temporary."""
+# ---- reading
 
 
-def sweep(folder: Path) -> list[Path]:
-    """Temporary."""
-    return []
+def load_tree(path: PathLike, *, checked: bool = False) -> Any:
+    """What `save_tree` wrote, on the CPU. Nothing in the file is called, imported, evaluated or used as a path.
+
+    The check sums of all its parts are compared first: torch itself takes a flipped bit for a weight. Memory is in
+    proportion to the file. checked: refuse what is no such archive (files of torch before 1.6 have no check sums) and
+    an OrderedDict: what other programs write, and `save_tree` does not.
+
+    Raises ValueError for a file that is damaged, asks to run code, or holds more than tensors and plain values;
+    OSError for one that cannot be read, a folder or a device.
+    """
+    path = Path(path)
+    with _opened(path) as file:
+        try:
+            size = os.fstat(file.fileno()).st_size
+            if _is_archive(file):
+                _check_archive(file, size)
+            elif checked:
+                raise ValueError("it is no archive with check sums")
+            else:
+                _check_old(file, size)
+            file.seek(0)
+            tree = torch.load(file, map_location="cpu", weights_only=True, mmap=False)
+            _check_loaded(tree, checked)
+            return tree
+        except pickles.AsksForCode as error:
+            raise ValueError(f"{path} was not loaded: {error}.") from error
+        except OSError:
+            raise
+        except Exception as error:  # torch's own message advises to load the file in a way that can run code from it
+            reason = f": {error}" if type(error) is ValueError else f" ({type(error).__name__})"
+            raise ValueError(f"{path} is damaged, or holds more than plain tensors{reason:.300}. Nothing was "
+                             "loaded.") from error
+
+
+def _check_loaded(tree: Any, checked: bool) -> None:
+    try:
+        check_plain(tree, ordered=not checked)
+    except TypeError as error:
+        raise ValueError(str(error).removesuffix(" Only tensors and plain values can be saved.").rstrip(".")) from error
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    """`path` to read; a pipe or a device is refused without waiting for it."""
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    with open(handle, "rb") as file:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, f"cannot load {path}: it is a pipe or a device. Pass the name of a file.")
+        yield file
+
+
+def _is_archive(file: BinaryIO) -> bool:
+    file.seek(0)
+    return file.read(4) == b"PK\3\4"
+
+
+def _check_archive(file: BinaryIO, size: int) -> None:
+    """Raise ValueError for an archive that is not as torch writes it: not packed, each entry with its check sum."""
+    n_entries = check_directory(file, size)
+    with zipfile.ZipFile(file) as archive:
+        entries = {entry.filename: entry for entry in archive.infolist()}
+        if len(archive.infolist()) != n_entries or len(entries) != n_entries:
+            raise ValueError("the names of its entries are not all different")
+        if any(name.endswith("/constants.pkl") for name in entries):
+            raise pickles.AsksForCode("it is a TorchScript program, which runs code: refused")
+        roots = {name.partition("/")[0] for name in entries}
+        strange = next((name for name in entries if not _ENTRY.fullmatch(name)), None)
+        if strange is not None or len(roots) != 1:
+            raise ValueError(f"it holds {strange or 'several folders'!r:.80}, which torch does not write")
+        packed = next((name for name, entry in entries.items()
+                       if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size), None)
+        if packed is not None:  # it could unpack to any size
+            raise ValueError(f"its entry {packed!r:.80} is packed")
+        if sum(entry.file_size for entry in entries.values()) > size:
+            raise ValueError("its entries overlap")
+        root = roots.pop()
+        plain = f"{root}/data.pkl"
+        if plain not in entries or entries[plain].file_size > MOST_PICKLED:
+            raise ValueError(f"it has no data.pkl of at most {MOST_PICKLED / 1e6:,.0f} MB")
+        damaged = archive.testzip()
+        if damaged is not None:
+            raise ValueError(f"the check sum of its entry {damaged!r:.80} is wrong")
+        storages: dict[str, int] = {}
+        pickles.read(io.BytesIO(archive.read(plain)), storages)
+        for key, n_bytes in storages.items():
+            entry = entries.get(f"{root}/data/{key}")
+            if entry is None or entry.file_size != n_bytes:
+                raise ValueError(f"its storage {key!r:.20} is not of {n_bytes:,} bytes, as it says")
+
+
+def check_directory(file: BinaryIO, size: int) -> int:
+    """The number of entries that an archive claims to hold, from its end: before a list of them is made.
+
+    The end has to be as torch writes it, without a gap: then all readers find the same list.
+    """
+    file.seek(-min(size, 98), os.SEEK_END)
+    tail = file.read(98)
+    if len(tail) < 22:
+        raise ValueError("its end is missing")
+    mark, *_, n, n_bytes, start, comment = struct.unpack("<4s4H2LH", tail[-22:])
+    end = size - 22
+    if mark != b"PK\5\6" or comment:
+        raise ValueError("its end is missing")
+    if tail[-42:-38] == b"PK\6\7":  # larger numbers
+        end = size - 98
+        if struct.unpack("<4sLQL", tail[-42:-22])[2] != end or tail[:4] != b"PK\6\6":
+            raise ValueError("its end is missing")
+        n, n_bytes, start = struct.unpack("<3Q", tail[32:56])
+    if n > MOST_ENTRIES:
+        raise ValueError(f"it claims to hold {n:,} entries")
+    if start + n_bytes != end:
+        raise ValueError("its list of entries is not where it says")
+    file.seek(start)
+    if file.read(n_bytes).count(b"PK\1\2") > MOST_ENTRIES:
+        raise ValueError(f"it holds more than {MOST_ENTRIES:,} entries")
+    return cast(int, n)
+
+
+def _check_old(file: BinaryIO, size: int) -> None:
+    """Raise ValueError for a file that is not as torch wrote it before 1.6: five pickles, then the storages."""
+    file.seek(0)
+    head = io.BytesIO(file.read(MOST_PICKLED))
+    storages: dict[str, int] = {}
+    if pickles.read(head, {}) != torch.serialization.MAGIC_NUMBER:
+        raise ValueError("torch has not written it")
+    for _ in range(4):
+        pickles.read(head, storages)
+    if sum(storages.values()) > size:
+        raise ValueError("its storages are larger than it")

@@ -13,7 +13,7 @@ from .checkpoint import Checkpoint
 from .checks import check_loader, check_optimizer, check_trainable, check_valid
 from .data import as_dataloaders, count_steps, is_one_shot, micro_batches, n_batches, valid_sets
 from .errors import check_flag, check_int, check_number
-from .first_batch import FiniteInputs
+from .finite import FiniteLoss
 from .hypers import fill_momentum, keep_hypers, label_groups, norms_in_eval, set_weight_decay, spread_lrs
 from .lr import ConstantLR
 from .lr_find import LRFinder
@@ -23,7 +23,9 @@ from .progress import Progress, say
 from .recorder import Recorder
 from .resume import Resume, check_resume, session
 from .scheduler import Scheduler
+from .signals import DeferredInterrupt
 from .state import State
+from .workers import explain
 
 if TYPE_CHECKING:
     from .learner import Learner
@@ -58,14 +60,16 @@ def fit(learn: "Learner", n_epochs: int, lr: Any, schedule: Scheduler | None, **
     check_trainable(learn.model, state.group_names)
     run = next((os.path.realpath(cb.path) for cb in state.callbacks if isinstance(cb, Checkpoint)), "")
     number = learn.fits_ended.get(run, 0) + 1
-    with fitting(learn, state, options.get("wd")), session(state, number, options.get("resume", False)) as kept:
+    # signals are held but in the loop, which has a block of its own: what surrounds it is done whole, or not at all
+    with DeferredInterrupt(is_held=True), fitting(learn, state, options.get("wd")), \
+            session(state, number, options.get("resume", False)) as kept:
         if kept.is_finished:
             kept.restore_final()
         else:
             kept.begin()
             loop.run(state)
             kept.finish()
-    learn.fits_ended = {**learn.fits_ended, run: number}
+        learn.fits_ended = {**learn.fits_ended, run: number}
 
 
 def prepare(learn: "Learner", n_epochs: int, lr: Any, schedule: Scheduler | None,
@@ -87,6 +91,8 @@ def prepare(learn: "Learner", n_epochs: int, lr: Any, schedule: Scheduler | None
     users = _callbacks(learn, [*given, *([schedule] if schedule else []), *([TimeLimit(minutes)] if minutes else [])])
     if owner_of("lr", users) is None:
         users.append(ConstantLR())
+    if owner_of("the finite check", users) is None:
+        users.append(FiniteLoss())
     shown = [Progress()] if _is_verbose(learn, options.get("verbose")) else []
     accumulate = micro_batches(learn.dls.train, options.get("accumulate", 1), options.get("effective_batch_size"))
     per_epoch, batches, limit = count_steps(learn.dls.train, steps_per_epoch, accumulate)
@@ -95,7 +101,7 @@ def prepare(learn: "Learner", n_epochs: int, lr: Any, schedule: Scheduler | None
         learn, lrs=lrs, n_epochs=n_epochs if minutes is None else None, steps_per_epoch=per_epoch,
         n_steps=n_epochs * per_epoch if minutes is None else TICKS, accumulate=accumulate, n_batches=batches,
         max_batches=limit, metric_names=metrics.names([name for name, _ in sets]),
-        callbacks=[learn.recorder, metrics, FiniteInputs(), *users, *shown])
+        callbacks=[learn.recorder, metrics, *users, *shown])
 
 
 def find(learn: "Learner", finder: LRFinder, given: list[Callback], *, wd: float | None = None, accumulate: int = 1,
@@ -111,7 +117,7 @@ def find(learn: "Learner", finder: LRFinder, given: list[Callback], *, wd: float
     batches, recorder = n_batches(learn.dls.train), Recorder()
     running = [cb for cb in _callbacks(learn, [finder, *given]) if cb.in_lr_find or cb is finder]
     shown = [Progress("lr_find")] if _is_verbose(learn, verbose) else []
-    with learn.sandbox([cb for cb in running if cb is not finder]):
+    with DeferredInterrupt(is_held=True), learn.sandbox([cb for cb in running if cb is not finder]):
         state = new_state(
             learn, n_epochs=finder.num_it, n_steps=finder.num_it, accumulate=accumulate, n_batches=batches,
             steps_per_epoch=None if batches is None else math.ceil(batches / accumulate), valid_sets=(),
@@ -206,6 +212,9 @@ def fitting(learn: "Learner", state: State, wd: float | None) -> Iterator[None]:
             set_weight_decay(learn.opt, learn.groups, wd, learn.wd_norm_bias)
         state.weight_decays = tuple(group.get("weight_decay", 0.0) for group in learn.opt.param_groups)
         yield
+    except RuntimeError as error:
+        explain(error)
+        raise
     finally:
         learn.is_fitting = False
         restore()

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from .errors import quoted
 from .tables import listed, table
 
 Splitter = Callable[[nn.Module], Any] | Mapping[str, str | Sequence[str]] | None
@@ -102,8 +103,7 @@ def _wanted(model: nn.Module, named: list[tuple[str, nn.Parameter]], splitter: S
     if splitter is None:
         return {"model": [p for _, p in named]}
     if isinstance(splitter, Mapping):
-        return {group: _matching(group, [globs] if isinstance(globs, str) else globs, named)
-                for group, globs in splitter.items()}
+        return {str(group): _matching(str(group), globs, named) for group, globs in splitter.items()}
     if not callable(splitter):
         raise TypeError(f"splitter must be a callable, a dict of name -> glob, or None, got {splitter!r:.80}.")
     parts = splitter(model)
@@ -114,7 +114,11 @@ def _wanted(model: nn.Module, named: list[tuple[str, nn.Parameter]], splitter: S
     return {str(name): _parameters(part) for name, part in parts.items()}
 
 
-def _matching(group: str, globs: Sequence[str], named: list[tuple[str, nn.Parameter]]) -> list[nn.Parameter]:
+def _matching(group: str, given: Any, named: list[tuple[str, nn.Parameter]]) -> list[nn.Parameter]:
+    globs = [given] if isinstance(given, str) else given
+    if not isinstance(globs, (list, tuple)) or not all(isinstance(glob, str) for glob in globs):
+        raise TypeError(f"splitter[{group!r}] must be a glob over parameter names or a list of them, got "
+                        f"{quoted(given)}.")
     for glob in globs:
         if not any(fnmatchcase(name, glob) for name, _ in named):
             raise ValueError(f"layer group {group!r}: no parameter matches {glob!r}. Parameters of this model: "

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .errors import check_flag
+from .errors import check_flag, check_items, quoted
 
 Function = Callable[[nn.Module, Any, Any], Any]
 
@@ -27,9 +27,9 @@ class Hook:
 
     def __init__(self, module: nn.Module, function: Function, *, backward: bool = False) -> None:
         if not isinstance(module, nn.Module):
-            raise TypeError(f"a hook needs an nn.Module, got {module!r:.80} ({type(module).__name__}).")
+            raise TypeError(f"module must be an nn.Module, got {quoted(module)}.")
         if not callable(function) or isinstance(function, nn.Module):
-            raise TypeError(f"a hook needs a function (module, inputs, output) -> anything, got {function!r:.80}.")
+            raise TypeError(f"function must be a function (module, inputs, output) -> anything, got {function!r:.80}.")
         self.module, self.function, self.backward = module, function, check_flag("backward", backward)
         self.stored: Any = None
 
@@ -52,9 +52,10 @@ class Hooks:
     """
 
     def __init__(self, modules: Iterable[nn.Module], function: Function, *, backward: bool = False) -> None:
-        if isinstance(modules, nn.Module) or not isinstance(modules, Iterable):
+        if isinstance(modules, nn.Module):
             raise TypeError(f"modules must be an iterable of modules, got a {type(modules).__name__}. Pass [module], "
                             "or module.children().")
+        modules = check_items("modules", modules, "an iterable of modules", example="[module] or module.children()")
         self.hooks = [Hook(module, function, backward=backward) for module in modules]
         if not self.hooks:
             raise ValueError("modules must hold at least one module, got none.")

@@ -8,11 +8,13 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from .errors import check_number
+from .batches import check_device
+from .errors import check_number, quoted
 
 if TYPE_CHECKING:
     from .groups import LayerGroup, LayerGroups
 
+LARGEST_LR = 1e30  # what a schedule multiplies it by is at most 1e8: a float32 holds that
 LR = float | slice | Sequence[float]  # slices hold floats
 
 
@@ -30,20 +32,28 @@ def check_lr(name: str, lr: Any) -> Any:
     if isinstance(lr, slice):
         if lr.step is not None or lr.stop is None:
             raise ValueError(f"{name} must be slice(hi) or slice(lo, hi), got {lr!r}.")
-        hi = check_number(f"{name}=slice(...) end", lr.stop, above=0)
+        hi = check_rate(f"{name}=slice(...) end", lr.stop)
         if lr.start is None:
             return slice(hi)
-        lo = check_number(f"{name}=slice(...) start", lr.start, above=0)
+        lo = check_rate(f"{name}=slice(...) start", lr.start)
         if lo > hi:
             raise ValueError(f"{name}=slice(lo, hi) must rise from the first layers to the last, got "
                              f"slice({lo:g}, {hi:g}). Swap the two.")
         return slice(lo, hi)
-    if isinstance(lr, (list, tuple)) or getattr(lr, "ndim", 0) == 1:
-        values = tuple(check_number(f"{name}[{i}]", value, above=0) for i, value in enumerate(lr))
+    if isinstance(lr, (list, tuple)) or (getattr(lr, "ndim", 0) == 1 and not isinstance(lr, type)):
+        values = tuple(check_rate(f"{name}[{i}]", value) for i, value in enumerate(lr))
         if values:
             return values
         raise ValueError(f"{name} must hold at least one learning rate, got none.")
-    return check_number(name, lr, above=0, example=f"{name}=1e-3 or slice(1e-5, 1e-3)")
+    return check_rate(name, lr, example=f"{name}=1e-3 or slice(1e-5, 1e-3)")
+
+
+def check_rate(name: str, value: Any, example: str = "") -> float:
+    """`value` as one learning rate: a finite float > 0 that is not absurd."""
+    rate = check_number(name, value, above=0, example=example)
+    if rate > LARGEST_LR:
+        raise ValueError(f"{name} must be at most {LARGEST_LR:g}, got {quoted(value)}.")
+    return rate
 
 
 def spread_lrs(lr: Any, groups: int | Sequence[str], name: str = "lr") -> tuple[float, ...]:
@@ -57,7 +67,7 @@ def spread_lrs(lr: Any, groups: int | Sequence[str], name: str = "lr") -> tuple[
     [0.0001, 0.001, 0.01]
     >>> spread_lrs([0.1, 0.2], ["body", "neck", "head"])
     Traceback (most recent call last):
-    ValueError: 2 learning rates for 3 layer groups (body, neck, head): pass one float, slice(lo, hi) or 3 values.
+    ValueError: lr holds 2 learning rates for 3 layer groups (body, neck, head): pass one float, ...
     """
     lr, n = check_lr(name, lr), groups if isinstance(groups, int) else len(groups)
     if isinstance(lr, slice):
@@ -71,8 +81,8 @@ def spread_lrs(lr: Any, groups: int | Sequence[str], name: str = "lr") -> tuple[
         return (lr[0],) * n
     if len(lr) != n:
         names = "" if isinstance(groups, int) else f" ({', '.join(groups)})"
-        raise ValueError(f"{len(lr)} learning rates for {n} layer group{'s' * (n > 1)}{names}: pass one float, "
-                         f"slice(lo, hi) or {n} value{'s' * (n > 1)}.")
+        raise ValueError(f"{name} holds {len(lr)} learning rates for {n} layer group{'s' * (n > 1)}{names}: pass "
+                         f"one float, slice(lo, hi) or {n} value{'s' * (n > 1)}.")
     return tuple(lr)
 
 
@@ -196,7 +206,7 @@ def set_weight_decay(opt: Optimizer, groups: "LayerGroups", wd: float | None, wd
     undecayed = {id(p) for group in groups for p in group.undecayed}
     for group in opt.param_groups:
         plain = wd_norm_bias or not all(id(p) in undecayed for p in group["params"])
-        group["weight_decay"] = (opt.defaults["weight_decay"] if wd is None else wd) if plain else 0.0
+        group["weight_decay"] = (opt.defaults["weight_decay"] if wd is None else float(wd)) if plain else 0.0
 
 
 def keep_hypers(opt: Optimizer, names: Iterable[str]) -> Callable[[], None]:
@@ -233,10 +243,7 @@ def norms_in_eval(groups: "Iterable[LayerGroup]", train_bn: bool) -> tuple[nn.Mo
 def as_device(device: torch.device | str | None, model: nn.Module) -> torch.device:
     """Where to train: `device`, else where the model already sits if that is no CPU, else the accelerator if any."""
     if device is not None:
-        try:
-            return torch.empty(0, device=device).device
-        except (RuntimeError, AssertionError, TypeError) as error:
-            raise ValueError(f"device={device!r} cannot be used: {error}. Pass e.g. 'cpu' or 'cuda'.") from error
+        return check_device(device)
     current = next((p.device for p in model.parameters()), torch.device("cpu"))
     if current.type != "cpu" or not torch.accelerator.is_available():
         return current

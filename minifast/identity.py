@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.data import DataLoader, IterableDataset
 
 from .batches import Batch
 from .budget import TimeLimit
@@ -79,7 +80,14 @@ def misfits(what: str, saved: Iterable[str], own: Iterable[str]) -> list[str]:
 def _loader(loader: Iterable[Batch]) -> dict[str, Any]:
     batch_size = getattr(loader, "batch_size", None)
     return {"batches": n_batches(loader), "batch_size": batch_size if isinstance(batch_size, int) else None,
-            "samples": n_items(loader)}
+            "samples": n_items(loader), "order": _order(loader), "drop_last": bool(getattr(loader, "drop_last", False))}
+
+
+def _order(loader: Any) -> str:
+    """In which order it gives its samples, as far as it says so."""
+    if isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset):
+        return type(loader.sampler if loader.batch_size else loader.batch_sampler or loader.sampler).__name__
+    return "shuffled" if getattr(loader, "shuffle", False) else "as it comes"
 
 
 def _frozen(state: State) -> list[str]:

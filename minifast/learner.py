@@ -11,24 +11,27 @@ from torch import nn
 from torch.optim import Optimizer
 
 from . import fitting, loop, snapshot
-from .batches import Batch, UnpackBatch, call_model, scores, split_batch, to_device
+from .batches import Batch, UnpackBatch, call_model, describe, scores, split_batch, to_device
+from .best import load_best
 from .callback import Callback, Emitter, evaluating
-from .cycles import check_not_swapped, epochs_and_schedule
+from .cycles import check_not_swapped, epochs_and_schedule, epochs_of_cycles
 from .data import DataLoaders, as_dataloaders, count_steps, feed, generators, in_order, second_copy, valid_sets
-from .errors import check_flag, check_int, check_number
+from .errors import check_flag, check_int, check_number, check_path, quoted
 from .fitting import FitOptions
 from .groups import LayerGroups, Splitter, split
-from .hypers import LR, as_device, check_lr, freeze, group_lrs, label_groups, make_optimizer, spread_lrs
+from .hypers import LR, as_device, check_lr, check_rate, freeze, group_lrs, label_groups, make_optimizer, spread_lrs
 from .inference.predict import predict_all
-from .lr import ConstantLR, CosineAnnealing, FlatCos, OneCycle
+from .lr import ConstantLR, CosineAnnealing, FlatCos, OneCycle, check_div
 from .lr_find import LRFind, LRFinder
 from .metrics import Metrics
 from .ownership import check_callbacks
 from .plan import Plan
+from .progress import say
 from .recorder import Recorder
 from .resume import Resume
 from .scheduler import Scheduler
 from .signals import DeferredInterrupt
+from .tables import shown
 from .weights import load_weights, save_weights
 
 if TYPE_CHECKING:
@@ -93,7 +96,8 @@ class Learner:
         self.opt = make_optimizer(opt_func, self.model, groups, lrs, wd, self.wd_norm_bias)
         self.recorder = Recorder()
         self._groups = groups
-        if not isinstance(compile, (bool, Mapping)):
+        if not isinstance(compile, (bool, Mapping)) or (isinstance(compile, Mapping) and not all(
+                isinstance(option, str) for option in compile)):
             raise TypeError(f"compile must be True, False or a dict of options of torch.compile, got {compile!r:.80}. "
                             "Pass e.g. {'mode': 'reduce-overhead'}.")
         is_compiled = isinstance(compile, Mapping) or compile
@@ -175,13 +179,13 @@ class Learner:
         callbacks, steps_per_epoch, accumulate, effective_batch_size, minutes, resume, verbose, as in `fit`. With
         minutes, `cycle_len` may be left out.
         """
-        cycle_len = _one_of("cycle_len", cycle_len, "cyc_len", cyc_len)
+        name, cycle_len = _one_of("cycle_len", cycle_len, "cyc_len", cyc_len)
         if cycle_len is None and options.get("minutes") is not None:
             cycle_len = 1  # the time says how long
-        n_epochs = check_int("cycle_len", cycle_len, example="fit_one_cycle(3, 0.1)")
-        max_lr = _one_of("max_lr", max_lr, "lr_max", lr_max)
+        n_epochs = check_int(name, cycle_len, example="fit_one_cycle(3, 0.1)")
+        name, max_lr = _one_of("max_lr", max_lr, "lr_max", lr_max)
         schedule = OneCycle(None, div_factor, pct_start, final_div=final_div, moms=moms)
-        fitting.fit(self, n_epochs, self.lr if max_lr is None else check_lr("max_lr", max_lr), schedule, **options)
+        fitting.fit(self, n_epochs, self._peak(name, max_lr), schedule, **options)
 
     def fit_flat_cos(self, n_epoch: int | None = None, lr: LR | None = None, *, pct_start: float = 0.75,
                      div_final: float = 1e5, **options: Unpack[FitOptions]) -> None:
@@ -202,8 +206,8 @@ class Learner:
         """
         n_cycles, cycle_len = check_int("n_cycles", n_cycles), check_int("cycle_len", cycle_len)
         schedule = CosineAnnealing(n_cycles, cycle_mult, warmup_frac=0.0)
-        n_epochs = cycle_len * sum(cycle_mult**c for c in range(n_cycles))
-        fitting.fit(self, n_epochs, self.lr if lr_max is None else check_lr("lr_max", lr_max), schedule, **options)
+        n_epochs = epochs_of_cycles(cycle_len, n_cycles, cycle_mult)
+        fitting.fit(self, n_epochs, self._peak("lr_max", lr_max), schedule, **options)
 
     def fine_tune(self, epochs: int, base_lr: float = 2e-3, *, freeze_epochs: int = 1, lr_mult: float = 100,
                   pct_start: float = 0.3, div: float = 5.0, **options: Unpack[FitOptions]) -> None:
@@ -214,8 +218,9 @@ class Learner:
         Source: fastai 2's fine_tune.
         """
         epochs, freeze_epochs = check_int("epochs", epochs), check_int("freeze_epochs", freeze_epochs)
-        base_lr = check_number("base_lr", base_lr, above=0, example="fine_tune(3, 2e-3)")
+        base_lr = check_rate("base_lr", base_lr, example="fine_tune(3, 2e-3)")
         lr_mult = check_number("lr_mult", lr_mult, minimum=1)
+        check_div("div", div)
         options["callbacks"] = check_callbacks(options.get("callbacks", ()), "callbacks")
         first, second = OneCycle(pct_start=0.99), OneCycle(None, div, pct_start)
         both, minutes = freeze_epochs + epochs, options.pop("minutes", None)
@@ -281,6 +286,7 @@ class Learner:
         train, valid = self.dls.train, self.dls.valid
         copies = {name: second_copy(loader) for name, loader in valid_sets(valid)}
         twins = DataLoaders(second_copy(train), copies if isinstance(valid, Mapping) else copies.get(""))
+        callbacks = check_callbacks(callbacks, "callbacks")
         watched = [(cb, cb.state_dict()) for cb in (*self.callbacks, *callbacks)]
         attributes = dict(vars(self))
         lists = [(value, list(value)) for value in attributes.values() if isinstance(value, list)]
@@ -291,7 +297,7 @@ class Learner:
         try:
             yield self
         finally:
-            with DeferredInterrupt():  # Ctrl-C must not stop this half way
+            with DeferredInterrupt(is_held=True):  # Ctrl-C must not stop this half way
                 vars(self).clear()
                 vars(self).update(attributes)
                 for value, items in lists:
@@ -316,7 +322,7 @@ class Learner:
         g = len(self._groups)
         if isinstance(n, bool) or not isinstance(n, int) or not -g <= n < g:
             raise ValueError(f"freeze_to(n) needs an int {-g} <= n < {g} for {g} layer group{'s' * (g > 1)} "
-                             f"({', '.join(self._groups.names)}), got {n!r}.")
+                             f"({', '.join(self._groups.names)}), got {quoted(n)}.")
         freeze(self._groups, n % g, self.opt, self.train_bn)
 
     def unfreeze(self) -> None:
@@ -443,7 +449,11 @@ class Learner:
     def predict(self, x: Any) -> Any:
         """The model's output for one batch of inputs `x` (without targets), in eval mode, on the CPU."""
         with self._looking():
-            return to_device(scores(call_model(self.model, to_device(x, self.device))), "cpu")
+            try:
+                return to_device(scores(call_model(self.model, to_device(x, self.device))), "cpu")
+            except Exception as error:
+                error.add_note(f"in the model, called by predict(x) with {describe(x)}")
+                raise
 
     def tta(self, dl: Iterable[Batch] | str | None = None, *, transform: Callable[[Any], Any] | None = None, n: int = 4,
             beta: float = 0.25, use_max: bool = False) -> tuple[Any, Any]:
@@ -467,14 +477,36 @@ class Learner:
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the weights, plain tensors, to `path`; gives the path. Raises FileNotFoundError without the folder."""
-        return save_weights(self.model, path)
+        return save_weights(self.model, check_path("path", path))
 
     def load(self, path: str | os.PathLike[str]) -> "Learner":
-        """Load weights that `save` wrote. Raises ValueError that names what does not fit, and then changes nothing."""
-        load_weights(self.model, path)
+        """Load weights that `save` wrote, or those in a checkpoint.
+
+        Raises ValueError that names what does not fit, and then changes nothing.
+        """
+        load_weights(self.model, check_path("path", path))
+        return self
+
+    def load_best(self, path: str | os.PathLike[str]) -> "Learner":
+        """Load the weights of the best epoch of a run, as `SaveBest` and `Checkpoint(path)` have kept them.
+
+        path: the folder of the run (then it is its last fit's), of a fit, or a best.ckpt. The weights are those that
+        were validated: of an `EMA`, the average. Raises FileNotFoundError if there is none, ValueError for one that is
+        damaged or does not fit, and then changes nothing.
+        """
+        best = load_best(self.model, check_path("path", path))
+        if self.verbose:
+            say(f"loaded the weights of epoch {best['epoch']}: {best['monitor']} {shown(best['value'])}")
         return self
 
     # ---- inside
+
+    def _peak(self, name: str, lr: Any) -> Any:
+        """The peak `lr` of a fit, checked under the `name` that was typed; None: the learner's."""
+        if lr is None:
+            return self.lr
+        spread_lrs(lr, self._groups.names, name)
+        return check_lr(name, lr)
 
     @contextmanager
     def _looking(self, data: Any = None) -> Iterator[None]:
@@ -501,12 +533,15 @@ class Learner:
         if data is None:
             raise ValueError("there is no validation data. Pass a loader, or make the Learner with "
                              "DataLoaders(train, valid).")
+        if isinstance(data, Mapping) and not data:
+            raise ValueError("dl must hold at least one validation set, got none.")
         if not isinstance(data, Iterable):
             raise TypeError(f"dl must be an iterable of batches, got {dl!r:.80}.")
         return data
 
 
-def _one_of(name: str, value: Any, alias: str, aliased: Any) -> Any:
+def _one_of(name: str, value: Any, alias: str, aliased: Any) -> tuple[str, Any]:
+    """Whichever of two names of one argument was given, and its value."""
     if value is not None and aliased is not None:
         raise ValueError(f"{name}={value!r} and {alias}={aliased!r} are the same argument: pass one of them.")
-    return aliased if value is None else value
+    return (name, value) if aliased is None else (alias, aliased)

@@ -23,7 +23,7 @@ from .window import Window
 def run(state: State, emitter: Callable[[Sequence[Callback], State], Emitter] = Emitter) -> None:
     """Train and validate for `state.n_epochs`, emitting every event of `Callback` in its order."""
     emit = emitter(state.callbacks, state)
-    restore_modes = snapshot.modes(state.model)
+    restore_modes, has_gradients = snapshot.modes(state.model), torch.is_grad_enabled()
     with state.interrupt:
         try:
             with suppress(CancelFit), emit.fit():  # before_fit ... after_fit
@@ -41,6 +41,8 @@ def run(state: State, emitter: Callable[[Sequence[Callback], State], Emitter] = 
                     if state.is_ending:
                         break
         finally:
+            state.interrupt.is_held = True  # nothing stops this half way
+            torch.set_grad_enabled(has_gradients)  # of a validation that was stopped at once
             state.opt.zero_grad()
             restore_modes()
 

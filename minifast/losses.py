@@ -51,3 +51,13 @@ def is_loss(loss_func: Any, kind: type[nn.Module] | tuple[type[nn.Module], ...],
 def is_cross_entropy(loss_func: Any) -> bool:
     """Whether `loss_func` is torch's cross entropy, as module, function or partial."""
     return is_loss(loss_func, nn.CrossEntropyLoss, nn.functional.cross_entropy)
+
+
+def ignored_label(loss_func: Any) -> int:
+    """The label that a cross entropy leaves out: its `ignore_index`.
+
+    >>> ignored_label(nn.CrossEntropyLoss()), ignored_label(partial(nn.functional.cross_entropy, ignore_index=0))
+    (-100, 0)
+    """
+    given = getattr(loss_func, "keywords", {}).get("ignore_index", -100)  # of a partial
+    return int(getattr(loss_func, "ignore_index", given))

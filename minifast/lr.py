@@ -8,11 +8,13 @@ from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 from . import schedules
-from .errors import check_int, check_number
+from .errors import MOST, check_int, check_number, quoted
 from .hypers import check_lr
 from .scheduler import Scheduler, own_momentum
+from .schedules import n_units
 
 Moms = Sequence[float] | None
+MOST_TIMES = 1e8  # the peak that a schedule may go to: with the largest peak that is what a float32 holds
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,8 @@ class LinearLR(Scheduler):
     end: float = 0.0
 
     def __post_init__(self) -> None:
-        check_number("start", self.start, minimum=0)
-        check_number("end", self.end, minimum=0)
+        _check_fraction("start", self.start)
+        _check_fraction("end", self.end)
 
     def value(self, hyper: str, step: int, n_steps: int) -> float:
         return schedules.linear(step, n_steps, self.start, self.end)
@@ -61,8 +63,8 @@ class ExponentialLR(Scheduler):
     end: float = 0.01
 
     def __post_init__(self) -> None:
-        check_number("start", self.start, above=0)
-        check_number("end", self.end, above=0)
+        _check_fraction("start", self.start, above=0)
+        _check_fraction("end", self.end, above=0)
 
     def value(self, hyper: str, step: int, n_steps: int) -> float:
         return schedules.exponential(step, n_steps, self.start, self.end)
@@ -81,8 +83,8 @@ class PolynomialLR(Scheduler):
     power: float = 2.0
 
     def __post_init__(self) -> None:
-        check_number("start", self.start, minimum=0)
-        check_number("end", self.end, minimum=0)
+        _check_fraction("start", self.start)
+        _check_fraction("end", self.end)
         check_number("power", self.power, above=0)
 
     def value(self, hyper: str, step: int, n_steps: int) -> float:
@@ -111,9 +113,9 @@ class CircularLR(Scheduler):
     moms: Moms = None
 
     def __post_init__(self) -> None:
-        check_number("div", self.div, above=0)
+        check_div("div", self.div)
         check_number("cut_div", self.cut_div, minimum=1)
-        _check_cycles(self.n_cycles, self.cycle_mult)
+        check_cycles(self.n_cycles, self.cycle_mult)
         own_momentum(self, self.moms)
 
     def check_steps(self, n_steps: int) -> None:
@@ -151,9 +153,9 @@ class CircularLRBeta(Scheduler):
     moms: Moms = None
 
     def __post_init__(self) -> None:
-        check_number("div", self.div, above=0)
+        check_div("div", self.div)
         check_number("pct", self.pct, minimum=0, maximum=100)
-        _check_cycles(self.n_cycles, self.cycle_mult)
+        check_cycles(self.n_cycles, self.cycle_mult)
         own_momentum(self, self.moms)
 
     def cycle_ends(self, n_steps: int) -> tuple[int, ...]:
@@ -190,10 +192,10 @@ class OneCycle(Scheduler):
     def __post_init__(self) -> None:
         if self.max_lr is not None:
             object.__setattr__(self, "max_lr", check_lr("max_lr", self.max_lr))
-        check_number("div_factor", self.div_factor, above=0)
+        check_div("div_factor", self.div_factor)
         check_number("pct_start", self.pct_start, minimum=0, maximum=1)
         if self.final_div is not None:
-            check_number("final_div", self.final_div, above=0)
+            check_div("final_div", self.final_div)
         own_momentum(self, self.moms, counts=(2, 3))
 
     def value(self, hyper: str, step: int, n_steps: int) -> float:
@@ -219,7 +221,7 @@ class CosineAnnealing(Scheduler):
     warmup_frac: float = 0.05
 
     def __post_init__(self) -> None:
-        _check_cycles(self.n_cycles, self.cycle_mult)
+        check_cycles(self.n_cycles, self.cycle_mult)
         check_number("warmup_frac", self.warmup_frac, minimum=0, maximum=1)
 
     def cycle_ends(self, n_steps: int) -> tuple[int, ...]:
@@ -244,15 +246,31 @@ class FlatCos(Scheduler):
 
     def __post_init__(self) -> None:
         check_number("pct_start", self.pct_start, minimum=0, maximum=1)
-        check_number("div_final", self.div_final, above=0)
+        check_div("div_final", self.div_final)
 
     def value(self, hyper: str, step: int, n_steps: int) -> float:
         return schedules.flat_cosine(step, n_steps, self.pct_start, self.div_final)
 
 
-def _check_cycles(n_cycles: int, cycle_mult: int) -> None:
-    check_int("n_cycles", n_cycles)
-    check_int("cycle_mult", cycle_mult)
+def check_cycles(n_cycles: int, cycle_mult: int) -> None:
+    """Raise ValueError for numbers of cycles that are no ints >= 1, or for more than can be counted."""
+    n_cycles, cycle_mult = check_int("n_cycles", n_cycles), check_int("cycle_mult", cycle_mult)
+    if cycle_mult > 1 and (n_cycles > MOST.bit_length() or n_units(n_cycles, cycle_mult) > MOST):
+        raise ValueError(f"n_cycles={n_cycles} cycles, each cycle_mult={cycle_mult} times as long as the one before, "
+                         "are more than can be counted.")
+
+
+def check_div(name: str, value: Any) -> None:
+    """Raise ValueError unless the peak can be divided by `value`."""
+    check_number(name, value, above=0)
+    if value * MOST_TIMES < 1:
+        raise ValueError(f"{name} must be at least {1 / MOST_TIMES:g}, got {quoted(value)}.")
+
+
+def _check_fraction(name: str, value: Any, above: float | None = None) -> None:
+    check_number(name, value, above=above, minimum=0 if above is None else None)
+    if value > MOST_TIMES:
+        raise ValueError(f"{name} must be at most {MOST_TIMES:g} times the peak, got {quoted(value)}.")
 
 
 def _two(moms: Moms) -> tuple[float, float]:

@@ -93,6 +93,7 @@ class LRFind:
         """
         skip_start = check_int("skip_start", skip_start, minimum=0)
         skip_end = check_int("skip_end", skip_end, minimum=0)
+        suggestions = check_flag("suggestions", suggestions)
         n = len(self.lrs)
         share = min(1.0, n / 2 / max(1, skip_start + skip_end))  # at least half of the points stay
         shown = slice(int(skip_start * share), n - int(skip_end * share))
@@ -102,7 +103,8 @@ class LRFind:
         highest = losses
         if self.band is not None:
             low, highest = (edge[shown] for edge in self.band)
-            ax.fill_between(lrs, low, highest, color="C0", alpha=0.2, linewidth=0, label=f"{len(self.runs)} runs")
+            if np.isfinite(low).any():  # a band without a point has no limits: on a log axis that is an error
+                ax.fill_between(lrs, low, highest, color="C0", alpha=0.2, linewidth=0, label=f"{len(self.runs)} runs")
         finite = losses[np.isfinite(losses)]
         if finite.size:
             top = max(finite[0], finite.min() + 4 * abs(finite.min()))
@@ -113,7 +115,7 @@ class LRFind:
         for i, (rule, lr) in enumerate(marked):
             ax.plot(lr, np.interp(math.log(lr), np.log(self.lrs), self.smooth_losses), "o", color=f"C{i + 1}",
                     label=f"{rule}: {lr:.2e}")
-        if marked or self.band is not None:
+        if ax.get_legend_handles_labels()[0]:
             ax.legend()
         if self.verdict != OK:
             ax.set_title(f"verdict: {self.verdict}", fontsize="small")

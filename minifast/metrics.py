@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .batches import scores
 from .callback import Callback, Order
+from .errors import check_flag, check_items, check_text
 from .inference.predict import join
 from .meters import MeanMeter, MeanOf, Meter, is_object, make_meter, named
 from .state import State
@@ -79,7 +80,8 @@ class Metrics(Callback):
     order = Order.SETUP  # first: in `after_validate` the row is complete for all others
 
     def __init__(self, metrics: Iterable[Any] = (), *, train: bool = False) -> None:
-        metrics = list(metrics)
+        metrics = check_items("metrics", metrics, "a list of metrics", example="metrics=[accuracy]")
+        train = check_flag("train", train)
         self._loss = MeanMeter("valid_loss", None)
         self._valid = [make_meter(metric) for metric in metrics]
         self._train = [make_meter(copy.deepcopy(metric) if is_object(metric) else metric)
@@ -95,6 +97,7 @@ class Metrics(Callback):
 
         Raises ValueError if two of them are the same.
         """
+        sets = [check_text("sets", name) for name in check_items("sets", sets, "a list of names")]
         names = ("epoch", "train_loss", *(f"train_{column}" for meter in self._train for column in meter.columns),
                  *(_prefix(name) + column for name in sets for meter in (self._loss, *self._valid)
                    for column in meter.columns), "time")

@@ -3,18 +3,19 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from .callback import Callback
+from .errors import check_items
 
 
 def check_callbacks(callbacks: Any, where: str) -> list[Callback]:
     """`callbacks` as a new list. Raises TypeError for what is no callback instance."""
     if isinstance(callbacks, Callback):
         return [callbacks]
-    if isinstance(callbacks, (str, bytes, type)) or not isinstance(callbacks, Iterable):
-        raise TypeError(f"{where} must be a list of callbacks, got {callbacks!r:.80} ({type(callbacks).__name__}).")
-    checked = list(callbacks)
+    checked = check_items(where, callbacks, "a list of callbacks")
     for callback in checked:
         if isinstance(callback, type):
-            raise TypeError(f"{callback.__name__} is a class: pass an instance, did you mean {callback.__name__}(...)?")
+            name = callback.__name__
+            raise TypeError(f"{where} must hold callbacks, but {name} is a class: pass an instance, did you mean "
+                            f"{name}(...)?")
         if not isinstance(callback, Callback):
             raise TypeError(f"{where} must hold callbacks, got {callback!r:.80} ({type(callback).__name__}). "
                             "Subclass minifast.Callback.")

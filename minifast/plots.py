@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .errors import quoted
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.lines import Line2D
@@ -25,6 +27,8 @@ def axes(ax: "Axes | None" = None, figsize: tuple[float, float] = (7.0, 4.2)) ->
     >>> axes().figure.savefig("/dev/null", format="png")
     """
     if ax is not None:
+        if isinstance(ax, type) or not (hasattr(ax, "plot") and hasattr(ax, "set_xlabel")):
+            raise TypeError(f"ax must be axes of matplotlib or None, got {quoted(ax)}.")
         return ax
     if _pyplot_shows():
         import matplotlib.pyplot as plt

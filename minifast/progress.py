@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 from .callback import Callback, Order
+from .errors import check_text
 from .state import State
 from .tables import shown
 
@@ -29,7 +30,7 @@ class Progress(Callback):
     in_lr_find = True
 
     def __init__(self, title: str = "") -> None:
-        self.title = title
+        self.title = check_text("title", title)
 
     def __repr__(self) -> str:
         return f"Progress(title={self.title!r})" if self.title else "Progress()"

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from . import plots, tables
+from .errors import check_flag, check_int, check_path, check_text
 from .scalars import Ema, ScalarColumn
 
 if TYPE_CHECKING:
@@ -75,6 +76,7 @@ class FitRecord:
 
     def mean_loss(self, start: int) -> float:
         """The mean loss over all samples of the steps from `start` on."""
+        start = check_int("start", start, minimum=0)
         weights = np.array(self.weight_column.tail(start))
         return float(np.average(self.loss_column.tail(start), weights=weights)) if weights.any() else math.nan
 
@@ -94,7 +96,7 @@ class FitRecord:
 
     def column(self, name: str) -> Column:
         """What callbacks have logged under `name`, (steps,). Raises KeyError that lists the names there are."""
-        if name not in self.columns:
+        if check_text("name", name) not in self.columns:
             raise KeyError(f"there is no column {name!r}; callbacks have logged: {', '.join(self.columns) or 'none'}")
         values = self.columns[name].read()
         return np.pad(values, (0, len(self) - len(values)), constant_values=np.nan)
@@ -129,7 +131,7 @@ class FitRecord:
         """Draw the learning rate of every layer group at each step and, if asked, the momentum on a second axis."""
         self._check_any()
         columns = {"lr": self.lr_groups}
-        if show_moms and np.isfinite(self.moms).any():
+        if check_flag("show_moms", show_moms) and np.isfinite(self.moms).any():
             columns["momentum"] = self.moms
         return plots.plot_hypers(columns, self.group_names, ax=ax)
 
@@ -185,7 +187,8 @@ class FitRecord:
 
     def to_csv(self, path: str | os.PathLike[str], *, epochs: bool = False) -> None:
         """Write one line per step (step, lr of each layer group, momentum, loss, ...), or per epoch."""
-        if epochs:
+        path = check_path("path", path)
+        if check_flag("epochs", epochs):
             names = tables.columns(self.epochs)
             rows = [[row.get(name, "") for name in names] for row in self.epochs]
         else:

@@ -13,13 +13,12 @@ from . import replay, rng, saved_state
 from .callback import CancelFit
 from .checkpoint import FORMAT, Checkpoint
 from .data import begin
-from .errors import shown
+from .errors import check_path, quoted
 from .files import probe, sweep
 from .identity import differences, environment, facts
 from .progress import Progress, say
 from .replay import Entry
 from .run_folder import FitFolder, locked, newest
-from .signals import DeferredInterrupt
 from .state import State
 from .tables import listed
 from .window import Window
@@ -33,11 +32,11 @@ log = logging.getLogger("minifast")
 
 def check_resume(resume: Any) -> Resume:
     """`resume` if it has one of its forms. Raises TypeError or ValueError otherwise."""
-    if not isinstance(resume, (bool, str, os.PathLike)):
-        raise TypeError(f'resume must be "auto", True, False, or the path of a checkpoint, got {shown(resume)}.')
-    if not isinstance(resume, bool) and not os.fspath(resume):
-        raise ValueError('resume must be "auto", True, False, or the path of a checkpoint, got an empty path.')
-    return resume
+    if isinstance(resume, bool):
+        return resume
+    if not isinstance(resume, (str, os.PathLike)):
+        raise TypeError(f'resume must be "auto", True, False, or the path of a checkpoint, got {quoted(resume)}.')
+    return check_path("resume", resume)
 
 
 @contextmanager
@@ -114,6 +113,10 @@ class Session:
             for reason in skipped:
                 log.warning("skipped: %s", reason)
             check(self._path, self._saved, state, own)
+            if folder is not None and self._saved.get("best") is not None and self._path.parent == folder.path:
+                folder.mend_best(self._path)
+        elif folder is not None:
+            folder.set_aside(-1)  # a best checkpoint that is left of a run that was removed
         if saver is not None and folder is not None:
             saver.begin(folder, uuid4().hex if self._saved is None else self._saved["run"], own)
 
@@ -136,7 +139,7 @@ class Session:
         """Put everything where the finished fit has left it."""
         saved, state = self._saved, self._state
         assert saved is not None
-        with DeferredInterrupt(), saved_state.all_or_nothing(state), _taking_up(self._path):
+        with saved_state.all_or_nothing(state), _taking_up(self._path):
             self._load(saved)
             rng.restore(rng.from_plain(saved["rng"]), saved_state.loader_generators(state))
         self._say(f"this fit has ended before, after {saved['position']['step']} updates: its final state is restored")
@@ -144,8 +147,7 @@ class Session:
     def finish(self) -> None:
         """The fit has ended well."""
         if self._saver is not None:
-            with DeferredInterrupt():
-                self._saver.finish(self._state)
+            self._saver.finish(self._state)
 
     def _take_up(self, state: State) -> None:
         """What `State.take_up` is: everything as it was, once all callbacks have heard `before_fit`."""

@@ -20,6 +20,7 @@ from typing import Any
 from .files import load_tree, replacing, save_tree, sweep
 
 NAME = re.compile(r"step-(\d{8,})\.ckpt")
+FIT = re.compile(r"fit-([1-9]\d*)")
 BEST = "best.ckpt"
 log = logging.getLogger("minifast")
 _held: set[Path] = set()  # the runs that this process trains: its own lock would not keep it out
@@ -55,16 +56,31 @@ class FitFolder:
         sweep(self.path)
         return path
 
+    def mend_best(self, path: Path) -> None:
+        """Have `best` be `path`, in case a kill came after `path` had its name, and before it was the best one."""
+        if not (self.best.exists() and self.best.samefile(path)):
+            _link(path, self.best)
+
     def make(self) -> None:
         """Make the folder, if it is not there."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        with _explaining(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
 
     def set_aside(self, step: int) -> list[Path]:
         """Rename what is newer than `step`, for a fit that goes on from there: else it would pass for the newest."""
         newer = [path for path in self.checkpoints() if step_of(path) > step]
+        if self.best.exists() and load_tree(self.best, checked=True)["position"]["step"] > step:
+            newer.append(self.best)
         for path in newer:
             os.replace(path, path.with_suffix(".superseded"))
         return newer
+
+
+def fits_of(run: Path) -> list[FitFolder]:
+    """The folders of the fits of a run that hold anything, in their order."""
+    found = {int(match[1]): path for path in run.glob("fit-*") if (match := FIT.fullmatch(path.name))}
+    folders = [FitFolder(path) for _, path in sorted(found.items())]
+    return [folder for folder in folders if folder.checkpoints() or folder.best.exists()]
 
 
 def step_of(path: Path) -> int:
@@ -87,7 +103,7 @@ def newest(paths: list[Path]) -> tuple[Path, Any, list[str]]:
     skipped: list[str] = []
     for path in paths:
         try:
-            return path, load_tree(path), skipped
+            return path, load_tree(path, checked=True), skipped
         except (ValueError, OSError) as error:
             skipped.append(str(error))
     raise ValueError("no checkpoint can be read: " + " ".join(skipped))
@@ -100,13 +116,15 @@ def locked(run: Path) -> Iterator[None]:
     Raises RuntimeError that says who does. The lock ends with the process. Where the file system has no locks, there
     is none.
     """
-    run.mkdir(parents=True, exist_ok=True)
+    with _explaining(run):
+        run.mkdir(parents=True, exist_ok=True)
     key = run.resolve()
     if key in _held:
         raise RuntimeError(f"{run} is in use by another fit of this process. Give each Learner a folder of its own.")
     _held.add(key)
     try:
-        handle = os.open(run / ".lock", os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
+        with _explaining(run):
+            handle = os.open(run / ".lock", os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
         try:
             _lock(handle, run)
             yield
@@ -114,6 +132,16 @@ def locked(run: Path) -> Iterator[None]:
             os.close(handle)  # and with it goes the lock
     finally:
         _held.discard(key)
+
+
+@contextmanager
+def _explaining(folder: Path) -> Iterator[None]:
+    """An OSError of the block says what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise type(error)(error.errno, f"cannot use {folder} for checkpoints: {error.strerror}. Make it a folder that "
+                                       "can be written, or pass another folder.") from error
 
 
 def _lock(handle: int, run: Path) -> None:

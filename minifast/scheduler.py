@@ -1,11 +1,10 @@
 """What every schedule callback has in common: it writes before each batch, and can be looked at before that."""
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .callback import Callback, Order
-from .errors import check_int, check_number
+from .errors import check_int, check_items, check_number
 from .hypers import check_lr, has_momentum, set_lrs, set_momentum, spread_lrs
 from .plots import plot_hypers
 from .state import State
@@ -114,7 +113,11 @@ def own_momentum(schedule: Scheduler, moms: Any, counts: tuple[int, ...] = (2,))
     """
     if moms is None:
         return
-    values = (moms, moms) if isinstance(moms, (int, float)) else tuple(moms) if isinstance(moms, Iterable) else ()
+    is_number = isinstance(moms, (int, float)) or getattr(moms, "ndim", None) == 0
+    try:
+        values = (moms, moms) if is_number else tuple(check_items("moms", moms, "momentums"))
+    except TypeError:
+        values = ()
     if len(values) not in counts:
         raise ValueError(f"moms must hold {' or '.join(map(str, counts))} momentums or be None, got {moms!r:.80}. "
                          "Pass e.g. moms=(0.95, 0.85).")

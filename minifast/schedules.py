@@ -183,15 +183,15 @@ def cycle_at(step: int, n_steps: int, n_cycles: int = 1, cycle_mult: int = 1) ->
     """
     if n_cycles == 1:
         return step, n_steps
-    total = _geometric(n_cycles, cycle_mult)
+    total = n_units(n_cycles, cycle_mult)
     cycle = 0
     if cycle_mult == 1:
         cycle = ((step + 1) * n_cycles - 1) // n_steps  # the last one that begins at or before `step`
     else:
-        while n_steps * _geometric(cycle + 1, cycle_mult) // total <= step and cycle < n_cycles - 1:
+        while n_steps * n_units(cycle + 1, cycle_mult) // total <= step and cycle < n_cycles - 1:
             cycle += 1
-    start = n_steps * _geometric(cycle, cycle_mult) // total
-    return step - start, n_steps * _geometric(cycle + 1, cycle_mult) // total - start
+    start = n_steps * n_units(cycle, cycle_mult) // total
+    return step - start, n_steps * n_units(cycle + 1, cycle_mult) // total - start
 
 
 def cycle_ends(n_steps: int, n_cycles: int = 1, cycle_mult: int = 1) -> tuple[int, ...]:
@@ -244,6 +244,6 @@ def _one_cycle_parts(n_steps: int, pct_start: float) -> tuple[int, int]:
     return max(1, rise), max(1, n_steps - rise)
 
 
-def _geometric(n: int, ratio: int) -> int:
-    """1 + ratio + ... : `n` terms."""
+def n_units(n: int, ratio: int) -> int:
+    """How long `n` cycles are, in lengths of the first one: 1 + ratio + ratio**2 + ..., `n` terms."""
     return n if ratio == 1 else (ratio**n - 1) // (ratio - 1)

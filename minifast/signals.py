@@ -6,7 +6,6 @@ import threading
 from contextlib import suppress
 from types import FrameType, TracebackType
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)  # the one that outranks the other first
 log = logging.getLogger("minifast")
 
 
@@ -16,7 +15,8 @@ class DeferredInterrupt:
     The loop calls `check()` between batches. It raises KeyboardInterrupt after SIGINT and SystemExit(143) after
     SIGTERM; after both the latter, because a program that goes on after Ctrl-C must not go on after SIGTERM. Whatever
     is still pending when the block ends is raised there, or by the block around this one. More SIGTERMs are noted only:
-    who sends them has SIGKILL.
+    who sends them has SIGKILL. `is_held` is for a quick piece of work that nothing may stop half way: while it is True,
+    given or set, every signal waits, but those that come in a block inside this one that is not held itself.
 
     A handler of the host program's own hears of each. A KeyboardInterrupt or SystemExit that it raises waits too, and
     is then what is raised; at a SIGINT that is not the first it does not wait. Each signal is left as it is where the
@@ -30,11 +30,11 @@ class DeferredInterrupt:
     False
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_held: bool = False) -> None:
         self.pending = False  # a signal came
         self.signal: signal.Signals | None = None  # which one; SIGTERM, if both came
         self.was_raised = False  # by `check`: the block ended between two batches, rather than in one
-        self.is_held = False  # set it for a quick piece of work that nothing may stop half way: every signal waits
+        self.is_held = is_held
         self._outer: DeferredInterrupt | None = None  # the block around this one that hears of the signals too
         self._is_overdue = False  # one that is handled at once came while `is_held`
         self._raised: dict[int, BaseException] = {}  # of each signal, by the handler that was there before
@@ -61,17 +61,14 @@ class DeferredInterrupt:
         if threading.current_thread() is not threading.main_thread():
             log.debug("not in the main thread: SIGINT and SIGTERM do what they did before")
             return self
-        self.is_held = True  # until every handler is in its place
-        for number in SIGNALS:
-            previous = signal.getsignal(number)
-            if not callable(previous) and not (number == signal.SIGTERM and previous is signal.SIG_DFL):
-                continue
-            outer = getattr(previous, "__self__", None)
-            if isinstance(outer, DeferredInterrupt):
-                self._outer, self.pending, self.signal = outer, outer.pending, outer.signal
-            self._previous[number] = previous
-            signal.signal(number, self._note)
-        self.is_held = False
+        is_held, self.is_held = self.is_held, True  # until every handler is in its place
+        try:
+            self._install(signal.SIGINT)  # the first: by default it raises
+            self._install(signal.SIGTERM)
+        except BaseException:
+            self._put_back()
+            raise
+        self.is_held = is_held
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
@@ -85,15 +82,28 @@ class DeferredInterrupt:
             self._outer = None
             self._raised.clear()  # the traceback of what is raised holds this object: a cycle
 
+    def _install(self, number: signal.Signals) -> None:
+        previous = signal.getsignal(number)
+        if not callable(previous) and not (number == signal.SIGTERM and previous is signal.SIG_DFL):
+            return
+        outer = getattr(previous, "__self__", None)
+        if isinstance(outer, DeferredInterrupt):
+            self._outer = outer
+            if outer.pending:
+                self.pending, self.signal = True, outer.signal
+        self._previous[number] = previous
+        signal.signal(number, self._note)
+
     def _put_back(self) -> None:
         """Restore every handler, even if one that is restored already raises."""
         try:
             if self._of_children is not None and signal.getsignal(signal.SIGCHLD) == self._note_child:
                 signal.signal(signal.SIGCHLD, self._of_children)
             self._of_children = None
-            for number, previous in list(self._previous.items()):
-                signal.signal(number, previous)
-                del self._previous[number]
+            for number in (signal.SIGTERM, signal.SIGINT):
+                if number in self._previous:
+                    signal.signal(number, self._previous[number])
+                    del self._previous[number]
         except BaseException:
             self._put_back()
             raise
@@ -108,7 +118,8 @@ class DeferredInterrupt:
         self.pending = True
         if self.signal != signal.SIGTERM:
             self.signal = signal.Signals(number)
-        must_raise = self._tell_previous(number, frame, is_at_once) and is_at_once
+        is_ended = self._tell_previous(number, frame, is_at_once)
+        must_raise = is_at_once and (is_ended or (self._outer is not None and self._outer._is_overdue))
         self._watch_children()
         if must_raise and not self.is_held:
             raise self.exception()

@@ -48,9 +48,7 @@ def rng(generators: Iterable[Any] = ()) -> Restore:
 
 def seed_all(seed: Any) -> None:
     """Seed Python's, numpy's and torch's global generators with an int in 0 .. 2**32 - 1; ValueError otherwise."""
-    seed = check_int("seed", seed, minimum=0)
-    if seed >= 2**32:
-        raise ValueError(f"seed must be below 2**32 (numpy's limit), got {seed}.")
+    seed = check_int("seed", seed, minimum=0, maximum=2**32 - 1)  # numpy's limit
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)

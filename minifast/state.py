@@ -14,6 +14,7 @@ from .signals import DeferredInterrupt
 
 if TYPE_CHECKING:
     from .callback import Callback, Emitter
+    from .finite import FiniteLoss
     from .recorder import Recorder
     from .window import Window
 
@@ -65,6 +66,7 @@ class State:
     lr_scale: float = 1.0  # multiplies every scheduled learning rate: lowered by callbacks that watch for a plateau
     schedule_step: int | None = None  # where the schedules are, if that is not at `step`: written by TimeLimit
     loss_scale: Tensor | None = None  # () the gradient that backward begins with, if that is not 1: for fp16
+    finite_check: "FiniteLoss | None" = None  # whom clipping and checkpoints ask; None where nobody checks: in lr_find
     is_ending: bool = False  # set it to end the fit after this batch, with validation (CancelFit: without)
     best: Best | None = None  # written by SaveBest after its epoch, read by Checkpoint
     take_up: Callable[["State"], None] = begin_anew  # after `before_fit` of all: puts a resumed fit where it was

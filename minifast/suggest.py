@@ -9,9 +9,12 @@ The rules by themselves do not trim, and raise `ValueError` where they cannot be
 """
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from .errors import check_int, check_number, quoted
 
 Curve = NDArray[np.float64]
 
@@ -142,8 +145,8 @@ def slide(lrs: Curve, losses: Curve, lr_diff: int = 15, thresh: float = 0.005, a
     >>> slide(lrs, losses, lr_diff=2, thresh=0.2, adjust_value=0.5)
     0.0005
     """
-    if lr_diff < 1:
-        raise ValueError(f"lr_diff={lr_diff}: the interval needs at least 1 point between its ends")
+    lr_diff, thresh = check_int("lr_diff", lr_diff), check_number("thresh", thresh)
+    adjust_value = check_number("adjust_value", adjust_value)
     lrs, losses = _curve(lrs, losses, needed=lr_diff + 1, needed_by=f" by slide (lr_diff={lr_diff})")
     gradient = np.gradient(losses)
     left = best = len(lrs) - 1 - lr_diff
@@ -182,8 +185,7 @@ def usable(lrs: Curve, losses: Curve, num_it: int) -> tuple[Curve, Curve]:
     >>> [len(part) for part in usable(lrs, losses, num_it=20)]
     [10, 10]
     """
-    if num_it < 1:
-        raise ValueError(f"num_it={num_it}: at least 1 learning rate is needed")
+    num_it = check_int("num_it", num_it)
     lrs, losses = _same_shape(lrs, losses)
     lrs, losses = lrs[num_it // 10 : -5], losses[num_it // 10 : -5]
     broken = np.flatnonzero(~(np.isfinite(lrs) & np.isfinite(losses)))
@@ -236,11 +238,15 @@ def suggestions(lrs: Curve, losses: Curve, num_it: int) -> tuple[dict[str, float
 
 def largest_fall(losses: Curve) -> float:
     """The largest fall from any loss to a later one, >= 0."""
-    return float(np.max(np.maximum.accumulate(losses) - losses))
+    losses = _column("losses", losses).ravel()
+    return float(np.max(np.maximum.accumulate(losses) - losses, initial=0.0))
 
 
 def needed_fall(losses: Curve) -> float:
     """How far a curve has to fall for that to be a descent, in the unit of the loss."""
+    losses = _column("losses", losses).ravel()
+    if len(losses) < 2:
+        return 0.0
     level = np.median(np.abs(losses))
     noise = np.median(np.abs(np.diff(losses))) * np.sqrt(len(losses))
     return float(max(MIN_FALL_OF_LEVEL * level, MIN_FALL_OF_NOISE * noise))
@@ -254,10 +260,21 @@ def _or_none(rule: Callable[[Curve, Curve], float], lrs: Curve, losses: Curve) -
 
 
 def _same_shape(lrs: Curve, losses: Curve) -> tuple[Curve, Curve]:
-    lrs, losses = np.asarray(lrs, dtype=np.float64), np.asarray(losses, dtype=np.float64)
+    lrs, losses = _column("lrs", lrs), _column("losses", losses)
     if lrs.ndim != 1 or lrs.shape != losses.shape:
         raise ValueError(f"lrs have shape {lrs.shape}, losses {losses.shape}: give two arrays of one shape (N,)")
     return lrs, losses
+
+
+def _column(name: str, values: Any) -> Curve:
+    """`values` as float64. Raises ValueError for what is no array of numbers."""
+    try:
+        column = np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        column = np.empty(())
+    if column.ndim == 0:
+        raise ValueError(f"{name} must be an array of numbers of shape (N,), got {quoted(values)}.")
+    return column
 
 
 def _curve(lrs: Curve, losses: Curve, needed: int = 2, needed_by: str = "") -> tuple[Curve, Curve]:

@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .errors import check_choice, check_text
 from .meters import metric_name
 
 FLUSH_BYTES = 2**26  # outputs and targets that may wait on the device before they are moved to the host
@@ -44,10 +45,9 @@ class WholeSet:
                  **options: Any) -> None:
         if not callable(function) or isinstance(function, type):
             raise TypeError(f"function must be a function (y_true, y_pred) -> number, got {function!r:.80}.")
-        if pred not in KINDS:
-            raise ValueError(f"pred must be one of {', '.join(map(repr, KINDS))}, got {pred!r}.")
+        check_choice("pred", pred, KINDS)
         self.function, self.pred, self.options = function, pred, options
-        self.__name__ = metric_name(function) if name is None else str(name)
+        self.__name__ = metric_name(function) if name is None else check_text("name", name)
         self.reset()
 
     def reset(self) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from minifast import Callback, Learner
+from minifast import Callback, Learner, finite
 from minifast.callback import EVENTS
 
 
@@ -110,9 +110,15 @@ class NoWait(TorchDispatchMode):
 
 
 class Unwaiting(Callback):
-    """No batch but the first may wait for the device, from `before_batch` to `after_step`."""
+    """No batch but the first may wait for the device, from `before_batch` to `after_step`.
+
+    The device is the CPU, from which the host may read at any time: in the fit it is taken for one that waits.
+    """
 
     order, mode = -1000, None
+
+    def before_fit(self, state):
+        self.kept, finite.reads_at_once = finite.reads_at_once, lambda device: False
 
     def before_batch(self, state):
         if state.batch_index:
@@ -126,6 +132,7 @@ class Unwaiting(Callback):
 
     def after_fit(self, state):
         self.after_batch(state)
+        finite.reads_at_once = self.kept
 
 
 def batches(n=2, size=4, *, seed=0, dtype=torch.float32):

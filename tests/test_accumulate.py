@@ -90,6 +90,7 @@ def test_it_is_the_big_batch(sizes, k, n_epochs, optimizer):
     assert learn.recorder.epochs[-1]["train_loss"] == pytest.approx(mean, rel=1e-12)
 
 
+@pytest.mark.case("I9")
 @settings(max_examples=40)
 @given(
     sizes=st.lists(st.integers(1, 4), min_size=3, max_size=8),
@@ -140,6 +141,7 @@ def test_an_epoch_that_ends_inside_a_window_leaks_nothing_into_the_next(cancel, 
     assert [p.grad for p in learn.model.parameters()] == [None] * 4
 
 
+@pytest.mark.case("I10")
 def test_an_error_inside_a_window_leaks_nothing_into_the_next_fit():
     data = batches(4, dtype=torch.float64)
     learn = accumulating(data)

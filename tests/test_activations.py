@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import nn
 
-from minifast import CancelBatch
+from minifast import CancelBatch, finite
 from minifast.callbacks.activations import FLUSH_EVERY, ActivationStats, histogram
 
 
@@ -194,6 +194,7 @@ def test_watching_changes_nothing():
     assert trained(plain) == trained(watched)
 
 
+@pytest.mark.case("I12")
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 @pytest.mark.parametrize("event", ["before_batch", "after_pred", "after_step", "before_validate", "after_fit"])
 def test_no_hook_is_left_however_the_fit_ends(event, error):
@@ -260,6 +261,7 @@ def test_a_model_without_such_layers_asks_which():
 
 def test_no_number_is_read_while_it_trains(monkeypatch):
     stats, read, at = ActivationStats(["*"]), [], []
+    monkeypatch.setattr(finite, "reads_at_once", lambda device: False)  # as on an accelerator
     learn = observed(batches(FLUSH_EVERY + 20), callbacks=[stats])
     for name in ("item", "cpu", "tolist", "__float__", "__bool__", "numpy"):
         monkeypatch.setattr(torch.Tensor, name, noting(getattr(torch.Tensor, name), read))
@@ -437,7 +439,7 @@ def test_a_smaller_batch_is_no_dark_column_and_nan_no_warning():
 
 
 def test_plots_of_what_is_not_there(fitted):
-    with pytest.raises(ValueError, match=r"stat must be one of mean, std, near_zero, got 'median'"):
+    with pytest.raises(ValueError, match=r"stat must be one of 'mean', 'std', 'near_zero', got 'median'"):
         fitted.plot("median")
     for layer in ("conv", 3, -4, None):
         with pytest.raises(ValueError, match=rf"a watched one \(first, act, last\) or its number, got {layer!r}"):

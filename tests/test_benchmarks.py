@@ -14,3 +14,14 @@ def test_the_benchmark_runs():
     assert [line.split("  ")[0] for line in run.stdout.splitlines()[2:]] == [
         "by hand: AdamW + OneCycleLR", "by hand: fused, float schedule", "Learner, default", "Learner, silent"]
     assert run.stderr == ""
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_checkpoints_runs():
+    program = Path(__file__).parent / "benchmarks" / "checkpoint.py"
+    run = subprocess.run([sys.executable, "-W", "error", program, "--rounds", "1", "--saves", "1"],
+                         capture_output=True, text=True, check=True)
+    lines = run.stdout.splitlines()
+    assert [line.split("  ")[0] for line in lines[2:5]] == ["small", "2 M", "25 M"]
+    assert "with a Checkpoint that is not due" in lines[5]
+    assert run.stderr == ""

@@ -31,6 +31,7 @@ MAKE = {
     "EMA": "EMA(decay=0.8, half_life=None, in_validation=True)",
     "EarlyStopping": "EarlyStopping('accuracy', patience=1)",
     "ExponentialLR": "ExponentialLR(end=0.1)",
+    "FiniteLoss": "FiniteLoss(strict=True)",
     "FlatCos": "FlatCos(pct_start=0.5, div_final=10.0)",
     "GradientClip": "GradientClip(norm=0.1, value=None)",
     "GradientNorm": "GradientNorm()",
@@ -150,6 +151,7 @@ def traces(learn):
             "lists": [list(map(id, values)) for values in (learn.callbacks, learn.metrics)]}  # fmt: skip
 
 
+@pytest.mark.case("I12")
 @pytest.mark.parametrize("name", MAKE)
 @pytest.mark.parametrize("ending", ["well", "before_batch", "after_loss", "before_step", "after_valid_batch"])
 def test_it_leaves_no_hooks_and_modes(make, name, ending):
@@ -164,6 +166,7 @@ def test_it_leaves_no_hooks_and_modes(make, name, ending):
     assert traces(learn) == before
 
 
+@pytest.mark.case("L8")
 @pytest.mark.parametrize("name", MAKE)
 def test_inside_lr_find_it_does_nothing_or_leaves_nothing(make, name):
     callback = make(name)

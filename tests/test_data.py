@@ -75,6 +75,7 @@ SHAPES = {  # (x, y) -> batch, the model for it
 }
 
 
+@pytest.mark.case("B6")
 @pytest.mark.parametrize(("make", "model"), SHAPES.values(), ids=SHAPES)
 def test_every_shape_of_batch_trains_as_the_plain_one(make, model):
     plain, data = batches(3), [make(x, y) for x, y in batches(3)]
@@ -113,6 +114,7 @@ def test_an_output_without_a_loss(model, data, given):
         learner(data, model=model, loss_func=None).fit(0.1)
 
 
+@pytest.mark.case("B6")
 @pytest.mark.parametrize(("batch", "what"), [
     (torch.ones(4, 3), r"one bare tensor of shape \(4, 3\)"),
     ((torch.ones(4, 3),), r"a tuple of 1 element\(s\)"),
@@ -235,6 +237,7 @@ LOADERS = {  # a loader of batches(3), the steps_per_epoch that it needs
 }  # fmt: skip
 
 
+@pytest.mark.case("B8")
 @pytest.mark.parametrize(("make", "steps"), LOADERS.values(), ids=LOADERS)
 def test_every_kind_of_loader_trains_as_a_list_does(make, steps):
     learn, reference = learner(make(), make()), learner(batches(3), batches(3))
@@ -246,6 +249,7 @@ def test_every_kind_of_loader_trains_as_a_list_does(make, steps):
         assert mine | {"time": 0} == theirs | {"time": 0}
 
 
+@pytest.mark.case("B8")
 @pytest.mark.parametrize("make", [lambda: Passes(batches(3)), lambda: iter(batches(3)),
                                   lambda: DataLoader(Stream(), 4)])  # fmt: skip
 def test_without_a_length_steps_per_epoch_is_asked_for(make):
@@ -310,6 +314,7 @@ def test_steps_per_epoch_does_not_lengthen_an_epoch(steps, accumulate, updates):
         learner(batches(5)).fit(0.1, steps_per_epoch=steps, accumulate=accumulate)
 
 
+@pytest.mark.case("B7")
 @pytest.mark.parametrize("said", [2, 7])
 def test_a_length_that_lies(said):
     learn = learner(Lying(batches(5), said))
@@ -323,6 +328,7 @@ def test_a_length_that_lies(said):
     assert learn.recorder.losses[0] == reference.loss_func(reference.model(batches(5)[0][0]), batches(5)[0][1]).item()
 
 
+@pytest.mark.case("B7")
 @pytest.mark.parametrize("said", [2, 7])
 def test_no_sample_is_lost_to_a_length_that_lies(said):
     learn = learner(Lying(batches(5), said))
@@ -359,6 +365,7 @@ def test_a_data_set_that_raises(workers, part):
     learn.fit(0.1)
 
 
+@pytest.mark.case("B4")
 @pytest.mark.parametrize("labels", [[0, 1, 3], [0, -1, 2], [-7, 1, 9]])
 @pytest.mark.parametrize("loss_func", [nn.CrossEntropyLoss(), nn.functional.cross_entropy])
 def test_labels_out_of_range(labels, loss_func):
@@ -381,6 +388,7 @@ def test_labels_may_be_probabilities():
     learner([(torch.ones(3, 3), torch.ones(3, 2) / 2)], model=nn.Linear(3, 2), loss_func=nn.CrossEntropyLoss()).fit(0.1)
 
 
+@pytest.mark.case("B4")
 @pytest.mark.parametrize("loss_func", [nn.MSELoss(), nn.functional.mse_loss, nn.L1Loss(), nn.functional.l1_loss,
                                        nn.SmoothL1Loss(), nn.HuberLoss(), nn.functional.huber_loss])  # fmt: skip
 @pytest.mark.parametrize("shape", [(4,), (4, 4), ()])
@@ -412,6 +420,7 @@ def of_13(kind, **options):
 KINDS = ["TensorLoader", "DataLoader", "list"]
 
 
+@pytest.mark.case("B2")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("call", ["fit(0.1)", "fit_one_cycle(2, 0.1)", "lr_find()"])
 def test_a_last_batch_of_one_sample_is_no_food_for_batchnorm(kind, call):
@@ -533,6 +542,7 @@ def test_what_tensor_loader_refuses(tensors, options, error, message):
     assert message in str(caught.value)
 
 
+@pytest.mark.case("B1")
 @pytest.mark.parametrize("make", [TensorLoader, lambda *data, **options: DataLoader(TensorDataset(*data), **options)])
 def test_nothing_to_train_on(make):
     learn = learner(make(*(column[:3] for column in columns()), batch_size=4, drop_last=True))

@@ -410,9 +410,9 @@ def test_unknown_operators_are_refused(program, tmp_path, target):
     (lambda files: zipped({"version": b"8.1", "serialized_exported_program.json": b"{}"}, root=""), "no part"),
     (lambda files: zipped({**files, PROGRAM: b"[" * 100_000}), "damaged"),
     (lambda files: zipped({name: data for name, data in files.items() if name != WEIGHTS}), r"\(KeyError\)"),
-    (lambda files: b"", r"\(BadZipFile\)"),
-    (lambda files: b"nonsense", r"\(BadZipFile\)"),
-    (lambda files: zipped(files)[:-500], r"\(BadZipFile\)"),
+    (lambda files: b"", "its end is missing"),
+    (lambda files: b"nonsense", "its end is missing"),
+    (lambda files: zipped(files)[:-500], "its end is missing"),
     (lambda files: (lambda data: data[:300] + bytes([data[300] ^ 1]) + data[301:])(zipped(files)), "damaged"),
 ], ids=["native", "outside", "packed", "old", "deep", "incomplete", "empty", "nonsense", "cut", "a bit"])  # fmt: skip
 def test_a_damaged_program_is_refused(program, tmp_path, change, message):
@@ -460,6 +460,7 @@ def test_a_model_of_another_shape_is_refused_and_not_changed(tmp_path):
     assert model.training
 
 
+@pytest.mark.case("X6")
 def test_weights_need_a_model(tmp_path):
     export(trained(), tmp_path / "net")
     with pytest.raises(ValueError, match=r"holds weights, which need a model \(Sequential\). Call load_exported"):
@@ -499,7 +500,7 @@ def test_weights_that_ask_to_run_code_are_refused(tmp_path):
     info = json.loads((tmp_path / "net" / "model.json").read_text())
     info["sha256"] = hashlib.sha256((tmp_path / "net" / "weights.pt").read_bytes()).hexdigest()
     (tmp_path / "net" / "model.json").write_text(json.dumps(info))
-    with pytest.raises(ValueError, match="holds more than plain tensors"):
+    with pytest.raises(ValueError, match=r"weights\.pt was not loaded: it asks to run code \(.*\): refused"):
         load_exported(tmp_path / "net", convnet())
     assert not (tmp_path / "sentinel").exists()
 

@@ -1,4 +1,6 @@
 """What only a CUDA device can show. Skipped where there is none."""
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -13,14 +15,18 @@ from minifast import (
     ChannelsLast,
     CutMix,
     DataLoaders,
+    FiniteLoss,
     GradientClip,
     GradientStats,
     Learner,
     MixedPrecision,
     MixUp,
+    NonFiniteGradient,
+    NonFiniteLoss,
     TensorLoader,
     Unfreeze,
     accuracy,
+    finite,
 )
 
 pytestmark = pytest.mark.gpu
@@ -104,7 +110,8 @@ UNWAITING = {
 
 
 @pytest.mark.parametrize("callbacks", UNWAITING.values(), ids=UNWAITING)
-def test_nothing_in_the_hot_path_waits_for_the_device(callbacks):
+def test_nothing_in_the_hot_path_waits_for_the_device(callbacks, monkeypatch):
+    monkeypatch.setattr(finite, "LOOK_EVERY", math.inf)  # or the first fit, in which kernels load, may take that long
     learn = make(callbacks=[NoSync(), *callbacks()], train_metrics=True)
     x, y = torch.randn(320, 1, 8, 8, device="cuda"), torch.randint(0, 10, (320,), device="cuda")
     learn.dls = DataLoaders(TensorLoader(x, y, batch_size=32), [(x, y)])
@@ -146,3 +153,115 @@ def test_a_batch_that_does_not_fit_is_halved():
 def test_a_tensor_loader_gathers_on_the_device():
     loader = TensorLoader(torch.arange(10.), batch_size=4, shuffle=True, device="cuda")
     assert sorted(value for (batch,) in loader for value in batch.tolist()) == list(range(10))
+
+
+# ---- what is not finite: late, but without an update
+
+
+OPTIMIZERS = {
+    "SGD": torch.optim.SGD,
+    "momentum": lambda params, lr, fused: torch.optim.SGD(params, lr, momentum=0.9, weight_decay=0.1, fused=fused),
+    "Adam": torch.optim.Adam,
+    "AdamW": torch.optim.AdamW,
+}
+
+
+def values(learn):
+    """Copies of the weights and of the optimizer's state, in one list; nothing is read."""
+    states = [value for p in learn.model.parameters() for value in learn.opt.state.get(p, {}).values()]
+    return [value.detach().clone() for value in (*learn.model.parameters(), *states)
+            if isinstance(value, torch.Tensor)]
+
+
+class Copies(Callback):
+    """The `values` after each step."""
+
+    order = 10_000
+
+    def __init__(self, learn):
+        self.learn, self.steps = learn, []
+
+    def after_step(self, state):
+        self.steps.append(values(self.learn))
+
+
+def vector(opt_func, data, **options):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+    return Learner(model, (data, None), nn.MSELoss(), opt_func=opt_func, device="cuda", verbose=False, **options)
+
+
+def noise(n=8):
+    return [(torch.randn(4, 3, device="cuda"), torch.randn(4, 1, device="cuda")) for _ in range(n)]
+
+
+@pytest.mark.case("N1")
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("opt_func", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_a_loss_that_is_not_finite_moves_nothing_and_nothing_waits(opt_func, value, monkeypatch):
+    monkeypatch.setattr(finite, "LOOK_EVERY", math.inf)
+    data = noise()
+    data[3][1][0, 0] = value
+    learn = vector(opt_func, data)
+    copies = Copies(learn)
+    with pytest.raises(NonFiniteLoss, match=rf"the loss is {value} at epoch 0, step 3 \(lr 0.1\). The weights are "
+                                            r"those of the step before.*Found at step 8;"):
+        learn.fit(0.1, callbacks=[copies, NoSyncInBatches()])
+    assert len(copies.steps) == 8
+    for later in (*copies.steps[3:], values(learn)):
+        assert all(torch.equal(a, b) for a, b in zip(later, copies.steps[2], strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(copies.steps[1], copies.steps[2], strict=True))
+    assert "found_inf" not in vars(learn.opt)
+
+
+@pytest.mark.case("N2")
+@pytest.mark.parametrize("opt_func", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_a_gradient_that_is_not_finite_moves_nothing_and_nothing_waits(opt_func, monkeypatch):
+    monkeypatch.setattr(finite, "LOOK_EVERY", math.inf)
+
+    class Spoil(Callback):
+        def after_backward(self, state):
+            if state.step == 3:
+                state.model[0].weight.grad[0, 0] = math.nan
+
+    learn = vector(opt_func, noise())
+    copies = Copies(learn)
+    with pytest.raises(NonFiniteGradient, match=r"step 3 .*Found at step 8;"):
+        learn.fit(0.1, callbacks=[Spoil(), GradientClip(norm=1.0), copies, NoSyncInBatches()])
+    for later in copies.steps[3:]:
+        assert all(torch.equal(a, b) for a, b in zip(later, copies.steps[2], strict=True))
+
+
+class NoSyncInBatches(NoSync):
+    """Without validation there is no `before_validate`: the host may look once the last batch is done."""
+
+    def after_batch(self, state):
+        if state.batch_index + 1 == state.n_batches:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.case("N1")
+def test_strict_stops_at_once_on_a_device_too():
+    data = noise()
+    data[3][0][2, 1] = math.nan
+    learn = vector(torch.optim.AdamW, data, callbacks=[FiniteLoss(strict=True)])
+    copies = Copies(learn)
+    with pytest.raises(NonFiniteLoss, match=r"step 3 \(lr 0.1\).* the first at \[2, 1\]"):
+        learn.fit(0.1, callbacks=[copies])
+    assert len(copies.steps) == 3
+    assert all(torch.equal(a, b) for a, b in zip(values(learn), copies.steps[-1], strict=True))
+
+
+@pytest.mark.case("N1", "N4")
+def test_fp16_and_the_flag_keep_out_of_each_others_way():
+    data = noise(50)
+    data[1][1][0, 0] = math.nan  # is skipped
+    learn = vector(torch.optim.AdamW, data)
+    learn.fit(0.01, callbacks=[MixedPrecision("fp16"), GradientClip(norm=1.0)])
+    assert len(learn.recorder.losses) < 50
+    for _, y in data[3:]:
+        y[0, 0] = math.nan
+    copies = Copies(learn)
+    with pytest.raises(NonFiniteLoss, match=r"the loss is nan at epoch 0, step \d "):
+        learn.fit(0.01, callbacks=[MixedPrecision("fp16"), copies])
+    assert all(torch.isfinite(value).all() for value in values(learn))

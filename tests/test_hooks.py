@@ -88,6 +88,7 @@ def test_backward_hooks_see_the_gradients(model, seed):
     torch.testing.assert_close(grad_in, hidden.grad)
 
 
+@pytest.mark.case("I12")
 @pytest.mark.parametrize("backward", [False, True])
 def test_none_is_left_over_however_the_block_ends(model, backward):
     for error in (None, ValueError, KeyboardInterrupt):
@@ -123,9 +124,9 @@ def test_one_that_torch_refuses_takes_the_others_with_it(model):
     ("make", "error", "message"),
     [
         (lambda: hook_outputs(nn.Sequential(nn.ReLU())), TypeError, r"iterable of modules, got a Sequential\. Pass"),
-        (lambda: hook_outputs(3), TypeError, r"iterable of modules, got a int"),
+        (lambda: hook_outputs(3), TypeError, r"iterable of modules, got 3 \(int\)"),
         (lambda: hook_outputs([]), ValueError, "at least one module, got none"),
-        (lambda: hook_outputs([nn.ReLU(), "0.conv"]), TypeError, r"needs an nn.Module, got '0.conv' \(str\)"),
+        (lambda: hook_outputs([nn.ReLU(), "0.conv"]), TypeError, r"must be an nn.Module, got '0.conv' \(str\)"),
         (lambda: hook_outputs([nn.ReLU()], 5), TypeError, r"function \(module, inputs, output\) -> anything, got 5"),
         (lambda: Hook(nn.ReLU(), nn.ReLU()), TypeError, r"got ReLU\(\)"),
         (lambda: Hook(nn.ReLU(), print, backward=1), TypeError, r"backward must be True or False, got 1 \(int\)"),

@@ -147,6 +147,7 @@ def test_seed_makes_two_learners_alike():
     assert not torch.equal(weights(3), weights(4))
 
 
+@pytest.mark.case("A15")
 def test_without_a_seed_nothing_is_seeded():
     model = nn.Linear(2, 1)
     before = torch.get_rng_state()
@@ -171,8 +172,6 @@ def test_what_is_not_there_yet_says_so():
     model, dls = nn.Linear(3, 1), ([(torch.ones(4, 3), torch.ones(4, 1))], None)
     with pytest.raises(ValueError, match="graph=True is not available in this version"):
         Learner(model, dls, nn.MSELoss(), graph=True)
-    with pytest.raises(ValueError, match="resume=True is not available in this version"):
-        Learner(model, dls, nn.MSELoss(), verbose=False).fit(0.1, 1, resume=True)
 
 
 @pytest.mark.slow
@@ -230,6 +229,7 @@ def test_a_misspelt_argument_of_a_fit_is_named():
         simple().fit_one_cycle(1, 0.1, calbacks=[])
 
 
+@pytest.mark.case("B4")
 @pytest.mark.parametrize(("target", "message"), [
     (torch.zeros(4), r"labels must be int64 class indices, got float32 \(4,\)\. Call target\.long"),
     (torch.zeros(4).int(), r"labels must be int64 class indices, got int32 \(4,\)"),
@@ -275,6 +275,7 @@ def test_what_is_no_loader_is_refused(bad):
         DataLoaders(bad)
 
 
+@pytest.mark.case("L5")
 def test_early_nan_is_the_reason_that_the_finder_gives():
     learn = simple()
     learn.loss_func = lambda pred, target: pred.sum() * float("nan")
@@ -283,6 +284,7 @@ def test_early_nan_is_the_reason_that_the_finder_gives():
     assert found.reason == "no usable descent: the loss is nan at 1e-07, after 1 learning rates"
 
 
+@pytest.mark.case("L6")
 def test_a_ramp_too_wide_for_floats_is_refused():
     with pytest.raises(ValueError, match=r"start_lr=1e-300 and end_lr=1e\+300 are so far apart"):
         simple().lr_find(1e-300, 1e300)

@@ -58,7 +58,8 @@ def classifier(metrics, n=(5, 2), classes=4, **options):
 # ---- over all samples
 
 
-@pytest.mark.parametrize("valid", [batches(size=sizes) for sizes in (SIZES, [4, 4], [1])])
+@pytest.mark.case("N8")
+@pytest.mark.parametrize("valid", [batches(size=sizes) for sizes in (SIZES, [4, 4], [1], [64, 36])])
 def test_validate_is_the_mean_over_all_samples(valid):
     learn = learner(valid=valid, metrics=[mae, rmse, Counting()])
     pred, target = by_hand(learn, valid)
@@ -115,6 +116,7 @@ def test_validate_changes_nothing():
     assert learn.validate() == first, "no dropout, no running statistics"
 
 
+@pytest.mark.case("N8")
 @pytest.mark.parametrize("accumulate", [1, 2, 3, 4])
 def test_train_loss_is_the_mean_over_all_training_samples(accumulate):
     train = batches(size=[5, 1, 8, 2])
@@ -155,6 +157,7 @@ def test_torchmetrics():
         assert learn.validate() == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.case("N8")
 @pytest.mark.slow  # their import
 def test_torchmetrics_agrees_on_uneven_batches():
     classification = pytest.importorskip("torchmetrics.classification")
@@ -551,6 +554,7 @@ def outputs(learn):
     return pred.detach(), target.numpy()
 
 
+@pytest.mark.case("N8")
 def test_a_metric_of_the_whole_set_is_right_for_uneven_batches():
     learn = two_classes()
     learn.metrics = [WholeSet(f1, pred="labels"), WholeSet(auc, pred="probabilities"),

@@ -10,9 +10,11 @@ from helpers import At, batches, bits, learner, spying, throw, trained
 from torch import nn
 
 import minifast
-from minifast import CancelBatch, CancelEpoch, CancelFit, CosineAnnealing, OneCycle, accuracy
+from minifast import CancelBatch, CancelEpoch, CancelFit, Checkpoint, CosineAnnealing, OneCycle, accuracy
 from minifast.callbacks import monitors
 from minifast.callbacks.monitors import EarlyStopping, ReduceLROnPlateau, SaveBest
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*Training goes on; such a value")  # tests/reliability: it is said
 
 NAN, INF = math.nan, math.inf
 MONITORS = [EarlyStopping, SaveBest, ReduceLROnPlateau]
@@ -119,6 +121,7 @@ def test_without_validation_data_train_loss_can_be_watched():
     assert save.best == min(row["train_loss"] for row in learn.recorder.epochs)
 
 
+@pytest.mark.case("A9")
 @pytest.mark.parametrize("kind", MONITORS)
 def test_an_unknown_column_is_an_error_before_the_fit(kind):
     learn = learner(batches(2), batches(1), metrics=[accuracy])
@@ -196,6 +199,7 @@ def test_a_second_fit_knows_nothing_of_the_first(kind):
     assert callback.best is None
 
 
+@pytest.mark.case("L8")
 @pytest.mark.parametrize("kind", MONITORS)
 def test_not_in_lr_find(kind):
     callback = kind("nowhere")
@@ -215,13 +219,24 @@ def test_its_repr_rebuilds_it(callback):
     assert vars(twin) == vars(callback)
 
 
+@pytest.mark.case("A10")
 @pytest.mark.parametrize(("make", "error", "message"), [
     (lambda: EarlyStopping(accuracy), TypeError, "monitor must be the name of a column .* got <function accuracy"),
     (lambda: SaveBest("x", mode="maximum"), ValueError, "mode must be \"min\", \"max\" or None, got 'maximum'"),
     (lambda: SaveBest("x", min_delta=-1), ValueError, r"min_delta must be a finite number >= 0, got -1 \(int\)"),
+    (lambda: SaveBest("x", mode="mni"), ValueError, "mode must be \"min\", \"max\" or None, got 'mni'"),
+    (lambda: EarlyStopping(min_delta=NAN), ValueError, r"min_delta must be a finite number >= 0, got nan \(float\)"),
     (lambda: EarlyStopping(patience=0), ValueError, r"patience must be an int >= 1, got 0 \(int\)"),
+    (lambda: EarlyStopping(patience=-1), ValueError, r"patience must be an int >= 1, got -1 \(int\)"),
+    (lambda: Checkpoint("runs/a", keep=0), ValueError, r"keep must be an int >= 1, got 0 \(int\)"),
+    (lambda: Checkpoint("runs/a", keep=1.5), ValueError, r"keep must be an int >= 1, got 1.5 \(float\)"),
+    (lambda: Checkpoint("runs/a", every_steps=0), ValueError, r"every_steps must be an int >= 1, got 0 \(int\)"),
+    (lambda: Checkpoint("runs/a", every_seconds=NAN), ValueError, "every_seconds must be a finite number > 0, got nan"),
+    (lambda: Checkpoint("runs/a", every_seconds=0), ValueError, "every_seconds must be a finite number > 0, got 0"),
+    (lambda: Checkpoint(""), TypeError, "path must be the folder of the run, got ''"),
+    (lambda: Checkpoint(None), TypeError, "path must be the folder of the run, got None"),
     (lambda: EarlyStopping(patience=2.5), ValueError, r"patience must be an int >= 1, got 2.5 \(float\)"),
-    (lambda: SaveBest(path=3), TypeError, "path must be the name of a file, or None, got 3"),
+    (lambda: SaveBest(path=3), TypeError, "path must be a path, got 3"),
     (lambda: SaveBest(restore=1), TypeError, "restore must be True or False, got 1"),
     (lambda: ReduceLROnPlateau(factor=1.0), ValueError, r"factor must be a finite number > 0 and < 1, got 1.0"),
     (lambda: ReduceLROnPlateau(patience=0), ValueError, "patience must be an int >= 1, got 0"),

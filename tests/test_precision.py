@@ -11,7 +11,8 @@ import torch
 from helpers import At, Unwaiting, batches, bits, learner, spying, trained
 from torch import nn
 
-from minifast import AutoMicrobatch, Callback, ChannelsLast, GradientClip, MixedPrecision, OneCycle
+from minifast import AutoMicrobatch, Callback, ChannelsLast, GradientClip, MixedPrecision, NonFiniteLoss, OneCycle
+from minifast.finite import Unchecked
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 precisions = pytest.mark.parametrize("precision", ["bf16", "fp16"])
@@ -105,6 +106,7 @@ def test_everybody_gets_float32(precision, wrap):
     assert not learn.model._forward_pre_hooks
 
 
+@pytest.mark.case("I12")
 def test_a_model_that_fails_leaves_no_autocast():
     learn = learner(small(), small(), callbacks=[MixedPrecision()])
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
@@ -237,7 +239,7 @@ def test_gradients_that_are_finite_at_no_scale_do_not_stall_the_fit():
     precision = MixedPrecision("fp16")
     heard = []
     learn.fit(0.1, callbacks=[precision, At("before_batch", lambda state: state.model.weight.data.fill_(torch.nan), 2),
-                              At("after_step", lambda state: heard.append(state.batch_index))])
+                              Unchecked(), At("after_step", lambda state: heard.append(state.batch_index))])
     assert heard[:3] == [0, 1, 2 + 32], "from 2**16, 32 halvings lead to 2**-16"
     assert heard[3:] == list(range(35, 100))
 
@@ -411,7 +413,8 @@ def test_a_diverged_fit_does_not_spoil_the_scale_for_the_next():
     good = {name: value.clone() for name, value in learn.model.state_dict().items()}
     with torch.no_grad():
         learn.model.weight.fill_(float("nan"))
-    learn.fit(0.1, 2)
+    with pytest.raises(NonFiniteLoss, match="The weights were not finite before that"):
+        learn.fit(0.1, 2)
     assert precision.scaler.get_scale() > 0
     learn.model.load_state_dict(good)
     learn.fit(0.01, 1)

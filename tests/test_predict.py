@@ -139,6 +139,7 @@ def test_the_validation_data_is_the_default():
     assert torch.equal(learn.get_preds()[1], samples()[1])
 
 
+@pytest.mark.case("I12")
 @pytest.mark.parametrize("dl", [None, "shuffled"])
 @pytest.mark.parametrize("fails", [False, True])
 def test_looking_leaves_no_trace(dl, fails):

@@ -322,6 +322,7 @@ def within(values, low, high):
     return all(low * (1 - 1e-12) <= value <= high * (1 + 1e-12) for value in values)
 
 
+@pytest.mark.case("A5")
 @quick
 @given(steps, ratios, shares, ratios, momentums)
 def test_one_cycle_hits_its_peak_once_and_exactly(n, div, pct, final_div, moms):

@@ -96,6 +96,7 @@ def assert_is_table(lines, n_epochs):
 # ---- a pipe or a file
 
 
+@pytest.mark.case("R11")
 def test_a_pipe_gets_a_header_and_a_line_per_epoch(capsys):
     trainer().fit(0.01, 3)
     out, err = capsys.readouterr()
@@ -258,6 +259,7 @@ def test_the_bar_shows_the_smoothed_loss_of_this_fit(every_batch):
     assert sorted(set(shown)) == sorted({round(loss, 4) for loss in learn.recorder.smooth_losses})
 
 
+@pytest.mark.case("R11")
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_the_bar_goes_however_the_fit_ends(every_batch, error):
     learn = trainer(callbacks=[At("after_loss", throw(error), 4)])
@@ -322,6 +324,7 @@ class Full(io.StringIO):
         return super().write(text)
 
 
+@pytest.mark.case("R11")
 @pytest.mark.parametrize("stdout", [closed_file, broken_pipe, dead_terminal, Full])
 def test_output_that_cannot_be_written_stops_no_training(every_batch, monkeypatch, caplog, stdout):
     torch.manual_seed(0)

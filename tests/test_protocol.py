@@ -236,6 +236,7 @@ def by_hand(data, steps, lr=0.1, momentum=0.9):
     return bits(list(model.parameters()))
 
 
+@pytest.mark.case("I9")
 @pytest.mark.parametrize(("cancel", "event"), MEANT)
 def test_a_cancelled_batch_epoch_or_fit_moves_no_weight_and_leaks_no_gradient(cancel, event):
     data = batches(3)
@@ -246,6 +247,7 @@ def test_a_cancelled_batch_epoch_or_fit_moves_no_weight_and_leaks_no_gradient(ca
     assert len(learn.opt.seen) == len(learn.recorder.losses) == len(steps)
 
 
+@pytest.mark.case("I9")
 @pytest.mark.parametrize(("cancel", "event"), MEANT)
 def test_a_cancel_skips_to_its_after_event(cancel, event):
     log = []
@@ -261,6 +263,7 @@ def test_a_cancel_skips_to_its_after_event(cancel, event):
     assert log[-1] == "after_fit"
 
 
+@pytest.mark.case("I9")
 @pytest.mark.parametrize(("cancel", "event"), MEANT)
 def test_the_schedule_counts_the_updates_that_were_done(cancel, event):
     learn = learner(batches(3), batches(1))
@@ -271,6 +274,7 @@ def test_the_schedule_counts_the_updates_that_were_done(cancel, event):
     assert learn.recorder.lrs.tolist() == expected
 
 
+@pytest.mark.case("I9")
 @pytest.mark.parametrize(("cancel", "event"), SENSELESS)
 def test_a_cancel_that_has_no_meaning_is_an_error_that_says_where_it_has(cancel, event):
     trace, learn = Trace(), learner(batches(3), batches(1))
@@ -346,6 +350,7 @@ def fit_to_the_end(learn, ending, *callbacks, fit=None, **options):
     return None
 
 
+@pytest.mark.case("I6")
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_after_fit_runs_for_all_whose_before_fit_ran_last_first(ending):
     log = []
@@ -373,6 +378,7 @@ def test_after_fit_runs_only_for_those_that_began(error):
     assert log == ["a.before_fit", "a.after_fit"]
 
 
+@pytest.mark.case("I7")
 @pytest.mark.parametrize("second", [OSError("second"), KeyboardInterrupt("second"), CancelFit("second")])
 @pytest.mark.parametrize("first", [ValueError("first"), KeyboardInterrupt("first")])
 @pytest.mark.parametrize("event", ["before_epoch", "after_loss", "after_valid_batch", "after_epoch", "after_fit"])
@@ -388,6 +394,7 @@ def test_the_first_error_stays_primary_and_the_rest_still_run(event, first, seco
     assert log[-2:] == ["b.after_fit", "a.after_fit"]
 
 
+@pytest.mark.case("I7")
 def test_two_failing_after_fits_are_both_told():
     learn = learner()
     with pytest.raises(ValueError, match="last in the list") as info:
@@ -414,6 +421,7 @@ def model_with_modes():
     return model
 
 
+@pytest.mark.case("I12")
 @pytest.mark.parametrize("ending", ENDINGS)
 @pytest.mark.parametrize("opt_func", [partial(spying(), momentum=0.8), spying(torch.optim.AdamW)], ids=["SGD", "AdamW"])
 def test_a_fit_leaves_hypers_modes_and_gradients_as_they_were(ending, opt_func):
@@ -434,6 +442,7 @@ def test_a_fit_leaves_hypers_modes_and_gradients_as_they_were(ending, opt_func):
         assert learn.opt.param_groups[0]["weight_decay"] == 0.01
 
 
+@pytest.mark.case("I6")
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_after_any_ending_a_fit_equals_that_of_a_fresh_learner_in_the_same_state(ending):
     learn = learner(batches(3), batches(1), opt_func=partial(spying(), momentum=0.9))
@@ -493,6 +502,7 @@ def test_a_caller_keeps_its_lists():
     assert [own, given, metrics] == lists
 
 
+@pytest.mark.case("I6")
 def test_callbacks_of_one_fit_are_not_run_in_the_next():
     once, always = Trace(), Trace()
     learn = learner(callbacks=[always])
@@ -525,6 +535,7 @@ def test_reading_a_field_too_early_and_a_misspelt_one_are_attribute_errors():
         learner().fit(0.1, callbacks=[At("before_batch", lambda state: setattr(state, "n_epoch", 3))])
 
 
+@pytest.mark.case("I11")
 @pytest.mark.parametrize("call", ["fit(0.1)", "fit_one_cycle(1)", "lr_find()", "fit(0.1, callbacks=[LRFinder()])"])
 def test_a_fit_inside_a_fit_is_an_error(call):
     from minifast import LRFinder
@@ -557,6 +568,7 @@ class Broken(Exception):
         super().__init__(a)
 
 
+@pytest.mark.case("I6")
 @pytest.mark.parametrize("event", EVENTS)
 def test_an_error_in_a_callback_is_the_same_object_with_a_note(event):
     error, learn = Broken("x", b="y"), learner(batches(3), batches(2))
@@ -633,6 +645,7 @@ def test_an_error_elsewhere_says_where_too(options, note):
 # ---- what is refused
 
 
+@pytest.mark.case("A8")
 @pytest.mark.parametrize(
     ("name", "hint"),
     [
@@ -743,12 +756,14 @@ def test_an_owner_of_the_fit_takes_the_place_of_the_learners(fit, schedule):
 SAME = Trace()
 
 
+@pytest.mark.case("A7")
 @pytest.mark.parametrize(("own", "given"), [([SAME, SAME], []), ([], [SAME, SAME]), ([SAME], [SAME])])
 def test_the_same_instance_twice_is_refused(own, given):
     with pytest.raises(ValueError, match=r"the same callback is given twice: <helpers\.Trace"):
         learner(callbacks=own).fit(0.1, callbacks=given)
 
 
+@pytest.mark.case("A7")
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -777,6 +792,7 @@ def test_any_iterable_of_callbacks_will_do(make):
     assert own.log == given.log != []
 
 
+@pytest.mark.case("A7")
 def test_a_second_recorder_is_refused():
     with pytest.raises(ValueError, match=r"a Learner has its own Recorder: read learn\.recorder"):
         learner().fit(0.1, callbacks=[Recorder()])

@@ -316,12 +316,12 @@ class Empty:
 
 
 REFUSED = [
-    (lambda learn: race(learn, [0.1]), ValueError, "a race needs at least 2 learning rates, got 1. Pass e.g. race("),
+    (lambda learn: race(learn, [0.1]), ValueError, "lrs must hold at least 2 learning rates, got 1. Pass e.g. race("),
     (lambda learn: race(learn, []), ValueError, "at least 2 learning rates, got 0"),
-    (lambda learn: race(learn, 0.1), TypeError, "race takes a list of learning rates, got 0.1 (float)"),
+    (lambda learn: race(learn, 0.1), TypeError, "lrs must be a list of learning rates, got 0.1 (float)"),
     (lambda learn: race(learn, slice(0.1, 1)), TypeError, "a list of learning rates, got slice(0.1, 1, None)"),
-    (lambda learn: race(learn, "0.1"), TypeError, "race takes a list of learning rates, got '0.1' (str)"),
-    (lambda learn: race(learn, np.array(0.1)), TypeError, "race takes a list of learning rates, got array(0.1)"),
+    (lambda learn: race(learn, "0.1"), TypeError, "lrs must be a list of learning rates, got '0.1' (str)"),
+    (lambda learn: race(learn, np.array(0.1)), TypeError, "lrs must be a list of learning rates, got array(0.1)"),
     (lambda learn: race(learn, [0.1, 0.2, 0.1]), ValueError, "lrs[0] and lrs[2] are the same learning rate, 0.1."),
     (lambda learn: race(learn, [0.1, slice(0.1)]), ValueError, "lrs[1] are the same learning rate, slice(0.1)"),
     (lambda learn: race(learn, [0.1, -1]), ValueError, "lrs[1] must be a finite number > 0, got -1 (int)"),

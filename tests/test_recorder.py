@@ -24,6 +24,7 @@ from minifast import (
     digits,
     plots,
 )
+from minifast.finite import Unchecked
 from minifast.metrics import accuracy
 
 GROUPS = {"body": "0.*", "neck": "1.*", "head": "2.*"}
@@ -46,7 +47,8 @@ def three_groups(**options):
 def with_losses(values):
     """A learner whose training loss takes these values, one after the other."""
     values = iter(values)
-    return learner(batches(1), None, loss_func=lambda pred, target: (pred * 0).sum() + next(values))
+    return learner(batches(1), None, loss_func=lambda pred, target: (pred * 0).sum() + next(values),
+                   callbacks=[Unchecked()])
 
 
 # ---- columns and rows
@@ -118,6 +120,7 @@ def test_epoch_rows():
     assert all(0 < row["time"] < 60 for row in learn.recorder.epochs)
 
 
+@pytest.mark.case("I9")
 def test_a_cancelled_batch_leaves_no_row_and_a_cancelled_epoch_keeps_its_own():
     learn = learner(batches(4), batches(1), callbacks=[At("after_loss", throw(CancelBatch), 1),
                                                        At("before_batch", throw(CancelEpoch), 6)])
@@ -454,6 +457,7 @@ def test_plot_skips_what_it_is_told_to(fitted):
     assert ax.get_legend() is None
 
 
+@pytest.mark.case("L5")
 @pytest.mark.parametrize("num_it", [2, 3, 8, 16])
 @pytest.mark.parametrize("skips", [(10, 5), (0, 1000), (1000, 0)])
 def test_few_points_make_no_empty_plot(num_it, skips):
@@ -465,6 +469,7 @@ def test_few_points_make_no_empty_plot(num_it, skips):
     ax.figure.canvas.draw()
 
 
+@pytest.mark.case("L5")
 def test_plot_of_a_run_that_is_nan_from_the_start():
     learn = with_losses([float("nan")] * 20)
     learn.lr_find(num_it=20)

@@ -199,6 +199,7 @@ def run_to_the_end(action, error, learn):
             action(learn)
 
 
+@pytest.mark.case("L2", "L10")
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("is_worn", [False, True], ids=["new", "worn"])
 @pytest.mark.parametrize("ending", ENDINGS)
@@ -211,6 +212,7 @@ def test_lr_find_leaves_no_trace(ending, is_worn, optimizer):
     assert len(learn.opt.seen) > steps or "at once" in ending or "before_fit" in ending  # it did train
 
 
+@pytest.mark.case("L7")
 @pytest.mark.parametrize("loader", [*WITHOUT_WORKERS, *WITH_WORKERS])
 def test_lr_find_leaves_the_generators_of_the_data_alone(loader):
     learn = noisy_learner(loader)
@@ -250,6 +252,7 @@ def results_of_a_fit(loader, is_worn, before=lambda learn: None):
     return trained(learn), rngs(), bits([learn.recorder.losses, learn.recorder.lrs, learn.recorder.moms])
 
 
+@pytest.mark.case("L1")
 @pytest.mark.parametrize("is_worn", [False, True], ids=["new", "trained"])
 @pytest.mark.parametrize("found", FOUND)
 @pytest.mark.parametrize("loader", WITHOUT_WORKERS)
@@ -259,6 +262,7 @@ def test_a_fit_after_it_equals_a_fit_without_it(loader, found, is_worn):
     assert after == without
 
 
+@pytest.mark.case("L1")
 @pytest.mark.parametrize("is_worn", [False, True], ids=["new", "trained"])
 @pytest.mark.parametrize("loader", WITH_WORKERS)
 def test_a_fit_after_it_equals_a_fit_without_it_with_workers(loader, is_worn):
@@ -358,6 +362,7 @@ def test_data_for_one_pass_is_refused(use, where):
     assert (everything(learn), rngs(), len(list(getattr(learn.dls, where)))) == (before, rng, 5)
 
 
+@pytest.mark.case("L4")
 def test_no_file_is_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
@@ -376,6 +381,7 @@ def test_no_file_is_written(tmp_path, monkeypatch):
 STEP = ["before_batch", "after_pred", "after_loss", "after_backward", "before_step", "after_step"]
 
 
+@pytest.mark.case("L8")
 @pytest.mark.parametrize("find", ["lr_find", "LRFinder"])
 def test_only_callbacks_that_want_to_run_and_no_validation(find):
     class Here(Trace):
@@ -445,6 +451,7 @@ def test_every_rate_is_the_formulas(start, end, num_it):
     assert (result.stopped, result.num_it, result.pass_length) == ("all were tried", num_it, 3)
 
 
+@pytest.mark.case("L9")
 @pytest.mark.parametrize(
     ("start", "end", "ramps"),
     [
@@ -517,6 +524,7 @@ def test_with_stop_div_false_only_a_loss_that_is_not_finite_stops_it(curve):
     assert len(find_in(CURVES[curve], stop_div=False).lrs) == 100
 
 
+@pytest.mark.case("L5")
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("at", [0, 1, 57])
 @pytest.mark.parametrize("stop_div", [True, False])
@@ -542,6 +550,7 @@ def test_a_loader_without_len_needs_no_steps_per_epoch(make):
     assert result.pass_length == 4
 
 
+@pytest.mark.case("L7")
 @pytest.mark.parametrize(("n", "num_it", "passes"), [(1, 9, 9), (3, 10, 4), (5, 10, 2), (20, 10, 1)])
 def test_as_many_passes_as_that_takes(n, num_it, passes):
     class Loader:

@@ -144,7 +144,7 @@ RAMP = np.geomspace(1e-6, 1.0, 20)
         (lambda: valley(RAMP[:0], np.ones(0)), "0 points, at least 2 needed: raise num_it"),
         (lambda: slide(RAMP[:15], np.ones(15)), "15 points, at least 16 needed by slide (lr_diff=15): raise num_it"),
         (lambda: slide(RAMP[:4], np.ones(4), 4), "4 points, at least 5 needed by slide (lr_diff=4): raise num_it"),
-        (lambda: slide(RAMP, np.ones(20), lr_diff=0), "lr_diff=0: the interval needs at least 1 point"),
+        (lambda: slide(RAMP, np.ones(20), lr_diff=0), "lr_diff must be an int >= 1, got 0 (int)"),
         (
             lambda: valley(RAMP[:4], np.array([2.0, 1.0, 3.0, 4.0])),
             "longest descent of 4 points is the first 2, at least 3",
@@ -159,7 +159,7 @@ RAMP = np.geomspace(1e-6, 1.0, 20)
             lambda: steep(np.array([1e-3, 2e-3, 2e-3]), np.ones(3)),
             "lrs[1] is 0.002 and lrs[2] is 0.002: learning rates must",
         ),
-        (lambda: usable(RAMP, np.ones(20), 0), "num_it=0: at least 1 learning rate is needed"),
+        (lambda: usable(RAMP, np.ones(20), 0), "num_it must be an int >= 1, got 0 (int)"),
     ],
 )
 def test_error_says_what_was_given_and_what_is_needed(call, message):
@@ -218,6 +218,7 @@ def test_flat_curves_at_and_below_zero_are_flat_too(losses):
     assert reason.startswith("no descent")
 
 
+@pytest.mark.case("L5")
 def test_reason_names_the_fall_and_what_was_needed():
     _, reason = suggestions(*curve("flat_noise_ema98"))
     assert reason == (
@@ -226,6 +227,7 @@ def test_reason_names_the_fall_and_what_was_needed():
     )
 
 
+@pytest.mark.case("L5")
 def test_reason_names_the_points():
     lrs, losses, _ = curve("typical_u")
     found, reason = suggestions(lrs[:24], losses[:24], 100)
@@ -241,7 +243,7 @@ def test_reason_says_what_is_wrong_with_the_arrays():
     lrs, losses, _ = curve("typical_u")
     assert suggestions(lrs[::-1], losses, 100)[1].endswith("and lrs[1] is 1.09648: learning rates must increase")
     assert suggestions(lrs, losses[:-1], 100)[1].startswith("lrs have shape (100,), losses (99,)")
-    assert suggestions(lrs, losses, 0)[1].startswith("num_it=0")
+    assert suggestions(lrs, losses, 0)[1].startswith("num_it must be an int >= 1, got 0")
 
 
 def test_ten_points_are_enough_for_suggestions():
@@ -254,6 +256,7 @@ def test_ten_points_are_enough_for_suggestions():
 ANY_LOSS = st.floats() | st.sampled_from([0.0, 1.0, np.nan, np.inf, 1e308, -1e308, 5e-324])
 
 
+@pytest.mark.case("L5")
 @given(
     losses=st.lists(ANY_LOSS, max_size=40) | st.builds(lambda n, v: [v] * n, st.integers(0, 40), ANY_LOSS),
     num_it=st.integers(-1, 100),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .. import plots
 from ..batches import tensors
 from ..callback import Callback, Order
-from ..errors import check_int, check_same_names
+from ..errors import check_choice, check_int, check_same_names, quoted
 from ..hooks import hook_outputs
 from ..state import State
 
@@ -135,8 +135,7 @@ class ActivationStats(Callback):
 
         Raises ValueError for another name, RuntimeError if nothing was recorded.
         """
-        if stat not in STATS:
-            raise ValueError(f"stat must be one of {', '.join(STATS)}, got {stat!r}.")
+        check_choice("stat", stat, STATS)
         self._check_any()
         label = f"share of |activation| < {NEAR_ZERO}" if stat == "near_zero" else f"{stat} of the activations"
         return plots.step_curves(self.steps, self.stats[stat].astype(np.float64), self.names, label, ax)
@@ -150,9 +149,12 @@ class ActivationStats(Callback):
         """
         self._check_any()
         names = dict(enumerate(self.names)) | {i - len(self.names): name for i, name in enumerate(self.names)}
-        name = layer if layer in self.names else names.get(layer) if isinstance(layer, int) else None
+        name: str | None = layer if isinstance(layer, str) and layer in self.names else None
+        if isinstance(layer, int) and not isinstance(layer, bool):
+            name = names.get(layer)
         if name is None:
-            raise ValueError(f"layer must be a watched one ({', '.join(self.names)}) or its number, got {layer!r}.")
+            raise ValueError(f"layer must be a watched one ({', '.join(self.names)}) or its number, got "
+                             f"{quoted(layer)}.")
         ax = plots.axes(ax)
         steps, counts = self.steps, self.hists[:, self.names.index(str(name))]
         half = self.every / 2  # the columns stand `every` steps apart

@@ -1,8 +1,6 @@
 """The gradient of each weight update: its norm written down, and clipped."""
-import warnings
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from ..callback import Callback
@@ -17,6 +15,7 @@ class GradientNorm(Callback):
     It is the norm over all parameters together, averaged over the accumulation window and unscaled. Nothing is
     changed, and nothing waits for the device.
 
+    >>> import torch
     >>> from minifast import Learner
     >>> learn = Learner(nn.Linear(1, 1, bias=False), ([(torch.ones(2, 1), torch.ones(2, 1))], None),
     ...                 lambda pred, target: 3 * pred.mean(), verbose=False)
@@ -52,10 +51,11 @@ class GradientClip(GradientNorm):
     the whole update: averaged over the accumulation window, and unscaled under `MixedPrecision("fp16")`.
 
     A gradient that is not finite (a NaN or infinite element, or a norm beyond the largest number) cannot be clipped:
-    it is refused. Its update is made with a gradient of 0, so only momentum and weight decay move the weights, which
-    stay finite. The column "grad_norm" has its norm, and a warning at the end of the epoch says how many there were:
-    to say it at once, the host would have to wait for the device at every update. This costs one small kernel per
-    parameter.
+    it is refused before the step, with `NonFiniteGradient`, which names epoch, step, learning rate and parameters.
+    Weights and optimizer are then those of the step before. On an accelerator nothing waits for that: no update is
+    made any more, and the error comes up to a second late, as `FiniteLoss` describes. There, an optimizer that is not
+    one of torch's fused ones makes these updates with a gradient of 0: only momentum and weight decay move the
+    weights, which stay finite; this costs one small kernel per parameter. Inside `lr_find`, nothing is refused.
 
     Raises ValueError for none or both of the two, and for one that is no number > 0.
 
@@ -67,7 +67,6 @@ class GradientClip(GradientNorm):
     value: float | None = None
 
     in_lr_find = True
-    saves = ("_n_refused", "_n_updates")
 
     def __post_init__(self) -> None:
         if (self.norm is None) == (self.value is None):
@@ -78,29 +77,15 @@ class GradientClip(GradientNorm):
         if self.value is not None:
             self.value = check_number("value", self.value, above=0, example="GradientClip(value=0.5)")
 
-    def before_fit(self, state: State) -> None:
-        super().before_fit(state)
-        self.before_epoch(state)  # an epoch that is cancelled at once ends without having begun here
-
-    def before_epoch(self, state: State) -> None:
-        self._n_refused, self._n_updates = torch.zeros((), dtype=torch.int64, device=state.device), 0
-
     def before_step(self, state: State) -> None:
         super().before_step(state)
+        if state.finite_check is not None:
+            state.finite_check.check_gradient(state, self._norm)
         if self.norm is not None:
             nn.utils.clip_grads_with_norm_(self._params, self.norm, self._norm)
         elif self.value is not None:
             nn.utils.clip_grad_value_(self._params, self.value)
-        is_bad = ~torch.isfinite(self._norm)
-        for grad in self._grads():
-            (grad._values() if grad.is_sparse else grad).masked_fill_(is_bad, 0.0)
-        self._n_refused = self._n_refused + is_bad
-        self._n_updates += 1
-
-    def after_epoch(self, state: State) -> None:
-        n = int(self._n_refused)
-        if n:
-            self._n_refused = torch.zeros_like(self._n_refused)  # said once
-            warnings.warn(f"the gradient of {n} of {self._n_updates} updates in epoch {state.epoch} was not finite: "
-                          "GradientClip refused it, and these updates were made with a gradient of 0. Look for NaN in "
-                          "the data, or lower the learning rate.", stacklevel=2)
+        refused = state.finite_check.to_zero if state.finite_check is not None else None
+        if refused is not None:
+            for grad in self._grads():
+                (grad._values() if grad.is_sparse else grad).masked_fill_(refused, 0.0)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import snapshot
 from ..callback import Callback, evaluating
-from ..errors import check_flag, check_int, check_number
+from ..errors import check_flag, check_int, check_number, check_path
 from ..meters import snake_case
 from ..progress import Progress, say
 from ..state import Best, State
@@ -202,9 +202,7 @@ class SaveBest(Monitor):
     def __post_init__(self) -> None:
         check_flag("restore", self.restore)
         if self.path is not None:
-            if not isinstance(self.path, (str, os.PathLike)):
-                raise TypeError(f"path must be the name of a file, or None, got {self.path!r:.80}.")
-            self.path = str(self.path)
+            self.path = check_path("path", self.path)
         self.in_sandbox = self.path is None
         self.sets = (FINAL_WEIGHTS,) if self.restore else ()
         super().__post_init__()
@@ -241,7 +239,7 @@ class SaveBest(Monitor):
                             getattr(error, "strerror", None) or f"cannot save to {self.path}: {error}.")
                 return
         self.keep_best(state, value)
-        if self is next((cb for cb in state.callbacks if isinstance(cb, SaveBest)), self):  # of several, the first one's
+        if self is next((cb for cb in state.callbacks if isinstance(cb, SaveBest)), self):  # of several the first
             state.best = Best(self.monitor, value, state.epoch)
 
     def after_fit(self, state: State) -> None:

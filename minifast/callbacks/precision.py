@@ -1,7 +1,7 @@
 """Faster arithmetic: mixed precision and the channels-last memory format."""
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,12 +99,14 @@ class MixedPrecision(Callback):
     def evaluating(self, model: nn.Module) -> Iterator[None]:
         """Autocast for calls of the model only: data, metrics and the loss are left in float32."""
         device = next((tensor.device.type for tensor in (*model.parameters(), *model.buffers())), "cpu")
-        entered: list[torch.autocast] = []
+        entered: list[AbstractContextManager[Any]] = []
         self._check(device)
 
         def enter(module: nn.Module, args: Any) -> None:
             if not torch.compiler.is_compiling():  # the compiler cannot follow it; in a fit, `forward` does it
-                entered.append(self._autocast(device))
+                is_on = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == DTYPES[self.precision]
+                # in a fit `forward` is around it, which a model that fails leaves before this would be left
+                entered.append(nullcontext() if is_on else self._autocast(device))
                 entered[-1].__enter__()
 
         def leave(module: nn.Module, args: Any, output: Any) -> Any:

@@ -76,7 +76,7 @@ def swapped(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
         put(model, values)
         yield
     finally:
-        with DeferredInterrupt(), torch.no_grad():  # Ctrl-C must not stop this half way
+        with DeferredInterrupt(is_held=True), torch.no_grad():  # Ctrl-C must not stop this half way
             for ((holder, key), tensor), copy in zip(kept, copies, strict=True):
                 tensor.copy_(copy)
                 holder[key] = tensor

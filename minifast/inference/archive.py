@@ -6,7 +6,10 @@ import io
 import json
 import re
 import zipfile
+from collections import Counter
 from typing import Any
+
+from ..files import check_directory
 
 _ENTRY = re.compile(r"archive_format|archive_version|byteorder|\.data/(version|serialization_id)|models/model\.json|"
                     r"data/weights/(weight_\d+|model_weights_config\.json)|data/sample_inputs/model\.pt|"
@@ -28,12 +31,16 @@ _NESTS = ("builtins.tuple", "builtins.list", "builtins.dict", "collections.Order
 
 def entries(content: bytes) -> dict[str, bytes]:
     """The files in an archive, without the name of their common folder."""
+    check_directory(io.BytesIO(content), len(content))
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         infos = archive.infolist()
         names = [info.filename.partition("/")[2] for info in infos]
+        counts = Counter(names)
         for name, info in zip(names, infos, strict=True):
-            if not _ENTRY.fullmatch(name) or names.count(name) > 1 or info.compress_type != zipfile.ZIP_STORED:
+            if not _ENTRY.fullmatch(name) or counts[name] > 1 or info.compress_type != zipfile.ZIP_STORED:
                 raise ValueError(f"it holds {info.filename!r:.80}, which is no part of a program")
+        if sum(info.file_size for info in infos) > len(content):
+            raise ValueError("its entries overlap")
         return {name: archive.read(info) for name, info in zip(names, infos, strict=True)}
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..batches import call_model, n_samples, scores, tensors, to_device
 from ..data import feed, in_order, is_one_shot, second_copy, valid_sets
+from ..errors import check_path
 from ..files import replacing
 from ..signals import DeferredInterrupt
 from ..weights import load_weights, save_weights
@@ -48,8 +49,8 @@ def export(learn: "Learner", path: str | os.PathLike[str], *, inputs: Any = None
     Each file is replaced whole or not at all; the learner is left as it was. Raises ValueError, with torch's words, for
     a model that cannot be a program, and OSError where the file or the folder cannot be.
     """
-    path = Path(path)
-    is_program = _check_path(path)
+    path = Path(check_path("path", path))
+    is_program = _check_place(path)
     labels, metadata = _check_labels(labels), _check_metadata(metadata)
     inputs = _first_inputs(learn) if inputs is None else to_device(inputs, "cpu")
     described: dict[str, Any] = {
@@ -87,7 +88,7 @@ def load_exported(path: str | os.PathLike[str], model: nn.Module | None = None) 
 
     Raises ValueError that says what is wrong with the file or does not fit the model, FileNotFoundError without it.
     """
-    path = Path(path)
+    path = Path(check_path("path", path))
     if model is not None and not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {model!r:.80} ({type(model).__name__}).")
     if path.is_dir():
@@ -115,7 +116,7 @@ def export_info(path: str | os.PathLike[str]) -> dict[str, Any]:
     Keys: format, versions, model (the class's name), groups (layer groups), inputs and state (dtype and shape of each
     tensor, "n" for the number of samples), labels, metadata. Raises ValueError if there is none.
     """
-    path = Path(path)
+    path = Path(check_path("path", path))
     try:
         if path.is_dir():
             text = (path / DESCRIPTION).read_bytes()
@@ -134,7 +135,7 @@ def export_info(path: str | os.PathLike[str]) -> dict[str, Any]:
 # ---- what goes into the files
 
 
-def _check_path(path: Path) -> bool:
+def _check_place(path: Path) -> bool:
     """Whether `path` is that of a program. Raises OSError or ValueError if it cannot be written to."""
     is_program = path.suffix.lower() == ".pt2"
     if not path.parent.is_dir():

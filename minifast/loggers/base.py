@@ -115,15 +115,6 @@ def step_columns(record: FitRecord, first: int) -> dict[str, list[float]]:
             **{name: values + [math.nan] * (n - len(values)) for name, values in logged.items()}}
 
 
-def check_path(name: str, path: Any) -> str:
-    """`path` as text. Raises TypeError for what is no path, ValueError for an empty one."""
-    if not isinstance(path, (str, os.PathLike)):
-        raise TypeError(f"{name} must be a path, got {path!r:.80} ({type(path).__name__}).")
-    if not os.fspath(path):
-        raise ValueError(f"{name} must be a path, got an empty one.")
-    return os.fspath(path)
-
-
 @contextmanager
 def opening(owner: str, path: PathLike) -> Iterator[None]:
     """An OSError inside names the logger and the path."""

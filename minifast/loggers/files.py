@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from .. import tables
-from ..errors import check_flag, check_number
+from ..errors import check_flag, check_number, check_path
 from ..files import replacing
 from ..state import State
-from .base import Logger, PathLike, check_path, opening
+from .base import Logger, PathLike, opening
 from .runs import record_file, scalar, to_line
 from .settings import now, settings
 

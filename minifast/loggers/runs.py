@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import plots, tables
+from ..errors import check_items, check_path, check_text
 from ..scalars import Ema
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ def read_run(path: PathLike) -> Run:
     A line that is torn, as by a kill, or otherwise no record is skipped and counted. Raises FileNotFoundError if
     there is no such file, ValueError if no line is a record.
     """
-    file = record_file(path)
+    file = record_file(check_path("path", path))
     if not file.is_file():
         raise FileNotFoundError(f"no run found at {os.fspath(path)!r}: there is no file {file}. Record one with "
                                 "callbacks=[RunLog(path)].")
@@ -118,6 +119,8 @@ def plot_runs(runs: PathLike | Iterable[PathLike] = "runs/*", metric: str | None
 
     Raises FileNotFoundError if no run is found, ValueError with the columns there are if no run has `metric`.
     """
+    if metric is not None:
+        check_text("metric", metric)
     found = _find(runs)
     columns = [(run.steps, run.epochs) for run in found]
     if metric is None:
@@ -249,9 +252,10 @@ class _Parts:
 
 
 def _find(runs: PathLike | Iterable[PathLike]) -> list[Run]:
-    given = [runs] if isinstance(runs, (str, os.PathLike)) else list(runs)
+    given = [runs] if isinstance(runs, (str, os.PathLike)) else check_items("runs", runs, "paths")
     found: dict[Path, Run] = {}
     for path in given:
+        check_path("runs", path)
         matching = {file: run for file, run in ((file, _read(file)) for file in _files(path)) if run.fits}
         if not matching:
             raise FileNotFoundError(f"no run found for {os.fspath(path)!r}, seen from {os.getcwd()!r}. A run is a "

@@ -4,9 +4,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ..errors import check_number
+from ..errors import check_number, check_path
 from ..state import State
-from .base import Logger, PathLike, check_path, load, opening
+from .base import Logger, PathLike, load, opening
 from .runs import plain, scalar
 from .settings import settings
 

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 from .. import fitting
 from ..data import DataLoaders
 from ..errors import check_int
+from ..finite import Unchecked
 from ..hypers import check_lr
 
 if TYPE_CHECKING:
@@ -24,5 +25,5 @@ def overfit_batch(learn: "Learner", batch: Any, steps: int, lr: Any) -> list[flo
     with learn.sandbox():
         learn.dls = DataLoaders([batch] * steps)
         learn.callbacks = [cb for cb in learn.callbacks if cb.in_lr_find]
-        learn.fit(lr, verbose=False)
+        learn.fit(lr, callbacks=[Unchecked()], verbose=False)
         return [float(loss) for loss in learn.recorder.losses]

@@ -14,7 +14,8 @@ from ..batches import Batch
 from ..callback import Callback, Order
 from ..checks import check_loader, check_valid
 from ..data import DataLoaders, feed, valid_sets
-from ..errors import check_int
+from ..errors import check_int, check_items
+from ..finite import FiniteLoss
 from ..hypers import spread_lrs
 from ..ownership import check_callbacks
 from ..progress import Progress
@@ -132,6 +133,7 @@ class _Watch(Callback):
     """Keeps the training loss of each step and the validation loss of each batch."""
 
     order = Order.RECORD
+    sets = FiniteLoss.sets  # in its place: a candidate that explodes has lost, and is no error
     in_lr_find = True
 
     def __init__(self) -> None:
@@ -188,12 +190,9 @@ def _run(learn: "Learner", lr: Any, steps: int, schedule: list[Scheduler], runni
 
 
 def _check_candidates(learn: "Learner", lrs: Any) -> tuple[Any, ...]:
-    if isinstance(lrs, (str, bytes, slice)) or not isinstance(lrs, Iterable) or getattr(lrs, "ndim", 1) == 0:
-        raise TypeError(f"race takes a list of learning rates, got {lrs!r:.80} ({type(lrs).__name__}). "
-                        "Pass e.g. race([1e-3, 3e-3, 1e-2]).")
-    candidates = tuple(lrs)
+    candidates = tuple(check_items("lrs", lrs, "a list of learning rates", example="race([1e-3, 3e-3, 1e-2])"))
     if len(candidates) < 2:
-        raise ValueError(f"a race needs at least 2 learning rates, got {len(candidates)}. "
+        raise ValueError(f"lrs must hold at least 2 learning rates, got {len(candidates)}. "
                          "Pass e.g. race([1e-3, 3e-3, 1e-2]).")
     spread = [spread_lrs(lr, learn.groups.names, f"lrs[{i}]") for i, lr in enumerate(candidates)]
     for i, values in enumerate(spread):

@@ -11,7 +11,8 @@ from torch.optim import Optimizer
 from .. import fitting, loop
 from ..callback import Callback, Emitter, Event
 from ..data import n_batches
-from ..errors import check_flag, check_int
+from ..errors import check_flag, check_int, check_text
+from ..ownership import check_callbacks
 from ..state import State
 from ..tables import shown, table
 
@@ -60,6 +61,7 @@ class Profile:
 
     def share(self, what: str) -> float:
         """The share of the time, 0..1, that went into `what`: a piece of work or a callback's class name."""
+        check_text("what", what)
         return float(sum(row["share"] for row in self.rows if what in (row["what"], row["callback"])))
 
     def __repr__(self) -> str:
@@ -106,7 +108,7 @@ def profile(learn: "Learner", n: int = 50, *, callbacks: Iterable[Callback] = ()
 
 def _run(learn: "Learner", n: int, callbacks: Iterable[Callback], accumulate: int, emitter: type["_TimingEmitter"]
          ) -> list[Moment]:
-    with learn.sandbox(callbacks := list(callbacks)):
+    with learn.sandbox(callbacks := check_callbacks(callbacks, "callbacks")):
         learn.callbacks = [cb for cb in learn.callbacks if cb.in_sandbox]  # the others would write over their files
         callbacks = [cb for cb in callbacks if cb.in_sandbox]
         state = fitting.prepare(learn, 1, learn.lr, None, callbacks=callbacks, accumulate=accumulate, verbose=False,

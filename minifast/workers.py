@@ -1,0 +1,105 @@
+"""Worker processes of a loader: none outlives the process that trains, and of those that die it is said why."""
+import ctypes
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pickle import PicklingError
+from typing import Any
+
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+DIED = ("Often memory has run out (each worker holds a copy of what it reads, and prefetch_factor batches), or "
+        "/dev/shm is full: pass fewer workers. With num_workers=0 an error of the data set shows where it happens.")
+PICKLED = ("where workers are started by spawn or forkserver, the data set, collate_fn and worker_init_fn go there by "
+           "pickle: define what is named above at the top level of a module, without lambda, or pass num_workers=0")
+_prctl: Any = None  # the C function, once it was looked up
+_starting: tuple[int, int] | None = None  # (process, thread) that starts workers at this moment
+
+
+@contextmanager
+def bound_to_this_process() -> Iterator[None]:
+    """Processes that this thread forks in the block die with this process, even if it dies of kill -9.
+
+    By itself torch leaves some behind for ever: a worker notes its parent some milliseconds after it was forked, and
+    if that has died by then, it notes the wrong one. Here the kernel is asked, first thing in the worker, to kill it
+    when its parent dies (prctl PR_SET_PDEATHSIG). Processes that are forked elsewhere, before, after or by other
+    threads, are left alone, and so is the loader.
+
+    It does nothing where the kernel cannot be asked: on other systems than Linux; for workers that are started by
+    spawn or forkserver (Python forks none of them here: torch's own watchdog is all they have); outside the main
+    thread (the kernel takes the end of the thread that forked for the parent's death); and for workers that a loader
+    of the user's own starts later than in its `__iter__`.
+    """
+    global _starting
+    if not sys.platform.startswith("linux") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    _listen()
+    outer, _starting = _starting, (os.getpid(), threading.get_ident())
+    try:
+        yield
+    finally:
+        _starting = outer
+
+
+def _listen() -> None:
+    """Hear of forks from now on. Once: Python has no way to take it back."""
+    global _prctl
+    if _prctl is None:
+        _prctl = ctypes.CDLL(None).prctl  # looked up here: a child of a fork should do as little as it can
+        os.register_at_fork(after_in_child=_bind)
+
+
+def _bind() -> None:
+    """In a child, right after the fork."""
+    global _starting
+    forked_by, _starting = _starting, None  # what the child forks itself is its own affair
+    if forked_by is None or forked_by[1] != threading.get_ident():
+        return
+    _prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() not in (forked_by[0], 0):  # it died before the kernel knew (0: it is in another pid namespace)
+        os._exit(1)
+
+
+def is_of_death(error: BaseException) -> bool:
+    """Whether torch says that a worker has died. Its handler of SIGCHLD raises that anywhere in the main thread."""
+    return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid")
+
+
+def explain(error: BaseException, iterator: Any = None) -> None:
+    """Add a note to an error that comes of worker processes: what is likely, and what to do.
+
+    iterator: of the loader, if the error came while it loaded. From a worker that dies while it hands over a batch
+    there is only a broken connection.
+    """
+    died = ["a worker process of the loader died"] if is_of_death(error) else []
+    if isinstance(error, (OSError, EOFError)) and not str(error).startswith("Caught "):  # that is the data set's own
+        died = _deaths(getattr(iterator, "_workers", ()))
+    if died and not any(DIED in note for note in getattr(error, "__notes__", ())):
+        error.add_note(f"{', '.join(died)}. {DIED}")
+    if iterator is None and isinstance(error, (AttributeError, TypeError, PicklingError)) and "pickle" in str(error):
+        error.add_note(PICKLED)
+
+
+def _deaths(workers: Any) -> list[str]:
+    """Which of them have died of themselves, or do so within a second: "worker process 4711 died of SIGKILL"."""
+    end = time.monotonic() + 1
+    with suppress(RuntimeError):  # torch's handler may say the same in the middle of this
+        while workers and not any(worker.exitcode for worker in workers) and time.monotonic() < end:
+            time.sleep(0.01)
+    codes = {worker.pid: worker.exitcode for worker in workers if worker.exitcode}
+    return [f"worker process {pid} died of {signal.Signals(-code).name if code < 0 else f'exit code {code}'}"
+            for pid, code in codes.items()]
+
+
+@contextmanager
+def deaths_ignored() -> Iterator[None]:
+    """While workers are ended nothing is expected of them: one that dies of itself is no error, and hides none."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_of_death(error):
+            raise
