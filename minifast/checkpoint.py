@@ -78,7 +78,7 @@ class Checkpoint(Callback):
         self._at_epoch_start: dict[str, Any] | None = None  # the random generators
         self._is_first_pass = True
         self._n_done = 0  # batches of the epoch that are behind
-        self._first_batch: str | None = None  # the `digest` of its first
+        self._first_batch: str | None = None  # the `digest` of its first one
         self._before_validation: dict[str, Any] | None = None
         self._is_epoch_end = self._is_validating = self._is_in_batch = False
         self._seconds = 0.0  # that the last one took

@@ -17,6 +17,9 @@ from .state import State
 from .tables import listed
 
 Facts = dict[str, dict[str, Any]]
+OWN_CHOICE = ("fused", "foreach", "capturable", "differentiable")  # how an optimizer computes, not what
+# of a param_group: what is no setting, is compared by another name, or is what a fit sets
+OWN_TOPICS = ("params", "param_names", "layer_group", "lr", "initial_lr", "weight_decay", *OWN_CHOICE)
 
 
 def facts(state: State) -> Facts:
@@ -32,7 +35,8 @@ def facts(state: State) -> Facts:
         "model": {"class": type(state.model).__name__},
         "optimizer": {"class": type(opt).__name__, "layer groups": list(state.group_names),
                       "parameters in each": [len(group["params"]) for group in opt.param_groups],
-                      "frozen layer groups": _frozen(state)},
+                      "frozen layer groups": _frozen(state), "parameters that are trained": _n_trained(state),
+                      **_settings(state)},
     }
 
 
@@ -90,6 +94,26 @@ def _frozen(state: State) -> list[str]:
     """The layer groups without a trainable parameter, as the fit began."""
     trains = {group["layer_group"] for group in state.opt.param_groups for p in group["params"] if p.requires_grad}
     return [name for i, name in enumerate(state.group_names) if i not in trains]
+
+
+def _n_trained(state: State) -> list[int]:
+    """How many parameters of each layer group are trained, as the fit began: norm layers are where others are not."""
+    counts = [0] * len(state.group_names)
+    for group in state.opt.param_groups:
+        counts[group["layer_group"]] += sum(p.requires_grad for p in group["params"])
+    return counts
+
+
+def _settings(state: State) -> dict[str, list[Any]]:
+    """What else the optimizer was made with: plain hyper-parameters, of each of its param_groups."""
+    names = dict.fromkeys(key for group in state.opt.param_groups for key in group if key not in OWN_TOPICS)
+    return {name: [_plain(group.get(name)) for group in state.opt.param_groups] for name in names}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_plain(inner) for inner in value]
+    return value if isinstance(value, (bool, int, float, str, type(None))) else type(value).__name__
 
 
 def _text(callback: Callback) -> str:

@@ -111,8 +111,14 @@ class FitRecord:
 
     @classmethod
     def from_state_dict(cls, saved: Mapping[str, Any]) -> "FitRecord":
-        """The record that `state_dict` was taken of."""
-        record = cls(saved["group_names"])
+        """The record that `state_dict` was taken of. Raises ValueError for anything else."""
+        record, n = cls(saved["group_names"]), len(saved["moms"])
+        columns = [*saved["lrs"], saved["moms"], saved["losses"], saved["weights"]]
+        if (len(saved["lrs"]) != len(record.group_names) or any(column.shape != (n,) for column in columns)
+                or any(column.ndim != 1 or len(column) > n for column in saved["columns"].values())
+                or not all(isinstance(end, int) and 0 <= end <= n for end in saved["epoch_ends"])
+                or len(saved["epoch_ends"]) != len(saved["epochs"])):
+            raise ValueError("this is not the record of a fit: its columns do not belong together")
         record.epochs, record.epoch_ends = [dict(row) for row in saved["epochs"]], list(saved["epoch_ends"])
         record.lr_columns = [array("d", column.tolist()) for column in saved["lrs"]]
         record.mom_column = array("d", saved["moms"].tolist())

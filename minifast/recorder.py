@@ -73,10 +73,12 @@ class Recorder(Callback):
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Go on with the record that `state_dict` gave; what is recorded now becomes an earlier fit."""
+        newest, epoch, first_step = FitRecord.from_state_dict(saved), saved["epoch"], saved["first_step"]
+        if type(epoch) is not int or type(first_step) is not int or not 0 <= first_step <= len(newest):
+            raise ValueError(f"this is not the state of a Recorder: epoch {epoch!r:.80}, first step {first_step!r:.80}")
+        began = time.perf_counter() - saved["seconds"]
         self._set_aside()
-        self.newest = FitRecord.from_state_dict(saved)
-        self._is_new, self._epoch, self._first_step = False, saved["epoch"], saved["first_step"]
-        self._began = time.perf_counter() - saved["seconds"]
+        self.newest, self._is_new, self._epoch, self._first_step, self._began = newest, False, epoch, first_step, began
 
     def keep(self) -> Callable[[], None]:
         """Note what is recorded so far; returns what restores it."""

@@ -1,5 +1,6 @@
 """A fit that goes on where it was killed: what `resume=` finds, whether it is this fit, and how it is taken up."""
 import logging
+import math
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -21,10 +22,12 @@ from .replay import Entry
 from .run_folder import FitFolder, locked, newest
 from .state import State
 from .tables import listed
+from .window import Window
 
 Resume = bool | str | os.PathLike[str]
 PARTS = ("run", "finished", "facts", "environment", "position", "rng", "epoch_rng", "loader", "window", "callbacks",
          "model", "optimizer")  # of a checkpoint
+MOST = 2**53  # of anything that is counted
 log = logging.getLogger("minifast")
 
 
@@ -164,7 +167,7 @@ class Session:
         """Put everything where the finished fit has left it."""
         saved, state = self._saved, self._state
         assert saved is not None
-        with saved_state.all_or_nothing(state):
+        with saved_state.all_or_nothing(state), _taking_up(self._path):
             self._load(saved)
             rng.restore(rng.from_plain(saved["rng"]), saved_state.loader_generators(state))
         self._say(f"this fit has ended before, after {saved['position']['step']} updates: its final state is restored")
@@ -180,7 +183,8 @@ class Session:
         assert saved is not None
         position = saved["position"]
         with saved_state.all_or_nothing(state):
-            new = self._load(saved)
+            with _taking_up(self._path):
+                new = self._load(saved)
             state.lr_scale, state.is_ending = position["lr_scale"], position["is_ending"]
             state.metrics = dict(position["metrics"])
             if self._saver is not None:
@@ -205,10 +209,16 @@ class Session:
     def _enter(self, state: State, saved: Mapping[str, Any]) -> bool:
         """Bring the loader and the random generators to where they were. Whether the fit has nothing left to do."""
         position, loader, own = saved["position"], state.train_dl, saved_state.loader_generators(state)
-        now, n_done = rng.from_plain(saved["rng"]), position["n_done"]
+        n_done = position["n_done"]
         is_over = position["is_epoch_end"] and (state.is_ending or state.epoch + 1 == state.n_epochs)
-        if replay.way(loader) == "state":
-            loader.load_state_dict(saved["loader"]["state"])  # type: ignore[attr-defined]
+        with _taking_up(self._path):
+            now = rng.from_plain(saved["rng"])
+            for noted in (rng.from_plain(saved["epoch_rng"]), now):
+                rng.restore(noted, own)  # what cannot be restored fails here
+            if replay.way(loader) == "state":
+                loader.load_state_dict(saved["loader"]["state"])  # type: ignore[attr-defined]
+            if saved["window"] is not None:
+                Window(state.opt, state.accumulate, state.n_batches).load_state_dict(saved["window"])
         drawn = ""
         if position["is_epoch_end"] or state.is_ending or n_done == state.max_batches:
             if not state.is_ending and not is_over:
@@ -298,6 +308,33 @@ class Session:
             log.info(text)
 
 
+@contextmanager
+def _taking_up(path: Path | None) -> Iterator[None]:
+    """An error inside means that a checkpoint holds what nobody can take up: a ValueError that names it."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{path} cannot be taken up: {error!r}. Nothing was changed.") from error
+
+
+def _check_form(saved: Mapping[str, Any], state: State) -> None:
+    """Raise ValueError unless what a fit relies on has its type and range."""
+    position, loader = saved["position"], saved["loader"]
+    counts = [position[name] for name in ("epoch", "step", "n_done")]
+    is_right = (
+        all(type(count) is int and 0 <= count < MOST for count in counts)
+        and (state.n_epochs is None or position["epoch"] < state.n_epochs)
+        and all(type(flag) is bool for flag in (saved["finished"], position["is_epoch_end"], position["is_ending"],
+                                                loader["is_first_pass"]))
+        and type(position["lr_scale"]) is float and 0 < position["lr_scale"] < math.inf
+        and all(isinstance(part, dict) for part in (position["metrics"], saved["rng"], *saved["callbacks"].values()))
+        and (isinstance(saved["epoch_rng"], dict) or saved["finished"])
+        and all(isinstance(loader[name], (str, type(None))) for name in ("first", "last"))
+        and isinstance(saved["run"], str) and isinstance(saved["window"], (dict, type(None))))
+    if not is_right:
+        raise ValueError("what says where the fit was is not in its form")
+
+
 def _are_same(noted: Mapping[str, Any], again: replay.Pass, is_whole: bool) -> bool:
     """Whether a pass gives the batches that it gave: the newest, or, of one that is whole, the first.
 
@@ -323,10 +360,12 @@ def check(path: Path, saved: Any, state: State, own: dict[str, Any]) -> None:
         problems = [f"it has no {listed(missing)}"] if missing else [
             *differences(saved["facts"], own), *saved_state.model_misfits(state.model, saved["model"]),
             *saved_state.optimizer_misfits(state.model, state.opt, saved["optimizer"])]
+        if not problems:
+            _check_form(saved, state)
         changed = [f"{name} {saved['environment'].get(name)} then, {value} now"
                    for name, value in environment(state).items() if saved["environment"].get(name) != value]
         gone = [name for name, kept in saved["callbacks"].items() if kept and name not in mine]
-    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path} is not a checkpoint that minifast has written ({error!r}).") from error
     if problems:
         lines = "\n  ".join(problems)

@@ -11,10 +11,8 @@ from torch.optim import Optimizer
 from . import rng, snapshot
 from .callback import Callback
 from .data import generators
-from .identity import misfits
+from .identity import OWN_CHOICE, misfits
 from .state import State
-
-OWN_CHOICE = ("fused", "foreach", "capturable", "differentiable")  # how an optimizer computes, not what
 
 
 def capture_model(model: nn.Module) -> dict[str, Any]:
@@ -69,6 +67,9 @@ def model_misfits(model: nn.Module, saved: Mapping[str, Any]) -> list[str]:
     for theirs, mine in ((saved["weights"], own), (saved["transient"], transient)):
         lines += [f"model: {name} is {_form(theirs[name])} in the checkpoint, {_form(mine[name])} in this fit"
                   for name in mine if name in theirs and _form(theirs[name]) != _form(mine[name])][:5]
+    names = [name for name, _ in model.named_parameters()]
+    if not saved["trainable"] or not set(saved["trainable"]) <= set(names):
+        lines.append(f"model: the parameters that are trained are said to be {saved['trainable']!r:.80}")
     return lines
 
 

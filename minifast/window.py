@@ -101,7 +101,11 @@ class Window:
                 "weight": self.weight, "is_open": self.is_open, "is_dropped": self._is_dropped}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` gave."""
+        """Go on from what `state_dict` gave. Raises ValueError for anything else."""
+        flags = [saved[name] for name in ("is_sum", "is_open", "is_dropped")]
+        numbers = [saved[name] for name in ("loss", "unit", "weight")]
+        if not all(isinstance(flag, bool) for flag in flags) or not all(map(_is_number, numbers)):
+            raise ValueError(f"this is not the state of a window of gradients: {saved!r:.200}")
         for p, grad in zip(self._params, saved["grads"], strict=True):
             p.grad = None if grad is None else grad.to(p.device, copy=True)
         self._is_sum, self._unit, self._is_dropped = saved["is_sum"], saved["unit"], saved["is_dropped"]
@@ -117,3 +121,7 @@ class Window:
         self._is_sum = self._size > 1
         self._loss, self._unit, self.weight = 0.0, 1, 0
         self.is_open = False  # whether gradients wait for a step
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.ndim == 0)

@@ -14,6 +14,8 @@ import torch
 from helpers import FakeRun
 from hypothesis import settings
 
+pytest.register_assert_rewrite("resuming")
+
 collect_ignore = ["benchmarks"]  # programs, not tests; they may import peers that are not installed
 
 # The same examples on every machine, and no time limit for a single one: a busy machine is no failure.

@@ -7,8 +7,6 @@ from helpers import bits, rngs, trained
 from resuming import Kill, Killed, every_step
 from test_contract import MAKE, NAMES, PATH, learner, timeless
 
-
-
 from minifast import CSVLogger
 from minifast.loggers.base import Logger
 
