@@ -1,7 +1,9 @@
 """Checks of what users pass in: each failure says what was given, what is expected and what to do."""
 import numbers
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 
@@ -72,3 +74,18 @@ def shown(value: Any) -> str:
 
 def _hint(example: str) -> str:
     return f" Pass e.g. {example}." if example else ""
+
+
+@contextmanager
+def torchvision_errors() -> Iterator[None]:
+    """A block that imports torchvision: whatever stands in the way is an ImportError that says what to do."""
+    try:
+        yield
+    except (ImportError, RuntimeError, AttributeError, OSError) as error:  # what it meets first where it does not fit
+        try:
+            found = version("torchvision")
+        except PackageNotFoundError:
+            raise ImportError("this takes torchvision, which is not installed: pip install torchvision") from error
+        reason = str(error).partition("\n")[0]
+        raise ImportError(f"torchvision {found} does not work with torch {version('torch')} ({reason:.100}): reinstall "
+                          "both from one index") from error
