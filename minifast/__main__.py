@@ -67,7 +67,7 @@ def _run(options: argparse.Namespace, parser: Parser) -> None:
         print(f"reading the images of {options.data}", flush=True)
         try:
             dls = image_folder(options.data, BATCH_SIZE["folder"], options.device)
-        except (OSError, ValueError) as error:
+        except (ImportError, OSError, ValueError) as error:
             parser.refuse(f"--data: {error}")
     options.out.mkdir(parents=True, exist_ok=True)
     demo.run(dls, options.out, lr=options.lr, epochs=options.epochs, device=options.device, seed=options.seed)

@@ -2,11 +2,14 @@
 import numbers
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 LARGEST = 3.4e38  # a float32 holds no more, and hyper-parameters meet float32 tensors
 MOST = sys.maxsize  # of anything that is counted: beyond it neither Python's len() nor torch can count
+
 
 class NonFiniteLoss(ValueError):
     """The loss of an update is NaN or infinite; the update was not made. Raised by `FiniteLoss`."""
@@ -14,7 +17,6 @@ class NonFiniteLoss(ValueError):
 
 class NonFiniteGradient(ValueError):
     """A gradient that was to be clipped is NaN or infinite; the update was not made. Raised with `GradientClip`."""
-
 
 
 def check_int(name: str, value: Any, minimum: int = 1, maximum: int = MOST, *, example: str = "") -> int:
@@ -166,3 +168,18 @@ def quoted(value: Any) -> str:
 
 def _hint(example: str) -> str:
     return f" Pass e.g. {example}." if example else ""
+
+
+@contextmanager
+def torchvision_errors() -> Iterator[None]:
+    """A block that imports torchvision: whatever stands in the way is an ImportError that says what to do."""
+    try:
+        yield
+    except (ImportError, RuntimeError, AttributeError, OSError) as error:  # what it meets first where it does not fit
+        try:
+            found = version("torchvision")
+        except PackageNotFoundError:
+            raise ImportError("this takes torchvision, which is not installed: pip install torchvision") from error
+        reason = str(error).partition("\n")[0]
+        raise ImportError(f"torchvision {found} does not work with torch {version('torch')} ({reason:.100}): reinstall "
+                          "both from one index") from error

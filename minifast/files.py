@@ -288,10 +288,19 @@ def load_tree(path: PathLike, *, checked: bool = False) -> Any:
             raise ValueError(f"{path} was not loaded: {error}.") from error
         except OSError:
             raise
-        except Exception as error:  # torch's own message advises to load the file in a way that can run code from it
-            reason = f": {error}" if type(error) is ValueError else f" ({type(error).__name__})"
-            raise ValueError(f"{path} is damaged, or holds more than plain tensors{reason:.300}. Nothing was "
-                             "loaded.") from error
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, MemoryError) or "allocate memory" in str(error):  # the file may well be whole
+                raise MemoryError(f"{path} was not loaded: there is not enough memory for its {size / 1e6:,.1f} "
+                                  "MB.") from error
+            raise ValueError(_damaged(path, error)) from error
+        except Exception as error:
+            raise ValueError(_damaged(path, error)) from error
+
+
+def _damaged(path: Path, error: Exception) -> str:
+    """What there is to say; torch's own message advises to load the file in a way that can run code from it."""
+    reason = f": {error}" if type(error) is ValueError else f" ({type(error).__name__})"
+    return f"{path} is damaged, or holds more than plain tensors{reason:.300}. Nothing was loaded."
 
 
 def _check_loaded(tree: Any, checked: bool) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .batches import Batch
 from .data import DataLoaders, TensorLoader
+from .errors import torchvision_errors
 from .tables import listed
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ def image_folder(folder: Path, batch_size: int = 64, device: torch.device | str 
     Grey if all images are, else RGB. Images of one size keep it if both sides are 8..64 pixels; otherwise all become
     squares, as long as the shorter side of most of them and within these bounds. The classes are the folders of
     `train`, sorted; a class may be missing in `valid`, not the other way round. Raises ValueError or OSError with one
-    line that names the folder or file.
+    line that names the folder or file, ImportError for a torchvision that does not fit torch.
     """
     if not folder.is_dir():
         raise ValueError(f"there is no folder {folder}")
@@ -46,8 +47,9 @@ def image_folder(folder: Path, batch_size: int = 64, device: torch.device | str 
 
 def _samples(folder: Path) -> tuple[list[tuple[Path, str]], list[str]]:
     """(path, class) of every image in the folders of `folder`, and these folders' names."""
-    from torchvision.datasets import ImageFolder
-    from torchvision.datasets.folder import IMG_EXTENSIONS
+    with torchvision_errors():
+        from torchvision.datasets import ImageFolder
+        from torchvision.datasets.folder import IMG_EXTENSIONS
 
     if not folder.is_dir():
         raise ValueError(f"there is no folder {folder}: expected {folder}/<class>/<image>")

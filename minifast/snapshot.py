@@ -32,7 +32,14 @@ def capture(model: nn.Module, opt: Optimizer, generators: Iterable[Any] = ()) ->
     >>> torch.equal(model.weight, before), opt.param_groups[0]["lr"]
     (True, 0.1)
     """
-    parts = [_model(model), _optimizer(opt), rng(generators)]
+    try:
+        parts = [_model(model), _optimizer(opt), rng(generators)]
+    except (MemoryError, RuntimeError) as error:
+        held = [*model.parameters(), *model.buffers(), *(value for values in opt.state.values()
+                                                         for value in values.values() if isinstance(value, Tensor))]
+        size = sum(tensor.numel() * tensor.element_size() for tensor in held) / 1e6
+        error.add_note(f"in the copy of model and optimizer that is put back afterwards: it takes {size:,.0f} MB")
+        raise
 
     def restore() -> None:
         for put_back in parts:

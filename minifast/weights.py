@@ -50,12 +50,12 @@ def put_weights(model: nn.Module, loaded: Any, path: str | os.PathLike[str]) -> 
     if problems:
         raise ValueError(f"{path} does not fit the model ({type(model).__name__}): {'; '.join(problems)}. "
                          "Nothing was loaded.")
-    try:
-        with _all_or_nothing(model):
+    with _all_or_nothing(model):
+        try:
             model.load_state_dict(loaded)
-    except RuntimeError as error:  # of torch, which goes on after a part that does not fit
-        raise ValueError(f"{path} does not fit the model ({type(model).__name__}): {str(error).strip():.500} "
-                         "Nothing was changed.") from error
+        except RuntimeError as error:  # of torch, which goes on after a part that does not fit
+            raise ValueError(f"{path} does not fit the model ({type(model).__name__}): {str(error).strip():.500} "
+                             "Nothing was changed.") from error
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from .. import snapshot
 from ..batches import Batch, call_model, describe, scores
 from ..callback import Callback
-from ..errors import check_int, check_number
+from ..errors import check_int, check_number, torchvision_errors
 from ..losses import is_loss
 from ..state import State
 
@@ -126,7 +126,8 @@ class MixUp(Mixing):
         _check_classes(self.num_classes)
 
     def _transforms(self) -> list[Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]]:
-        from torchvision.transforms import v2
+        with torchvision_errors():
+            from torchvision.transforms import v2
         return [v2.MixUp(alpha=self.alpha)]
 
 
@@ -157,7 +158,8 @@ class CutMix(Mixing):
         _check_classes(self.num_classes)
 
     def _transforms(self) -> list[Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]]:
-        from torchvision.transforms import v2
+        with torchvision_errors():
+            from torchvision.transforms import v2
         mixup = [] if self.mixup_alpha is None else [v2.MixUp(alpha=self.mixup_alpha)]
         return [v2.CutMix(alpha=self.alpha), *mixup]
 

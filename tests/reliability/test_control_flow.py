@@ -246,7 +246,8 @@ def test_early_stopping_and_checkpoint_in_one_epoch(tmp_path, order, valid_losse
     assert (stop.stopped_epoch, best.best_epoch) == (stopped, best_epoch)
     assert [row["valid_loss"] for row in learn.recorder.epochs] == valid_losses[:stopped + 1]
     saved = newest(tmp_path)
-    assert (saved["finished"], saved["position"]["epoch"], saved["position"]["step"]) == (True, stopped, 3 * stopped + 3)
+    position = saved["position"]
+    assert (saved["finished"], position["epoch"], position["step"]) == (True, stopped, 3 * stopped + 3)
     assert saved["callbacks"]["EarlyStopping"]["stopped_epoch"] == stopped
     assert saved["callbacks"]["SaveBest"]["best_epoch"] == best_epoch
     assert load_tree(tmp_path / "fit-1" / "best.ckpt", checked=True)["best"]["epoch"] == best_epoch

@@ -99,7 +99,8 @@ def test_a_file_in_the_way_is_an_error_before_the_fit(tmp_path, where):
     (tmp_path / "run" / "fit-1").write_text("mine")
     learn, seen = make(), []
     before = everything(learn)
-    with pytest.raises(OSError, match=r"cannot use .*(file|link|run).* for checkpoints: .* Make it a folder .* or pass another") as caught:
+    message = "cannot use .*(file|link|run).* for checkpoints: .* Make it a folder that can be written, or pass another"
+    with pytest.raises(OSError, match=message) as caught:
         fit(learn, tmp_path / where, At("before_fit", seen.append))
     assert caught.value.errno in (errno.EEXIST, errno.ENOTDIR)
     assert (everything(learn), seen, learn.is_fitting) == (before, [], False)
@@ -234,7 +235,7 @@ def test_temporaries_of_dead_processes_go_at_the_start_and_after_each_save(tmp_p
     folder, dead = tmp_path / "fit-1", dead_pid()
     folder.mkdir()
     others = [folder / f".step-00000001.ckpt.{os.getppid()}.tmp", folder / "notes.tmp", folder / ".hidden"]
-    left = [folder / f".step-00000007.ckpt.{dead}.tmp", folder / f".best.ckpt.{dead}.tmp", folder / f".probe.{dead}.tmp"]
+    left = [folder / f".{name}.{dead}.tmp" for name in ("step-00000007.ckpt", "best.ckpt", "probe")]
     seen = []
 
     def litter():
@@ -465,7 +466,7 @@ def test_a_checkpoint_that_vanishes_just_before_it_would_be_removed(tmp_path, mo
 
 
 @pytest.mark.case("K15")
-@pytest.mark.parametrize("name", ["../../outside", "a/b", "/etc/x", "ü – 100 %", "a\0b", "{epoch}", "x" * 400])
+@pytest.mark.parametrize("name", ["../../outside", "a/b", "/etc/x", "ü 100 %", "a\0b", "{epoch}", "x" * 400])
 def test_no_name_of_a_metric_is_the_name_of_a_file(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     fit(make([3.0, 2.0, 1.0], name), "run", SaveBest(name, mode="min"))
