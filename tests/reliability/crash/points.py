@@ -119,7 +119,22 @@ def count(script, buffer=None):
         names = path.read_text().splitlines()
     missing = NEEDED - {name.split()[-1] for name in names}
     assert not missing, f"no such call was seen: {missing}. Does minifast.files still go through files.write and os?"
+    assert not unsynced(names), f"a file has its name before it is on the disk: points {unsynced(names)}"
     return names
+
+
+def unsynced(names):
+    """The renames before which something was written that is not flushed to the disk: no kill can show that.
+
+    >>> unsynced(["after write", "after fsync", "before replace", "after write", "before replace"])
+    [5]
+    """
+    found, is_dirty = [], False
+    for i, name in enumerate(names, 1):
+        if name == "before replace" and is_dirty:
+            found.append(i)
+        is_dirty = name == "after write" or (is_dirty and name != "after fsync")
+    return found
 
 
 def sweep(script, expected, *, jobs=1, buffer=None, again=False, seed=0):

@@ -104,7 +104,10 @@ class Bench:
 
     def finish(self, before=None, keeps=True):
         """Run the script to its end."""
-        return self.outcome(self.start(before, keeps))
+        outcome = self.outcome(self.start(before, keeps))
+        if outcome.status:
+            _reap(outcome.session)
+        return outcome
 
     def kill(self, delay, target="group"):
         """Run the script and kill it after `delay` seconds. target: "group", "main" (alone) or "worker" (one)."""
