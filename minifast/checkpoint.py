@@ -110,7 +110,6 @@ class Checkpoint(Callback):
 
     def before_validate(self, state: State) -> None:
         self._is_validating = True
-        self._is_saved = self._is_saved and not state.window.is_open
 
     def after_epoch(self, state: State) -> None:
         self._before_validation, self._is_epoch_end, self._is_saved = None, True, False
@@ -125,7 +124,7 @@ class Checkpoint(Callback):
                 moment = self._before_validation if self._is_validating else self._moment(state)
                 if not self._is_saved and moment is not None:
                     self._save(state, moment=moment)
-                if self._is_saved and any(isinstance(cb, Progress) for cb in state.callbacks):
+                if self._is_saved and state.step and any(isinstance(cb, Progress) for cb in state.callbacks):
                     say(f"interrupted: the state after {state.step} updates is in {self._place.path}. The same call "
                         'with resume="auto" goes on from there.')
         finally:
