@@ -284,5 +284,5 @@ def test_early_nan_is_the_reason_that_the_finder_gives():
 
 
 def test_a_ramp_too_wide_for_floats_is_refused():
-    with pytest.raises(ValueError, match=r"start_lr=1e-300 and end_lr=1e\+300 are so far apart"):
-        simple().lr_find(1e-300, 1e300)
+    with pytest.raises(ValueError, match=r"start_lr=1e-300 and end_lr=1e\+30 are so far apart"):
+        simple().lr_find(1e-300, 1e30)
