@@ -54,7 +54,7 @@ class Monitor(Callback):
         if not isinstance(self.monitor, str):
             raise TypeError(f"monitor must be the name of a column of the epoch table, e.g. \"valid_loss\", got "
                             f"{self.monitor!r:.80} ({type(self.monitor).__name__}).")
-        if self.mode not in (None, "min", "max"):
+        if not (self.mode is None or (isinstance(self.mode, str) and self.mode in ("min", "max"))):
             raise ValueError(f"mode must be \"min\", \"max\" or None, got {self.mode!r}.")
         self.min_delta = check_number("min_delta", self.min_delta, minimum=0)
         self._forget()
