@@ -1,6 +1,6 @@
 """Kill training at random and at every system call of a save, resume it, compare bits, and print what was seen.
 
-    make crash                                      the full figures, about half an hour on two cores
+    make crash                                      the full figures, about half an hour on two idle cores
     make crash ARGS="--kills 300 --worker-kills 60"
 
 Seeds are fixed, moments are not: a failure says where the kills came, and keeps the folder of its run. Ends with 1 if

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 FINAL = re.compile(r"step-\d{8,}\.ckpt|best\.ckpt")
-STATED = re.compile(r"\.lock|.*\.superseded")  # besides checkpoints, what may be there
+MEANT = re.compile(r"\.lock|.*\.superseded")  # besides checkpoints, what may be there
 
 
 def finals(folder):
@@ -21,7 +21,7 @@ def names(folder):
 def orphans(folder):
     """Files that have no name which a run gives on purpose."""
     return sorted(path.name for path in Path(folder).rglob("*") if path.is_file()
-                  and not FINAL.fullmatch(path.name) and not STATED.fullmatch(path.name))
+                  and not FINAL.fullmatch(path.name) and not MEANT.fullmatch(path.name))
 
 
 def load(path):

@@ -114,8 +114,7 @@ def _one_run(bench, label, numbers, longest, n_kills, tally, expected, target, s
         tally.look(outcome)
     wrong = [f"it failed: {_tail(outcome)}"] if outcome.status else scripts.differences(outcome.digest, expected)
     if wrong:
-        place_ = f" [{bench.keep()}]" if bench.mutate is None else ""
-        tally.diverged.append(f"{label}: {'; '.join(story)}; then other: {', '.join(wrong)}{place_}")
+        tally.diverged.append(f"{label}: {'; '.join(story)}; then other: {', '.join(wrong)} [{bench.keep()}]")
 
 
 def _tail(outcome):

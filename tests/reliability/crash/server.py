@@ -130,9 +130,9 @@ class Bench:
         return disk.invalid(self.folder)
 
     def keep(self):
-        """Leave the folder behind, for whoever looks into a failure; gives its path."""
-        self.is_kept = True
-        return self.root
+        """Leave the folder behind, for whoever looks into a failure; gives its path. Broken versions have to fail."""
+        self.is_kept = self.mutate is None
+        return self.root if self.is_kept else "not kept"
 
 
 def _kill_group(pid):
