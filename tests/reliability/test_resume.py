@@ -156,6 +156,24 @@ def test_weighted_losses_in_a_window(tmp_path):
     same(again(fit, tmp_path, make()), reference)
 
 
+@pytest.mark.parametrize("event", ["before_validate", "after_validate", "after_fit"])
+@pytest.mark.parametrize("every_seconds", [None, 1e-9])
+def test_a_fit_that_was_ending_ends(tmp_path, event, every_seconds):
+    class Ends(Callback):
+        def after_step(self, state):
+            state.is_ending = state.is_ending or state.step == 7
+
+    def fit(learn, callbacks, resume):
+        one_cycle(learn, [Ends(), *callbacks], resume)
+
+    reference = uninterrupted(fit, learner())
+    assert len(reference["seen"]) == 8
+    kill(fit, learner(), tmp_path, event, 1 if event == "after_fit" else 2, every_seconds=every_seconds)
+    learn = learner()
+    one_cycle(learn, [every_step(tmp_path)], "auto")
+    assert same(learn, reference) == 0
+
+
 @pytest.mark.case("S3")
 def test_a_finished_fit_is_restored_and_writes_nothing(tmp_path):
     reference = uninterrupted(one_cycle, learner())
@@ -201,6 +219,22 @@ def test_train_metrics_and_columns_go_on(tmp_path):
     reference = uninterrupted(fit, make())
     kill(fit, make(), tmp_path, "before_batch", 9)
     same(again(fit, tmp_path, make()), reference)
+
+
+def test_what_a_callback_has_unfrozen_stays_so(tmp_path):
+    class Thaws(Callback):
+        def before_epoch(self, state):
+            if state.epoch == 1:
+                state.model.requires_grad_(True)
+
+    def fit(learn, callbacks, resume):
+        learn.freeze()
+        learn.fit(0.01, 3, callbacks=[*callbacks, Thaws()], resume=resume)
+
+    reference = uninterrupted(fit, learner())
+    kill(fit, learner(), tmp_path, "before_batch", 9)
+    same(again(fit, tmp_path), reference)
+    same(again(fit, tmp_path), reference)  # finished
 
 
 @pytest.mark.parametrize("opt_func", [torch.optim.SGD, torch.optim.RMSprop, torch.optim.Adagrad, torch.optim.NAdam,
