@@ -514,6 +514,7 @@ def test_the_second_one_is_at_once_in_a_fit_inside_a_fit():
     assert not inner.model.woke
 
 
+@pytest.mark.case("I4")
 def test_a_fit_in_another_thread_leaves_the_handlers_alone_and_says_so(caplog):
     learn, seen = learner(batches(3)), []
     look = At("after_pred", lambda state: seen.append({number: signal.getsignal(number) for number in DEFAULTS}))
