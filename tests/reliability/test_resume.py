@@ -8,6 +8,7 @@ import textwrap
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from helpers import At, everything, throw
@@ -483,4 +484,17 @@ def test_what_is_damaged_is_skipped_and_named(tmp_path, caplog):
     assert same(learn, reference) == 24 - 7
     messages = [record.getMessage() for record in caplog.records]
     assert any(text.startswith("skipped: ") and "step-00000008" in text and "check sum" in text for text in messages)
-    assert any("step-00000007.ckpt: resumed in epoch 1, 1 batches and 7 of 24 updates" in text for text in messages)
+    assert any("step-00000007.ckpt: resumed in epoch 1, 1 batch and 7 of 24 updates" in text for text in messages)
+
+
+@pytest.mark.case("S15")
+def test_what_could_not_be_read_back_is_refused_when_it_is_saved(tmp_path):
+    class Odd(Callback):
+        saves = ("best",)
+
+        def before_fit(self, state):
+            self.best = np.float64(3)
+
+    with pytest.raises(TypeError, match=r"callbacks\.Odd\.best is a numpy\.float64: use float\(x\)"):
+        one_cycle(learner(), [Odd(), every_step(tmp_path)], "auto")
+    assert list(tmp_path.rglob("*.ckpt")) == []
