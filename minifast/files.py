@@ -65,7 +65,7 @@ def replacing(path: PathLike, needed: int | None = None) -> Iterator[BinaryIO]:
         os.replace(temporary, path)
         is_renamed = True
         step = "fsync of the folder"
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except (OSError, RuntimeError) as error:
         failure = _os_error(error)
         if failure is None:
@@ -201,7 +201,7 @@ def _drop(temporary: Path, raw: _Raw, is_renamed: bool = False) -> None:
     _in_use.discard(temporary)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Have the new name on the disk, where the system can do that."""
     if os.name != "posix":
         return

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 INTEGERS = {name: np.dtype(name) for name in ("uint8", "uint32", "int64", "uint64")}  # what generators keep arrays of
+MANY = 100  # numbers in a tuple
 
 
 def capture(generators: Iterable[Any] = ()) -> dict[str, Any]:
@@ -60,6 +61,8 @@ def to_plain(value: Any) -> Any:
         return value.item()
     if isinstance(value, dict):
         return {key: to_plain(inner) for key, inner in value.items()}
+    if type(value) is tuple and len(value) > MANY:  # Python's own generator: one tensor is written much faster
+        return {"ints": torch.tensor(value)}
     return type(value)(map(to_plain, value)) if type(value) in (list, tuple) else value
 
 
@@ -70,6 +73,8 @@ def from_plain(value: Any) -> Any:
     array([7], dtype=uint64)
     """
     if isinstance(value, dict):
+        if value.keys() == {"ints"}:
+            return tuple(value["ints"].tolist())
         if value.keys() == {"array", "dtype"}:
             wide = value["array"].numpy()
             return wide.view(np.uint64) if value["dtype"] == "uint64" else wide.astype(INTEGERS[value["dtype"]])

@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from .files import load_tree, replacing, save_tree, sweep
+from .files import load_tree, replacing, save_tree, sweep, sync_folder
 
 NAME = re.compile(r"step-(\d{8,})\.ckpt")
 FIT = re.compile(r"fit-([1-9]\d*)")
@@ -106,7 +106,8 @@ def newest(paths: list[Path]) -> tuple[Path, Any, list[str]]:
             return path, load_tree(path, checked=True), skipped
         except (ValueError, OSError) as error:
             skipped.append(str(error))
-    raise ValueError("no checkpoint can be read: " + " ".join(skipped))
+    raise ValueError(f"no checkpoint can be read: {' '.join(skipped)} To start afresh, remove their folder "
+                     "or pass another one.")
 
 
 @contextmanager
@@ -177,5 +178,6 @@ def _link(path: Path, best: Path) -> None:
         return
     try:
         os.replace(temporary, best)  # of two links to one file it is no move, and leaves the temporary
+        sync_folder(best.parent)
     finally:
         temporary.unlink(missing_ok=True)
