@@ -23,11 +23,7 @@ def predict_all(model: Callable[..., Any], batches: Iterable[Batch], unpack: Unp
     sizes: list[int] = []
     for batch in batches:
         inputs, target = unpack(batch)
-        try:
-            output = call_model(model, inputs)
-        except Exception as error:
-            error.add_note(f"in the model: batch {len(sizes)} of the data, inputs {describe(inputs)}")
-            raise
+        output = call_model(model, inputs)
         sizes.append(n_samples(target, inputs))
         columns[0].append(to_device(scores(output), "cpu"))
         columns[1].append(to_device(target, "cpu"))
