@@ -18,7 +18,6 @@ from .errors import check_callable, check_flag, check_int, quoted
 from .signals import DeferredInterrupt
 from .workers import bound_to_this_process, deaths_ignored, explain
 
-GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 MOST_LEVELS, MOST_OBJECTS, MOST_PARTS = 6, 500, 100  # of the objects in which generators are looked for
 
 
@@ -301,12 +300,13 @@ def generators(loader: Any) -> list[Any]:
     >>> len(generators(TensorLoader(torch.zeros(1), generator=torch.Generator())))
     1
     """
+    kinds = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
     found: list[Any] = []
     seen, level = {id(loader)}, [loader]
     for _ in range(MOST_LEVELS):
         below: list[Any] = []
         for owner in level:
-            if isinstance(owner, GENERATORS):
+            if isinstance(owner, kinds):
                 found.append(owner)
                 continue
             for part in _parts(owner):

@@ -233,7 +233,8 @@ class Session:
             self._say(f"resumed after epoch {state.epoch}, {_updates(state)}")
             state.epoch += not is_over
         else:
-            self._say(f"resumed in epoch {state.epoch}, {n_done} batch{'es' * (n_done != 1)} and {_updates(state)}{drawn}")
+            batches = f"{n_done} batch{'es' * (n_done != 1)}"
+            self._say(f"resumed in epoch {state.epoch}, {batches} and {_updates(state)}{drawn}")
         return is_over
 
     def _go_into_pass(self, state: State, saved: Mapping[str, Any], own: list[Any]) -> str:

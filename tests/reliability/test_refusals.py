@@ -8,7 +8,7 @@ from resuming import Images, data, every_step, learner, model, tensors
 from torch import nn
 from torch.utils.data import DataLoader
 
-from minifast import EMA, DataLoaders, EarlyStopping, SaveBest, TensorLoader
+from minifast import EMA, Callback, DataLoaders, EarlyStopping, SaveBest, TensorLoader
 
 pytestmark = pytest.mark.usefixtures("quick_disk")
 
@@ -191,6 +191,19 @@ def test_callbacks_that_come_and_go_are_a_warning(tmp_path):
     ema = EMA(decay=0.9)
     with pytest.warns(UserWarning, match="no SaveBest in this fit"):
         fit([ema], file)
+
+
+def test_a_callback_that_is_new_hears_of_the_epoch_it_comes_into(path):
+    class Hears(Callback):
+        def before_fit(self, state):
+            self.heard = []
+
+        def before_epoch(self, state):
+            self.heard.append((state.epoch, state.step))
+
+    hears = Hears()
+    learner().fit(0.01, 2, callbacks=[hears], resume=path)
+    assert hears.heard == [(1, 8)]
 
 
 @pytest.mark.case("S10", "E2")

@@ -67,6 +67,17 @@ class CountsEpochs(DrawsAtOnce):
         return iter(torch.randperm(N, generator=generator(self.epoch)).tolist())
 
 
+class CountsEnds(CountsEpochs):
+    """One that counts the passes that came to their end."""
+
+    def __init__(self):
+        self.epoch = 0
+
+    def __iter__(self):
+        yield from torch.randperm(N, generator=generator(self.epoch)).tolist()
+        self.epoch += 1
+
+
 class Stream(IterableDataset):
     """The same samples in each pass."""
 
@@ -227,6 +238,7 @@ DOUBTFUL = {
     "own sampler, lazy": lambda: loader(PLAIN, sampler=DrawsLazily()),
     "own sampler, random data": lambda: loader(sampler=DrawsAtOnce()),
     "counts epochs": lambda: loader(PLAIN, sampler=CountsEpochs()),
+    "counts ends": lambda: loader(PLAIN, sampler=CountsEnds()),
     "random stream": lambda: loader(RandomStream()),
     "tape": lambda: loader(Tape()),
 }
@@ -296,7 +308,7 @@ def test_after_an_epoch(tmp_path, name):
     for n in (6, 12):
         learn = make(make_loader)
         said = resumed(learn, files[n - 1])
-        if name in ("counts epochs", "tape") and n == 12:
+        if name in ("counts epochs", "counts ends", "tape") and n == 12:
             assert len(said) == 1
             assert "gives other batches when its pass is begun again" in said[0]
         else:
