@@ -390,6 +390,7 @@ def test_the_best_value_goes_over_a_resume_into_the_same_and_another_folder(tmp_
     assert load_tree(holder / "fit-1" / "best.ckpt", checked=True)["best"]["value"] == best[0]
 
 
+@pytest.mark.filterwarnings("ignore:given is:UserWarning")  # of what is not finite, which is meant here
 @pytest.mark.case("K12")
 def test_a_best_one_that_an_earlier_run_has_left_is_not_this_ones(tmp_path):
     fit(make([1.0, 2.0, 3.0]), tmp_path, SaveBest("given", mode="min"))
@@ -401,6 +402,7 @@ def test_a_best_one_that_an_earlier_run_has_left_is_not_this_ones(tmp_path):
         make().load_best(tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore:given is:UserWarning")  # of what is not finite, which is meant here
 @pytest.mark.case("K12")
 def test_a_best_one_that_was_copied_from_another_run_is_refused(tmp_path):
     fit(make([1.0, 2.0, 3.0]), tmp_path / "a", SaveBest("given", mode="min"))
