@@ -454,6 +454,7 @@ def test_a_loader_that_fails_on_the_way_says_so_and_changes_nothing(tmp_path):
             yield 1
             raise OSError("the disk is gone")
 
+    Broken.__name__ = "DrawsAtOnce"  # another sampler would be refused before
     files = checkpoints(tmp_path, make(lambda: loader(PLAIN, sampler=DrawsAtOnce())))
     learn = make(lambda: loader(PLAIN, sampler=Broken()))
     before = everything(learn)
