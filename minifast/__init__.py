@@ -12,7 +12,6 @@ from . import schedules, suggest
 from .batches import split_batch
 from .budget import TimeLimit
 from .callback import Callback, CancelBatch, CancelEpoch, CancelFit, Order
-from .checkpoint import Checkpoint
 from .composed import PiecewiseLR, Schedule
 from .data import DataLoaders, TensorLoader, digits
 from .errors import NonFiniteGradient, NonFiniteLoss
@@ -36,6 +35,7 @@ from .plan import Plan
 from .progress import Progress
 from .record import FitRecord
 from .recorder import Recorder
+from .resume.checkpoint import Checkpoint
 from .scheduler import Scheduler
 from .state import State
 

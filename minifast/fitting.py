@@ -19,7 +19,8 @@ from .metrics import Metrics
 from .ownership import check_callbacks, owner_of, resolve
 from .progress import Progress, say
 from .recorder import Recorder
-from .resume import Resume, check_resume, place, session
+from .resume.place import Resume, check_resume, place
+from .resume.session import session
 from .scheduler import Scheduler
 from .signals import DeferredInterrupt
 from .state import State

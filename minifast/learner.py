@@ -12,7 +12,6 @@ from torch.optim import Optimizer
 
 from . import fitting, loop, snapshot
 from .batches import Batch, UnpackBatch, call_model, describe, scores, split_batch, to_device
-from .best import load_best
 from .callback import Callback, Emitter, evaluating
 from .cycles import check_not_swapped, epochs_and_schedule, epochs_of_cycles
 from .data import DataLoaders, as_dataloaders, count_steps, feed, generators, in_order, second_copy, valid_sets
@@ -28,7 +27,8 @@ from .ownership import check_callbacks
 from .plan import Plan
 from .progress import say
 from .recorder import Recorder
-from .resume import Resume
+from .resume.best import load_best
+from .resume.place import Resume
 from .scheduler import Scheduler
 from .signals import DeferredInterrupt
 from .tables import shown

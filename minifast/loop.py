@@ -15,8 +15,7 @@ from .callback import Callback, CancelBatch, CancelEpoch, CancelFit, Emitter
 from .checks import check_loss, check_passes, check_target
 from .data import feed
 from .losses import mean_and_weight
-from .replay import Entry
-from .state import State
+from .state import Entry, State
 from .window import Window
 
 

@@ -1,5 +1,5 @@
 """The record of one fit: everything a callback may read or change."""
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -9,7 +9,6 @@ from torch.optim import Optimizer
 
 from .batches import Batch, UnpackBatch
 from .losses import Weight
-from .replay import Entry
 from .signals import DeferredInterrupt
 
 if TYPE_CHECKING:
@@ -25,6 +24,17 @@ class Best(NamedTuple):
     monitor: str  # the column of the epoch table
     value: float
     epoch: int  # 0-based
+
+
+@dataclass
+class Entry:
+    """Where a resumed fit enters its first epoch."""
+
+    n_done: int  # batches of the epoch that are behind
+    iterator: Iterator[Batch] | None = None  # the rest of the pass; None: a new pass
+    limit: int | None = None  # the epoch ends before batch `limit`; None: with its loader
+    is_cut: bool = False  # the rest of the epoch is left out
+    window: Mapping[str, Any] | None = None  # the gradients that were gathered, if a window was open
 
 
 def begin_anew(state: "State") -> None:

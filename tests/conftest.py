@@ -16,7 +16,11 @@ from hypothesis import settings
 
 pytest.register_assert_rewrite("resuming")
 
-collect_ignore = ["benchmarks"]  # programs, not tests; they may import peers that are not installed
+# programs, not tests
+collect_ignore = ["benchmarks", "reliability/orphans.py", "reliability/signal_trials.py", "reliability/soak.py",
+                  "reliability/crash_table.py", "reliability/crash"]
+# A process that was started in the background has SIGINT ignored, and with it all whom it starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The same examples on every machine, and no time limit for a single one: a busy machine is no failure.
 settings.register_profile("minifast", derandomize=True, deadline=None, database=None)

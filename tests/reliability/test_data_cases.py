@@ -137,7 +137,6 @@ def test_data_without_an_end_is_trained_on_as_long_as_it_is_told(kind):
 
 
 @pytest.mark.case("B8")
-@pytest.mark.xfail(raises=TypeError, reason="a resume asks the iterator of the loader for its truth, that is its len()")
 def test_data_without_an_end_goes_on_where_it_was_killed(tmp_path):
     resumed, expected = killed_and_resumed(lambda: learner(DataLoader(Endless(), 4)), tmp_path, 8, steps_per_epoch=6)
     assert resumed == expected

@@ -13,6 +13,7 @@ import pytest
 import torch
 from helpers import At, everything, throw
 from resuming import Kill, Killed, every_step, kill, learner, outcome, rows, same, uninterrupted
+from torch import nn
 
 from minifast import EMA, Callback, CancelBatch, Checkpoint, GradientClip, MixedPrecision
 
@@ -87,6 +88,35 @@ def test_killed_around_the_end_of_an_epoch(tmp_path, event, every_seconds):
     same(learn, reference)
     assert [row["epoch"] for row in learn.recorder.epochs] == [0, 1, 2, 3]
     assert epochs == sorted(set(epochs))
+
+
+class Growing(nn.Module):
+    """Keeps the means of all batches that it has seen in a buffer that is made late, grows, and is in no state dict."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(36, 3)
+        self.register_buffer("means", None, persistent=False)
+
+    def forward(self, x):
+        x = x.flatten(1)
+        if self.training:
+            mean = x.detach().mean(0, keepdim=True)
+            self.means = mean if self.means is None else torch.cat([self.means, mean])
+        return self.head(x - self.means.mean(0))
+
+
+@pytest.mark.parametrize("batch", [3, 6, 9, 12])
+def test_a_cache_that_grows(tmp_path, batch):
+    def make():
+        torch.manual_seed(0)
+        return learner(model=Growing(), splitter=None)
+
+    reference = uninterrupted(one_cycle, make())
+    kill(one_cycle, make(), tmp_path, "after_backward", batch)
+    learn = make()
+    same(again(one_cycle, tmp_path, learn), reference)
+    assert len(learn.model.means) == 24
 
 
 @pytest.mark.case("S11")

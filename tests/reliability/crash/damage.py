@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 
 from helpers import bits
 
-from minifast import run_folder
 from minifast.files import load_tree
+from minifast.resume.folder import FitFolder
 
 from . import disk, scripts
 from .server import Bench
@@ -70,14 +70,14 @@ def sweep(script, expected, n_files, n_resumed, *, jobs=1, seed=0):
 
 
 def _die_after_last():
-    save = run_folder.FitFolder.save
+    save = FitFolder.save
 
     def last(folder, step, *args, **options):
         save(folder, step, *args, **options)
         if step == LAST:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    run_folder.FitFolder.save = last
+    FitFolder.save = last
 
 
 def _one(script, expected, folder, newest, index, seed, is_resumed):

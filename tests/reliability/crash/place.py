@@ -3,7 +3,9 @@ import functools
 import mmap
 import struct
 
-from minifast import checkpoint, loop, run_folder
+from minifast import loop
+from minifast.resume.checkpoint import Checkpoint
+from minifast.resume.folder import FitFolder
 
 STARTING, TRAINING, WRITING, VALIDATING, FINAL, DONE = PHASES = (
     "before the first step", "training", "writing a checkpoint", "validation", "final save", "after the fit")
@@ -55,8 +57,8 @@ def watch():
     """Note from now on, in this process and in what it forks, what is going on."""
     loop.train = _during(TRAINING, loop.train)
     loop.validate = _during(VALIDATING, loop.validate)
-    run_folder.FitFolder.save = _during(WRITING, _noting_step(run_folder.FitFolder.save))
-    checkpoint.Checkpoint.finish = _during(FINAL, checkpoint.Checkpoint.finish)
+    FitFolder.save = _during(WRITING, _noting_step(FitFolder.save))
+    Checkpoint.finish = _during(FINAL, Checkpoint.finish)
 
 
 def renew():

@@ -12,10 +12,11 @@ from pathlib import Path
 import torch
 from torch.utils.data import BatchSampler
 
-from minifast import EMA, files, replay, resume, rng, saved_state
+from minifast import EMA, files, rng
 from minifast.callbacks.monitors import SaveBest
 from minifast.record import FitRecord
 from minifast.recorder import Recorder
+from minifast.resume import replay, saved_state, session
 from minifast.state import State
 
 from . import scripts
@@ -64,14 +65,15 @@ def no_best():
 
 def no_augmentation():
     """The indices that are behind are skipped, and no sample is read: what workers would have drawn is not."""
-    def forward(loader, n_done, interrupt, expected=None):
+    def forward(loader, n_done, interrupt):
         iterate = BatchSampler.__iter__
         BatchSampler.__iter__ = lambda self: islice(iterate(self), n_done, None)
         try:
-            return iter(loader)
+            return replay.Pass(iter(loader))
         finally:
             BatchSampler.__iter__ = iterate
 
+    replay.way = lambda loader: "indices"
     replay.forward = forward
 
 
@@ -87,13 +89,13 @@ def no_rows():
 
 def schedule_restarts():
     """Schedules count from where the fit was taken up."""
-    begin, position, first = resume.Session.begin, State.position.fget, {}
+    begin, position, first = session.Session.begin, State.position.fget, {}
 
     def begin_and_note(self):
         begin(self)
         first["step"] = self._state.step
 
-    resume.Session.begin = begin_and_note
+    session.Session.begin = begin_and_note
     State.position = property(lambda self: position(self) - first.get("step", 0))
 
 
@@ -114,14 +116,14 @@ class _Straight(io.FileIO):
 
 def _reading(change):
     """Have each checkpoint that is resumed changed when it is read."""
-    newest = resume.newest
+    newest = session.newest
 
     def changed(paths):
         path, saved, skipped = newest(paths)
         change(saved)
         return path, saved, skipped
 
-    resume.newest = changed
+    session.newest = changed
 
 
 WITH, WITHOUT = "DataLoader, 2 workers", "DataLoader"

@@ -8,17 +8,17 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from . import rng, snapshot
-from .callback import Callback
-from .data import generators
+from .. import rng, snapshot
+from ..callback import Callback
+from ..data import generators
+from ..state import State
 from .identity import OWN_CHOICE, misfits
-from .state import State
 
 
 def capture_model(model: nn.Module) -> dict[str, Any]:
     """Weights, buffers (those outside the state dict too) and which parameters are trained. Holds no copies."""
     return {"weights": dict(model.state_dict()),
-            "transient": {name: buffer for name, buffer in _transient(model)},
+            "transient": {name: holder[key] for name, (holder, key) in _transient(model).items()},
             "trainable": [name for name, p in model.named_parameters() if p.requires_grad]}
 
 
@@ -62,11 +62,10 @@ def capture_rng(state: State) -> dict[str, Any]:
 def model_misfits(model: nn.Module, saved: Mapping[str, Any]) -> list[str]:
     """What of the saved model does not fit, a line each."""
     own: dict[str, Any] = dict(model.state_dict())
-    transient = dict(_transient(model))
-    lines = misfits("model", saved["weights"], own) + misfits("buffers", saved["transient"], transient)
-    for theirs, mine in ((saved["weights"], own), (saved["transient"], transient)):
-        lines += [f"model: {name} is {_form(theirs[name])} in the checkpoint, {_form(mine[name])} in this fit"
-                  for name in mine if name in theirs and _form(theirs[name]) != _form(mine[name])][:5]
+    theirs = saved["weights"]
+    lines = misfits("model", theirs, own)
+    lines += [f"model: {name} is {_form(theirs[name])} in the checkpoint, {_form(own[name])} in this fit"
+              for name in own if name in theirs and _form(theirs[name]) != _form(own[name])][:5]
     names = [name for name, _ in model.named_parameters()]
     if not saved["trainable"] or not set(saved["trainable"]) <= set(names):
         lines.append(f"model: the parameters that are trained are said to be {saved['trainable']!r:.80}")
@@ -91,9 +90,9 @@ def load_model(model: nn.Module, saved: Mapping[str, Any]) -> None:
     """Put the saved model in place; `model_misfits` has found none."""
     model.load_state_dict(saved["weights"])
     with torch.no_grad():
-        for name, buffer in _transient(model):
-            if buffer is not None:
-                buffer.copy_(saved["transient"][name])
+        for name, (holder, key) in _transient(model).items():
+            if name in saved["transient"]:
+                holder[key] = _as(saved["transient"][name], holder[key], model)
     trainable = set(saved["trainable"])
     for name, p in model.named_parameters():
         p.requires_grad_(name in trainable)
@@ -103,7 +102,7 @@ def load_optimizer(opt: Optimizer, saved: Mapping[str, Any]) -> None:
     """Put the saved state of the optimizer in place. Its param_groups stay the same objects: a fit holds on to them."""
     groups = list(opt.param_groups)
     kept = [{key: group[key] for key in OWN_CHOICE if key in group} for group in groups]
-    opt.load_state_dict(snapshot.clone(saved["state"]))
+    opt.load_state_dict(saved["state"])  # which it keeps, where that is on its device
     for group, loaded, own in zip(groups, opt.param_groups, kept, strict=True):
         group.update(loaded | own)
     opt.param_groups[:] = groups
@@ -133,11 +132,19 @@ def has_finite_weights(model: nn.Module) -> bool:
                               .isfinite().all())
 
 
-def _transient(model: nn.Module) -> Iterator[tuple[str, Tensor | None]]:
-    """Buffers that are not in the state dict."""
-    for prefix, module in model.named_modules():
-        for name in module._non_persistent_buffers_set:
-            yield f"{prefix}.{name}".lstrip("."), module._buffers[name]
+def _transient(model: nn.Module) -> dict[str, tuple[dict[str, Tensor | None], str]]:
+    """Where buffers are that are not in the state dict: caches, which may grow or come later."""
+    return {f"{prefix}.{name}".lstrip("."): (module._buffers, name)
+            for prefix, module in model.named_modules() for name in sorted(module._non_persistent_buffers_set)}
+
+
+def _as(value: Any, buffer: Tensor | None, model: nn.Module) -> Tensor | None:
+    """`value` in `buffer` itself, where that has its form."""
+    if not isinstance(value, Tensor):
+        return None
+    if buffer is not None and _form(buffer) == _form(value):
+        return buffer.copy_(value)
+    return value.to(next((p.device for p in model.parameters()), value.device))
 
 
 def _names(model: nn.Module, opt: Optimizer) -> list[list[str]]:

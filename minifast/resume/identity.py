@@ -7,14 +7,14 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from .batches import Batch
-from .budget import TimeLimit
-from .callback import Callback
-from .checks import n_items
-from .data import n_batches
-from .scheduler import Scheduler
-from .state import State
-from .tables import listed
+from ..batches import Batch
+from ..budget import TimeLimit
+from ..callback import Callback
+from ..checks import n_items
+from ..data import n_batches
+from ..scheduler import Scheduler
+from ..state import State
+from ..tables import listed
 
 Facts = dict[str, dict[str, Any]]
 OWN_CHOICE = ("fused", "foreach", "capturable", "differentiable")  # how an optimizer computes, not what

@@ -8,14 +8,15 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from . import rng, saved_state
-from .callback import Callback, evaluating
-from .errors import check_int, check_number, check_path
+from .. import rng
+from ..callback import Callback, evaluating
+from ..errors import check_int, check_number, check_path
+from ..progress import Progress, say
+from ..state import State
+from . import saved_state
+from .folder import FitFolder
 from .identity import environment
-from .progress import Progress, say
 from .replay import digest, remembers, way
-from .run_folder import FitFolder
-from .state import State
 
 FORMAT = 1  # of the file; a newer one is refused
 MOST_FAILURES = 3  # in a row, before a fit ends because it cannot be saved
@@ -75,7 +76,7 @@ class Checkpoint(Callback):
         if self._folder is None:
             raise RuntimeError(f"{self!r} works only in a fit of a Learner: learn.fit(..., callbacks=[...]).")
         self._n_failures, self._is_saved = 0, True  # nothing to lose before the first step
-        self._at_epoch_start: dict[str, Any] | None = None  # the random generators
+        self._at_epoch_start = saved_state.capture_rng(state)
         self._is_first_pass = True
         self._n_done = 0  # batches of the epoch that are behind
         self._first_batch: str | None = None  # the `digest` of its first one
@@ -128,7 +129,7 @@ class Checkpoint(Callback):
                     say(f"interrupted: the state after {state.step} updates is in {self._place.path}. The same call "
                         'with resume="auto" goes on from there.')
         finally:
-            self._at_epoch_start = self._before_validation = None
+            self._before_validation = None
 
     def finish(self, state: State) -> None:
         """The fit has ended well: write its final state. Raises OSError if that fails."""

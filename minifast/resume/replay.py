@@ -13,8 +13,7 @@ Some loaders remember over passes what no one can ask for: a sampler that counts
 it ended. For them a pass is begun again even if it was over, and whether it is the same is seen by its first batch.
 """
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -29,22 +28,11 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from .batches import Batch, tensors
-from .data import TensorLoader, begin, end_workers
-from .signals import DeferredInterrupt
+from ..batches import Batch, tensors
+from ..data import TensorLoader, begin, end_workers
+from ..signals import DeferredInterrupt
 
 SAMPLERS = (SequentialSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
-
-
-@dataclass
-class Entry:
-    """Where a resumed fit enters its first epoch."""
-
-    n_done: int  # batches of the epoch that are behind
-    iterator: Iterator[Batch] | None = None  # the rest of the pass; None: a new pass
-    limit: int | None = None  # the epoch ends before batch `limit`; None: with its loader
-    is_cut: bool = False  # the rest of the epoch is left out
-    window: Mapping[str, Any] | None = None  # the gradients that were gathered, if a window was open
 
 
 def way(loader: Iterable[Batch]) -> str:

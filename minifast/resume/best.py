@@ -5,9 +5,9 @@ from typing import Any
 
 from torch import nn
 
-from .files import load_tree
-from .run_folder import BEST, FitFolder, fits_of, newest
-from .weights import put_weights
+from ..files import load_tree
+from ..weights import put_weights
+from .folder import BEST, FitFolder, fits_of, newest
 
 
 def load_best(model: nn.Module, path: str | os.PathLike[str]) -> dict[str, Any]:

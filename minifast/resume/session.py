@@ -1,0 +1,136 @@
+"""One fit that is saved, resumed, or both."""
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from .. import rng
+from ..callback import Callback, CancelFit
+from ..files import probe, sweep
+from ..progress import Progress, say
+from ..state import State
+from . import saved_state
+from .checkpoint import Checkpoint
+from .entering import WayBack, taking_up
+from .folder import FitFolder, locked, newest
+from .identity import facts
+from .place import Place
+from .verify import check
+
+log = logging.getLogger("minifast")
+
+
+@contextmanager
+def session(state: State, at: Place) -> Iterator["Session"]:
+    """A block for one fit: the folder of its checkpoints is locked, and the checkpoint that it goes on from is read.
+
+    Raises what `Place.candidates` does, ValueError for a checkpoint of another fit, OSError for a folder that cannot
+    be written, RuntimeError for one that is in use: all before anything is changed.
+    """
+    saver, folder = at.saver, at.folder
+    if saver is None or folder is None:
+        yield Session(state, None, None, at.candidates())
+        return
+    with locked(folder.path.parent):
+        folder.make()
+        probe(folder.path)
+        sweep(folder.path)
+        try:
+            yield Session(state, saver, folder, at.candidates())
+        finally:
+            saver.end()
+
+
+class Session:
+    """One fit that is saved, resumed, or both."""
+
+    def __init__(self, state: State, saver: Checkpoint | None, folder: FitFolder | None, candidates: list[Path] | None
+                 ) -> None:
+        self._state, self._saver, self._folder = state, saver, folder
+        own = facts(state)
+        self._path: Path | None = None
+        self._saved: dict[str, Any] | None = None
+        if candidates:
+            self._path, self._saved, skipped = newest(candidates)
+            for reason in skipped:
+                log.warning("skipped: %s", reason)
+            check(self._path, self._saved, state, own)
+            if folder is not None and self._saved.get("best") is not None and self._path.parent == folder.path:
+                folder.mend_best(self._path)
+        elif folder is not None:
+            folder.set_aside(-1)  # a best checkpoint that is left of a run that was removed
+        if saver is not None and folder is not None:
+            saver.begin(folder, uuid4().hex if self._saved is None else self._saved["run"], own)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether there is nothing left to train."""
+        return self._saved is not None and bool(self._saved["finished"])
+
+    def begin(self) -> None:
+        """Have the fit begin where the checkpoint is, if there is one."""
+        if self._saved is None or self._path is None:
+            return
+        state, position = self._state, self._saved["position"]
+        state.step, state.epoch, state.take_up = position["step"], position["epoch"], self._take_up
+        if self._folder is not None and self._path.resolve().parent == self._folder.path.resolve():
+            for path in self._folder.set_aside(state.step):
+                log.warning("%s is newer than what the fit goes on from: it was renamed to *.superseded", path)
+
+    def restore_final(self) -> None:
+        """Put everything where the finished fit has left it."""
+        saved, state, path = self._saved, self._state, self._path
+        assert saved is not None
+        assert path is not None
+        with saved_state.all_or_nothing(state), taking_up(path):
+            self._load(saved)
+            rng.restore(rng.from_plain(saved["rng"]), saved_state.loader_generators(state))
+        self._say(f"this fit has ended before, after {saved['position']['step']} updates: its final state is restored")
+
+    def finish(self) -> None:
+        """The fit has ended well."""
+        if self._saver is not None:
+            self._saver.finish(self._state)
+
+    def _take_up(self, state: State) -> None:
+        """What `State.take_up` is: everything as it was, once all callbacks have heard `before_fit`."""
+        saved, path = self._saved, self._path
+        assert saved is not None
+        assert path is not None
+        position = saved["position"]
+        with saved_state.all_or_nothing(state):
+            with taking_up(path):
+                new = self._load(saved)
+            state.lr_scale, state.is_ending = position["lr_scale"], position["is_ending"]
+            state.metrics = dict(position["metrics"])
+            if self._saver is not None:
+                self._saver.take_up(saved)
+            text = WayBack(state, saved, path).go()
+        self._say(text)
+        self._saved = None  # it takes as much memory as all that it was taken up into
+        if state.entry is not None:
+            for cb in new:  # they come into an epoch that has begun
+                cb.before_epoch(state)
+        elif state.is_ending or state.epoch + 1 == state.n_epochs:
+            raise CancelFit  # there is nothing left to train
+        else:
+            state.epoch += 1
+
+    def _load(self, saved: Mapping[str, Any]) -> list[Callback]:
+        """Load model, optimizer and callbacks; gives the callbacks of which the checkpoint holds nothing."""
+        state, own = self._state, saved_state.keyed(self._state.callbacks)
+        saved_state.load_model(state.model, saved["model"])
+        saved_state.load_optimizer(state.opt, saved["optimizer"])
+        for name, cb in own.items():
+            if name in saved["callbacks"]:
+                cb.load_state_dict(saved["callbacks"][name])
+        return [cb for name, cb in own.items() if name not in saved["callbacks"]]
+
+    def _say(self, text: str) -> None:
+        text = f"{self._path}: {text}"
+        if any(isinstance(cb, Progress) for cb in self._state.callbacks):
+            say(text)
+        else:
+            log.info(text)
