@@ -60,8 +60,7 @@ def fit(learn: "Learner", n_epochs: int, lr: Any, schedule: Scheduler | None, **
     check_trainable(learn.model, state.group_names)
     at = place(state.callbacks, learn.fits_ended, options.get("resume", False))
     # signals are held but in the loop, which has a block of its own: what surrounds it is done whole, or not at all
-    with DeferredInterrupt(is_held=True), fitting(learn, state, options.get("wd")), \
-            session(state, at) as kept:
+    with DeferredInterrupt(is_held=True), fitting(learn, state, options.get("wd")), session(state, at) as kept:
         if kept.is_finished:
             kept.restore_final()
         else:

@@ -1,7 +1,7 @@
 """One fit that is saved, resumed, or both."""
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -17,6 +17,7 @@ from .entering import WayBack, taking_up
 from .folder import FitFolder, locked, newest
 from .identity import facts
 from .place import Place
+from .replay import leave
 from .verify import check
 
 log = logging.getLogger("minifast")
@@ -29,18 +30,21 @@ def session(state: State, at: Place) -> Iterator["Session"]:
     Raises what `Place.candidates` does, ValueError for a checkpoint of another fit, OSError for a folder that cannot
     be written, RuntimeError for one that is in use: all before anything is changed.
     """
-    saver, folder = at.saver, at.folder
-    if saver is None or folder is None:
-        yield Session(state, None, None, at.candidates())
-        return
+    with nullcontext() if at.folder is None else _made_ready(at.folder):
+        made = Session(state, at.saver, at.folder, at.candidates())
+        try:
+            yield made
+        finally:
+            made.close()
+
+
+@contextmanager
+def _made_ready(folder: FitFolder) -> Iterator[None]:
     with locked(folder.path.parent):
         folder.make()
         probe(folder.path)
         sweep(folder.path)
-        try:
-            yield Session(state, saver, folder, at.candidates())
-        finally:
-            saver.end()
+        yield
 
 
 class Session:
@@ -93,6 +97,14 @@ class Session:
         """The fit has ended well."""
         if self._saver is not None:
             self._saver.finish(self._state)
+
+    def close(self) -> None:
+        """The fit has ended, one way or another."""
+        if self._saver is not None:
+            self._saver.end()
+        entry = self._state.entry
+        if entry is not None and entry.iterator is not None:  # it was brought forward, and then not entered
+            leave(self._state.train_dl, entry.iterator)
 
     def _take_up(self, state: State) -> None:
         """What `State.take_up` is: everything as it was, once all callbacks have heard `before_fit`."""
