@@ -62,7 +62,8 @@ class Checkpoint(Callback):
         self.path = check_path("path", self.path)
         if self.every_steps is not None:
             self.every_steps = check_int("every_steps", self.every_steps)
-        if self.every_seconds is not None and self.every_seconds != "auto":
+        is_auto = isinstance(self.every_seconds, str) and self.every_seconds == "auto"
+        if self.every_seconds is not None and not is_auto:
             self.every_seconds = check_number("every_seconds", self.every_seconds, above=0,
                                               example='every_seconds=60, "auto" or None')
         self.keep = check_int("keep", self.keep)

@@ -5,6 +5,7 @@ a new callable or parameter has to be added to it. Everything else is done by `t
 """
 import contextlib
 import inspect
+import itertools
 import math
 import numbers
 import os
@@ -266,6 +267,25 @@ def ends():
     return [Ends()]
 
 
+FOLDERS = itertools.count()
+
+
+def new_folder():
+    """A run's folder that is not there yet."""
+    return f"runs/{next(FOLDERS)}"
+
+
+def best_run():
+    """The folder of a run that holds a best checkpoint."""
+    folder = new_folder()
+    make_learner(valid=batches(1)).fit(0.01, callbacks=[minifast.Checkpoint(folder), minifast.SaveBest()])
+    return folder
+
+
+def is_auto(value):
+    return isinstance(value, str) and value == "auto"
+
+
 AX = P(New(lambda: minifast.plots.axes()), (none, lambda value: hasattr(value, "plot")))
 CALLBACKS = P(New(ends), (is_callbacks,), says=("callback", "both"))
 FIT = {"wd": number(0.1, none), "callbacks": CALLBACKS, "steps_per_epoch": count(1, none), "accumulate": count(),
@@ -394,6 +414,7 @@ TABLE: dict[str, dict[str, P]] = {
                        "labels": P(["a"], (none, is_sequence)), "metadata": P({"a": 1}, (none, is_mapping))},
     "Learner.save": {"path": path()},
     "Learner.load": {"path": path(New(saved))},
+    "Learner.load_best": {"path": path(New(best_run))},
     "Recorder.column": {"name": text("logged", raises=(KeyError,))},
     "Recorder.plot": {"skip_start": count(), "skip_end": count(), "suggestions": flag(), "ax": AX},
     "Recorder.plot_lr": {"show_moms": flag(), "ax": AX},
@@ -456,6 +477,8 @@ TABLE: dict[str, dict[str, P]] = {
     "ActivationStats.plot_hist": {"layer": P(0, (is_text, is_count)), "ax": AX},
     "AutoMicrobatch": {"size": count(4, none), "min_size": count(1)},
     "CSVLogger": {"path": path(), "append": flag(False)},
+    "Checkpoint": {"path": path(New(new_folder)), "every_steps": count(2, none),
+                   "every_seconds": number(60, none, is_auto), "keep": count()},
     "CutMix": {"alpha": number(), "num_classes": count(3, none), "mixup_alpha": number(0.5, none)},
     "MixUp": {"alpha": number(), "num_classes": count(3, none)},
     "ProgressiveResizing": {"initial_scale": number(), "finetune_fraction": number(), "delay_fraction": number(),
@@ -469,6 +492,7 @@ TABLE: dict[str, dict[str, P]] = {
     "ReduceLROnPlateau": MONITOR | {"factor": number(), "patience": count(), "min_scale": number(),
                                     "cooldown": count()},
     "SaveBest": MONITOR | {"path": P("best.pt", (none, is_path), raises=(OSError,)), "restore": flag()},
+    "FiniteLoss": {"strict": flag()},
     "GradientClip": {"norm": number(1.0, none), "value": number(1.0, none, without=("norm",))},
     "GradientStats": {"every": count()},
     "GradientStats.plot_grad_norms": {"ax": AX},
@@ -524,6 +548,8 @@ LEFT_OUT = {
     **dict.fromkeys([f"{name}.{method}" for method in ("open", "close", "write_steps", "write_epoch") for name in (
         "Logger", "CSVLogger", "RunLog", "TensorBoardLogger", "WandbLogger")], LOOP),
     "FitRecord.log": "called in every step", "ProgressiveResizing.scale": "called with every batch",
+    **dict.fromkeys(["Checkpoint.begin", "Checkpoint.finish", "Checkpoint.take_up", "FiniteLoss.check",
+                     "FiniteLoss.check_gradient", "TensorLoader.iter_from"], LOOP),
     "Metrics.names": LOOP, "_Service.by_step": LOOP, "_Service.of_epoch": LOOP, "LRFinder.ramps": LOOP,
 }  # fmt: skip
 BY_STATE = "load_state_dict"  # of whatever class: takes what its state_dict gave, out of a file that was checked
