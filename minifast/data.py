@@ -319,7 +319,7 @@ def generators(loader: Any) -> list[Any]:
 
 def _parts(owner: Any) -> Iterable[Any]:
     """What `owner` consists of, as far as generators may be in it."""
-    if isinstance(owner, (list, tuple, dict)):
+    if type(owner) in (list, tuple, dict):  # of no other type: who knows what an iteration does
         parts = owner.values() if isinstance(owner, dict) else owner
         return [] if len(owner) > MOST_PARTS else parts
     if isinstance(owner, (Tensor, np.ndarray, type, ModuleType, FunctionType, MethodType)):

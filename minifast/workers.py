@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pickle import PicklingError
 from typing import Any
 
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
@@ -80,8 +79,13 @@ def explain(error: BaseException, iterator: Any = None) -> None:
         died = _deaths(getattr(iterator, "_workers", ()))
     if died and not any(DIED in note for note in getattr(error, "__notes__", ())):
         error.add_note(f"{', '.join(died)}. {DIED}")
-    if iterator is None and isinstance(error, (AttributeError, TypeError, PicklingError)) and "pickle" in str(error):
+    if iterator is None and _is_of_pickle(error):
         error.add_note(PICKLED)
+
+
+def _is_of_pickle(error: BaseException) -> bool:
+    is_one = isinstance(error, (AttributeError, TypeError)) or type(error).__name__ == "PicklingError"
+    return is_one and "pickle" in str(error)
 
 
 def _deaths(workers: Any) -> list[str]:

@@ -767,7 +767,7 @@ def test_the_same_instance_twice_is_refused(own, given):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ([Trace], r"^Trace is a class: pass an instance, did you mean Trace\(\.\.\.\)\?"),
+        ([Trace], r"Trace is a class: pass an instance, did you mean Trace\(\.\.\.\)\?"),
         (Trace, r"^callbacks must be a list of callbacks, got <class 'helpers.Trace'> \(type\)\."),
         ("Trace", r"^callbacks must be a list of callbacks, got 'Trace' \(str\)\."),
         (["Trace"], r"^callbacks must hold callbacks, got 'Trace' \(str\)\. Subclass minifast.Callback\."),

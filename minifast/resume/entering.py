@@ -115,7 +115,8 @@ class WayBack:
         if state.n_epochs is not None and state.epoch + 1 == state.n_epochs:
             self._warn_of_others(f"the rest of this last epoch, behind batch {n_done - 1}, comes from a new pass")
             return Entry(n_done, limit=state.n_batches)
-        self._warn_of_others(f"the rest of epoch {state.epoch}, behind batch {n_done - 1}, is left out")
+        self._warn_of_others(f"the rest of epoch {state.epoch}, behind batch {n_done - 1}, is left out, and training "
+                             "goes on with the next epoch")
         return Entry(n_done, limit=n_done, is_cut=True)
 
     def _doubt(self) -> bool:

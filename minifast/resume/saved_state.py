@@ -139,10 +139,12 @@ def _transient(model: nn.Module) -> dict[str, tuple[dict[str, Tensor | None], st
 
 
 def _as(value: Any, buffer: Tensor | None, model: nn.Module) -> Tensor | None:
-    """`value` in `buffer` itself, where that has its form."""
-    if not isinstance(value, Tensor):
-        return None
-    if buffer is not None and _form(buffer) == _form(value):
+    """`value` in `buffer` itself, where that has its form. What was not made yet will be made as it was before."""
+    if value is None:
+        return buffer
+    if not isinstance(value, Tensor) or (buffer is not None and buffer.dtype != value.dtype):
+        raise ValueError(f"a buffer cannot be {_form(value)}")
+    if buffer is not None and buffer.shape == value.shape:
         return buffer.copy_(value)
     return value.to(next((p.device for p in model.parameters()), value.device))
 

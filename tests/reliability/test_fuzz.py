@@ -766,6 +766,8 @@ def check(name, param, value, owner):
     before = None if learn is None else everything(learn)
     try:
         call(owner, name, arguments)
+    except minifast.NonFiniteLoss:  # a rate so high that training explodes: it was taken
+        refused = None
     except Exception as error:
         wrong = complaint(param, known, value, error)
         if wrong:
