@@ -46,8 +46,12 @@ bench: $(READY) ## compare with the hand-written loop; what checkpoints cost
 	@$(RUN) tests/benchmarks/run.py $(ARGS)
 	@$(RUN) tests/benchmarks/checkpoint.py $(ARGS)
 
+# Memory of 100,000 steps, 150 kills of trainers with workers, 200 kinds of junk for each argument.
+FULL = $(addprefix tests/reliability/test_,resources.py workers.py signals.py fuzz.py)
+
 crash: $(READY) ## kill training thousands of times, resume it, compare bits (ARGS="--kills 300 --worker-kills 60")
 	@$(RUN) tests/reliability/crash_table.py $(ARGS)
+	@MINIFAST_FULL=1 $(RUN) -m pytest -q $(FULL)
 
 clean: ## remove .venv, caches, build results and the plots of the demo
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist minifast-demo

@@ -35,7 +35,6 @@ from .plan import Plan
 from .progress import Progress
 from .record import FitRecord
 from .recorder import Recorder
-from .resume.checkpoint import Checkpoint
 from .scheduler import Scheduler
 from .state import State
 
@@ -57,6 +56,7 @@ _LATER = {
     "inference.export": ("export_info", "load_exported"),
     "loggers": ("CSVLogger", "RunLog", "TensorBoardLogger", "WandbLogger"),
     "loggers.runs": ("LoggedFit", "Run", "plot_runs", "read_run"),
+    "resume.checkpoint": ("Checkpoint",),
     "studies.race": ("Race",),
     "studies.report": ("Finding", "Report"),
     "studies.summary": ("Summary",),
@@ -78,6 +78,7 @@ if _typing.TYPE_CHECKING:
     from .inference.export import export_info, load_exported
     from .loggers import CSVLogger, RunLog, TensorBoardLogger, WandbLogger
     from .loggers.runs import LoggedFit, Run, plot_runs, read_run
+    from .resume.checkpoint import Checkpoint
     from .studies.race import Race
     from .studies.report import Finding, Report
     from .studies.summary import Summary

@@ -1,6 +1,7 @@
 """How a Learner makes one fit: its arguments checked, its `State` made, what it sets put back."""
 import math
-from collections.abc import Callable, Iterable, Iterator
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
@@ -10,7 +11,7 @@ from .budget import TICKS, TimeLimit
 from .callback import Callback
 from .checks import check_loader, check_optimizer, check_trainable, check_valid
 from .data import as_dataloaders, count_steps, is_one_shot, micro_batches, n_batches, valid_sets
-from .errors import check_flag, check_int, check_number
+from .errors import check_flag, check_int, check_number, check_path, quoted
 from .finite import FiniteLoss
 from .hypers import fill_momentum, keep_hypers, label_groups, norms_in_eval, set_weight_decay, spread_lrs
 from .lr import ConstantLR
@@ -19,8 +20,6 @@ from .metrics import Metrics
 from .ownership import check_callbacks, owner_of, resolve
 from .progress import Progress, say
 from .recorder import Recorder
-from .resume.place import Resume, check_resume, place
-from .resume.session import session
 from .scheduler import Scheduler
 from .signals import DeferredInterrupt
 from .state import State
@@ -28,6 +27,10 @@ from .workers import explain
 
 if TYPE_CHECKING:
     from .learner import Learner
+
+
+Resume = bool | str | os.PathLike[str]
+CHECKPOINTS = "the checkpoints"  # what the callback owns that keeps a fit over a kill
 
 
 class FitOptions(TypedDict, total=False):
@@ -54,20 +57,19 @@ def fit(learn: "Learner", n_epochs: int, lr: Any, schedule: Scheduler | None, **
     finder = next((cb for cb in (*given, *learn.callbacks) if isinstance(cb, LRFinder)), None)
     if finder is not None:
         _check_options(learn, lr, **options)
-        place([*given, *learn.callbacks], learn.fits_ended, options.get("resume", False)).candidates()
+        if options.get("resume"):  # else nothing is looked for: the finder saves nothing
+            _check_resume(learn, [*given, *learn.callbacks], options["resume"])
         return find(learn, finder, [callback for callback in given if callback is not finder], **options)
     state = prepare(learn, n_epochs, lr, schedule, **options)
     check_trainable(learn.model, state.group_names)
-    at = place(state.callbacks, learn.fits_ended, options.get("resume", False))
+    resume = options.get("resume", False)
     # signals are held but in the loop, which has a block of its own: what surrounds it is done whole, or not at all
-    with DeferredInterrupt(is_held=True), fitting(learn, state, options.get("wd")), session(state, at) as kept:
-        if kept.is_finished:
-            kept.restore_final()
+    with DeferredInterrupt(is_held=True), fitting(learn, state, options.get("wd")):
+        if _is_kept(state.callbacks, resume):
+            from .resume.session import run  # not before it is used: so `import minifast` takes no longer for it
+            learn.fits_ended = run(state, learn.fits_ended, resume)
         else:
-            kept.begin()
             loop.run(state)
-            kept.finish()
-        learn.fits_ended = {**learn.fits_ended, at.run: at.number}
 
 
 def prepare(learn: "Learner", n_epochs: int, lr: Any, schedule: Scheduler | None,
@@ -96,7 +98,7 @@ def prepare(learn: "Learner", n_epochs: int, lr: Any, schedule: Scheduler | None
     per_epoch, batches, limit = count_steps(learn.dls.train, steps_per_epoch, accumulate)
     metrics = Metrics(learn.metrics, train=learn.train_metrics)
     if "resume" in options:
-        place(users, learn.fits_ended, options["resume"]).candidates()
+        _check_resume(learn, users, options["resume"])
     return new_state(
         learn, lrs=lrs, n_epochs=n_epochs if minutes is None else None, steps_per_epoch=per_epoch,
         n_steps=n_epochs * per_epoch if minutes is None else TICKS, accumulate=accumulate, n_batches=batches,
@@ -173,7 +175,10 @@ def _check_options(learn: "Learner", lr: Any, *, wd: float | None = None, callba
                    minutes: float | None = None, resume: Resume = False, verbose: bool | None = None
                    ) -> tuple[float, ...]:
     """The peak of each layer group. Raises ValueError or TypeError for an argument of `fit` out of range."""
-    check_resume(resume)
+    if not isinstance(resume, (bool, str, os.PathLike)):
+        raise TypeError(f'resume must be "auto", True, False, or the path of a checkpoint, got {quoted(resume)}.')
+    if not isinstance(resume, bool):
+        check_path("resume", resume)
     if wd is not None:
         check_number("wd", wd, minimum=0)
     if steps_per_epoch is not None:
@@ -185,6 +190,18 @@ def _check_options(learn: "Learner", lr: Any, *, wd: float | None = None, callba
     label_groups(learn.opt, len(learn.groups))
     _check_parts(learn)
     return spread_lrs(lr, learn.groups.names)
+
+
+def _is_kept(callbacks: Iterable[Callback], resume: Resume) -> bool:
+    """Whether a fit is saved or resumed."""
+    return resume is not False or owner_of(CHECKPOINTS, callbacks) is not None
+
+
+def _check_resume(learn: "Learner", callbacks: Sequence[Callback], resume: Resume) -> None:
+    """Raise what a fit with `resume` would raise, as far as that can be told by the names of files."""
+    if _is_kept(callbacks, resume):
+        from .resume.place import place
+        place(callbacks, learn.fits_ended, resume).candidates()
 
 
 def _check_parts(learn: "Learner") -> None:

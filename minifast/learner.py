@@ -16,7 +16,7 @@ from .callback import Callback, Emitter, evaluating
 from .cycles import check_not_swapped, epochs_and_schedule, epochs_of_cycles
 from .data import DataLoaders, as_dataloaders, count_steps, feed, generators, in_order, second_copy, valid_sets
 from .errors import check_flag, check_int, check_number, check_path, quoted
-from .fitting import FitOptions
+from .fitting import FitOptions, Resume
 from .groups import LayerGroups, Splitter, split
 from .hypers import LR, as_device, check_lr, check_rate, freeze, group_lrs, label_groups, make_optimizer, spread_lrs
 from .inference.predict import predict_all
@@ -27,8 +27,6 @@ from .ownership import check_callbacks
 from .plan import Plan
 from .progress import say
 from .recorder import Recorder
-from .resume.best import load_best
-from .resume.place import Resume
 from .scheduler import Scheduler
 from .signals import DeferredInterrupt
 from .tables import shown
@@ -495,6 +493,7 @@ class Learner:
         were validated: of an `EMA`, the average. Raises FileNotFoundError if there is none, ValueError for one that is
         damaged or does not fit, and then changes nothing.
         """
+        from .resume.best import load_best
         best = load_best(self.model, check_path("path", path))
         if self.verbose:
             say(f"loaded the weights of epoch {best['epoch']}: {best['monitor']} {shown(best['value'])}")

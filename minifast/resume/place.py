@@ -3,23 +3,12 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ..callback import Callback
-from ..errors import check_path, quoted
 from .checkpoint import Checkpoint
 from .folder import FitFolder
 
 Resume = bool | str | os.PathLike[str]
-
-
-def check_resume(resume: Any) -> Resume:
-    """`resume` if it has one of its forms. Raises TypeError or ValueError otherwise."""
-    if isinstance(resume, bool):
-        return resume
-    if not isinstance(resume, (str, os.PathLike)):
-        raise TypeError(f'resume must be "auto", True, False, or the path of a checkpoint, got {quoted(resume)}.')
-    return check_path("resume", resume)
 
 
 @dataclass(frozen=True)

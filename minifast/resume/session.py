@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from .. import rng
+from .. import loop, rng
 from ..callback import Callback, CancelFit
 from ..files import probe, sweep
 from ..progress import Progress, say
@@ -16,11 +16,27 @@ from .checkpoint import Checkpoint
 from .entering import WayBack, taking_up
 from .folder import FitFolder, locked, newest
 from .identity import facts
-from .place import Place
+from .place import Place, Resume, place
 from .replay import leave
 from .verify import check
 
 log = logging.getLogger("minifast")
+
+
+def run(state: State, fits_ended: Mapping[str, int], resume: Resume) -> dict[str, int]:
+    """Run a fit that is saved, resumed, or both. Gives how many fits have ended in each run's folder.
+
+    Raises what `session` does.
+    """
+    at = place(state.callbacks, fits_ended, resume)
+    with session(state, at) as kept:
+        if kept.is_finished:
+            kept.restore_final()
+        else:
+            kept.begin()
+            loop.run(state)
+            kept.finish()
+    return {**fits_ended, at.run: at.number}
 
 
 @contextmanager
