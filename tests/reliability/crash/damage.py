@@ -91,7 +91,7 @@ def _one(script, expected, folder, newest, index, seed, is_resumed):
         path.write_bytes(content)
         failures, refusal = [], None
         try:
-            found = load_tree(path)
+            found = load_tree(path, checked=True)
         except ValueError as error:
             refusal = str(error)
         else:
