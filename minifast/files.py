@@ -49,10 +49,14 @@ def replacing(path: PathLike, needed: int | None = None) -> Iterator[BinaryIO]:
         raise IsADirectoryError(f"cannot save to {path}: it is a folder. Pass the name of a file in it.")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"cannot save to {path}: there is no folder {path.parent}. Make it first.")
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, f"cannot save to {path}: it is a pipe or a device. Pass the name of a file.")
     temporary = _temporary(path)
     step, raw, is_renamed = "open", None, False
     try:
         raw = _Raw(_create(temporary))
+        if path.exists() and hasattr(os, "fchmod"):  # who may read it does not change
+            os.fchmod(raw.fileno(), stat.S_IMODE(path.stat().st_mode))
         step = ""
         file = io.BufferedWriter(raw, BUFFER)
         yield cast(BinaryIO, file)

@@ -192,6 +192,14 @@ def _check_options(learn: "Learner", lr: Any, *, wd: float | None = None, callba
     return spread_lrs(lr, learn.groups.names)
 
 
+def resume_of_next(learn: "Learner", options: FitOptions) -> Resume:
+    """What `resume` is for the fit behind one with `options`: a checkpoint that was demanded is one of the first."""
+    resume = options.get("resume", False)
+    if resume is False or (not isinstance(resume, bool) and os.path.isdir(resume)):
+        return resume
+    return "auto" if owner_of(CHECKPOINTS, [*learn.callbacks, *options.get("callbacks", ())]) else False
+
+
 def _is_kept(callbacks: Iterable[Callback], resume: Resume) -> bool:
     """Whether a fit is saved or resumed."""
     return resume is not False or owner_of(CHECKPOINTS, callbacks) is not None

@@ -13,9 +13,10 @@ from ..callback import Callback, evaluating
 from ..errors import check_int, check_number, check_path
 from ..progress import Progress, say
 from ..state import State
+from ..trees import check_plain
 from . import saved_state
 from .folder import FitFolder
-from .identity import environment
+from .identity import environment, texts
 from .replay import digest, remembers, way
 
 FORMAT = 1  # of the file; a newer one is refused
@@ -69,9 +70,10 @@ class Checkpoint(Callback):
         self.keep = check_int("keep", self.keep)
         self._folder: FitFolder | None = None
 
-    def begin(self, folder: FitFolder, run_id: str, facts: dict[str, Any]) -> None:
+    def begin(self, folder: FitFolder, run_id: str, state: State, facts: dict[str, Any]) -> None:
         """A fit is about to begin that keeps its checkpoints in `folder`; called by the fit."""
         self._folder, self._run_id, self._facts = folder, run_id, facts
+        self._loss, self._texts = state.loss_func, texts(state)  # before any callback wraps it
 
     def before_fit(self, state: State) -> None:
         if self._folder is None:
@@ -85,6 +87,8 @@ class Checkpoint(Callback):
         self._is_epoch_end = self._is_validating = self._is_in_batch = False
         self._seconds = 0.0  # that the last one took
         self._plan_next(state)
+        check_plain({"callbacks": saved_state.capture_callbacks(state),  # now, not after hours at the first save
+                     "model": saved_state.capture_model(state.model)})
 
     def take_up(self, saved: dict[str, Any]) -> None:
         """Go on behind a checkpoint: what it says of the epoch that it lies in."""
@@ -157,6 +161,9 @@ class Checkpoint(Callback):
         began = time.monotonic()
         if state.finite_check is not None:  # what is not finite must not take the place of what is
             state.finite_check.check(state)
+        if not saved_state.has_finite_weights(state.model):
+            log.warning("no checkpoint after update %d: the weights are not finite. Older ones stay.", state.step)
+            return self._plan_next(state)
         tree = self._moment(state) if moment is None else moment
         try:
             self._write(state, tree, is_best)
@@ -171,13 +178,10 @@ class Checkpoint(Callback):
         self._plan_next(state)
 
     def _write(self, state: State, moment: dict[str, Any], is_best: bool = False) -> None:
-        is_finite = saved_state.has_finite_weights(state.model)
-        if not is_finite:
-            log.warning("the weights are not finite in the checkpoint after update %d%s", state.step,
-                        ": it is not kept as the best" * is_best)
-        best = state.best if is_best and is_finite else None
+        best = state.best if is_best else None
         tree = {**moment, "model": saved_state.capture_model(state.model),
                 "optimizer": saved_state.capture_optimizer(state.model, state.opt),
+                "loss": saved_state.capture_loss(self._loss),
                 "best": None if best is None else {"monitor": best.monitor, "value": best.value, "epoch": best.epoch,
                                                    "weights": self._validated(state, best.monitor)}}
         self._place.save(state.step, tree, self.keep, is_best=best is not None)
@@ -185,7 +189,7 @@ class Checkpoint(Callback):
     def _moment(self, state: State) -> dict[str, Any]:
         """All but model and optimizer."""
         return {"format": FORMAT, "run": self._run_id, "time": datetime.now(UTC).isoformat(timespec="seconds"),
-                "finished": False, "facts": self._facts, "environment": environment(state),
+                "finished": False, "facts": self._facts, "texts": self._texts, "environment": environment(state),
                 "position": {"epoch": state.epoch, "step": state.step, "n_done": self._n_done,
                              "is_epoch_end": self._is_epoch_end, "is_ending": state.is_ending,
                              "lr_scale": state.lr_scale, "metrics": dict(getattr(state, "metrics", {}))},

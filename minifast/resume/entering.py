@@ -71,6 +71,7 @@ class WayBack:
         kind, is_whole = replay.way(loader), n_done == state.n_batches
         if is_whole and kind == "draw" and not replay.remembers(loader):
             return ""  # nothing of the pass is left, and nothing stays of it
+        self._start_workers()
         rng.restore(self._at_epoch_start, self._own)
         again = replay.forward(loader, n_done, state.interrupt)
         if kind == "draw" and (again.is_over or not self._is_same(again, is_whole)):
@@ -85,6 +86,7 @@ class WayBack:
     def _end_pass(self) -> None:
         """Have the loader be where it was when the epoch had drawn all its batches; a new pass comes next."""
         state, loader, n_done = self._state, self._loader, self._n_done
+        self._start_workers()
         is_exhausted = state.max_batches is None and n_done == state.n_batches and self._position["is_epoch_end"]
         if replay.way(loader) == "state":
             if not is_exhausted:  # else the next pass would be the rest of this one
@@ -97,6 +99,11 @@ class WayBack:
             replay.leave(loader, again.iterator)
             if not self._is_same(again, is_whole=True):
                 self._warn_of_others(OTHER_EPOCHS)
+
+    def _start_workers(self) -> None:
+        """Have workers that persist be where they were: their first pass draws a random number more than later ones."""
+        if getattr(self._loader, "persistent_workers", False) and not self._noted["is_first_pass"]:
+            begin(self._loader)
 
     def _is_same(self, again: replay.Pass, is_whole: bool) -> bool:
         """Whether a pass gives the batches that it gave: the newest, or, of one that is whole, the first.

@@ -69,11 +69,18 @@ class FitFolder:
     def set_aside(self, step: int) -> list[Path]:
         """Rename what is newer than `step`, for a fit that goes on from there: else it would pass for the newest."""
         newer = [path for path in self.checkpoints() if step_of(path) > step]
-        if self.best.exists() and load_tree(self.best, checked=True)["position"]["step"] > step:
+        if self.best.exists() and not self._has_best_up_to(step):
             newer.append(self.best)
         for path in newer:
             os.replace(path, path.with_suffix(".superseded"))
         return newer
+
+    def _has_best_up_to(self, step: int) -> bool:
+        """Whether the best checkpoint can be read, and is of `step` or before."""
+        try:
+            return bool(load_tree(self.best, checked=True)["position"]["step"] <= step)
+        except (OSError, ValueError, TypeError, KeyError):
+            return False
 
 
 def fits_of(run: Path) -> list[FitFolder]:

@@ -1,21 +1,23 @@
 """What a fit is: its plan, data, model and optimizer in words, compared with those that a checkpoint was made for."""
+import hashlib
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
 
 from ..batches import Batch
 from ..budget import TimeLimit
-from ..callback import Callback
 from ..checks import n_items
-from ..data import n_batches
+from ..data import TensorLoader, n_batches
 from ..scheduler import Scheduler
 from ..state import State
 from ..tables import listed
+from .replay import digest
 
+SAMPLES = 100  # at each end of the data
 Facts = dict[str, dict[str, Any]]
 OWN_CHOICE = ("fused", "foreach", "capturable", "differentiable")  # how an optimizer computes, not what
 # of a param_group: what is no setting, is compared by another name, or is what a fit sets
@@ -54,6 +56,32 @@ def environment(state: State) -> dict[str, str]:
             "cudnn benchmark": str(torch.backends.cudnn.benchmark)}
 
 
+def texts(state: State) -> dict[str, str]:
+    """What else decides what a fit does: name -> a digest of how it is written, as that may hold paths.
+
+    The loss, the layers of the model, and callbacks of minifast's own that take part: no logger, no bar.
+    """
+    numbers = {name: value for name, value in getattr(state.loss_func, "__dict__", {}).items()
+               if name != "training" and isinstance(value, (bool, int, float, str))}  # torch's losses do not print them
+    written = {"the loss": (state.loss_func, numbers), "the layers of the model": state.model}
+    for cb in state.callbacks:
+        if type(cb).__module__.startswith("minifast.") and cb.in_sandbox and type(cb).__repr__ is not object.__repr__:
+            name = type(cb).__name__
+            written[name if name not in written else f"{name}, again"] = cb
+    return {name: hashlib.blake2b(_text(thing).encode(), digest_size=8).hexdigest()
+            for name, thing in written.items() if name not in ("Recorder", "Progress")}
+
+
+def changes(saved: Mapping[str, Any], own: Mapping[str, str]) -> list[str]:
+    """What of the `texts` is another, or there only once.
+
+    >>> changes({"the loss": "a", "EMA": "b"}, {"the loss": "c", "MixUp": "d"})
+    ['the loss is another', 'EMA is gone', 'MixUp is new']
+    """
+    return [f"{name} {'is gone' if name not in own else 'is new' if name not in saved else 'is another'}"
+            for name in dict.fromkeys([*saved, *own]) if saved.get(name) != own.get(name)]
+
+
 def differences(saved: Mapping[str, Any], own: Facts) -> list[str]:
     """What of the `facts` in a checkpoint is another thing in this fit, a line each.
 
@@ -80,7 +108,17 @@ def misfits(what: str, saved: Iterable[str], own: Iterable[str]) -> list[str]:
 def _loader(loader: Iterable[Batch]) -> dict[str, Any]:
     batch_size = getattr(loader, "batch_size", None)
     return {"batches": n_batches(loader), "batch_size": batch_size if isinstance(batch_size, int) else None,
-            "samples": n_items(loader), "order": _order(loader), "drop_last": bool(getattr(loader, "drop_last", False))}
+            "samples": n_items(loader), "first and last samples": _content(loader), "order": _order(loader),
+            "drop_last": bool(getattr(loader, "drop_last", False))}
+
+
+def _content(loader: Any) -> str | None:
+    """A digest of the first and last samples, where they can be had without reading any: of tensors and of subsets."""
+    data = getattr(loader, "dataset", loader)
+    if isinstance(data, Subset):
+        return digest(torch.as_tensor(list(data.indices)))
+    found = data.tensors if isinstance(data, (TensorLoader, TensorDataset)) else ()
+    return digest([(tensor[:SAMPLES], tensor[-SAMPLES:]) for tensor in found])
 
 
 def _order(loader: Any) -> str:
@@ -116,9 +154,9 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, (bool, int, float, str, type(None))) else type(value).__name__
 
 
-def _text(callback: Callback) -> str:
+def _text(thing: Any) -> str:
     """Its repr without addresses, which are others in each process."""
-    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(callback))
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(thing))
 
 
 def _shown(value: Any) -> str:

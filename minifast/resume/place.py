@@ -16,14 +16,14 @@ class Place:
     """Where a fit keeps its checkpoints, and which ones it may go on from."""
 
     saver: Checkpoint | None
-    run: str  # the folder of the run
+    run: str  # the absolute path of the run's folder
     number: int  # of the fit in it, from 1
     resume: Resume
 
     @property
     def folder(self) -> FitFolder | None:
         """Where the fit's own checkpoints are; None if it keeps none."""
-        return None if self.saver is None else FitFolder(Path(self.saver.path) / f"fit-{self.number}")
+        return None if self.saver is None else FitFolder(Path(self.run) / f"fit-{self.number}")
 
     def candidates(self) -> list[Path] | None:
         """The checkpoints to go on from, newest first; None to start afresh.
@@ -36,7 +36,7 @@ class Place:
 def place(callbacks: Iterable[Callback], fits_ended: Mapping[str, int], resume: Resume) -> Place:
     """The place of a fit with `callbacks`. fits_ended: how many fits of the Learner have ended in each run's folder."""
     saver = next((cb for cb in callbacks if isinstance(cb, Checkpoint)), None)
-    run = "" if saver is None else os.path.realpath(saver.path)
+    run = "" if saver is None else os.path.abspath(saver.path)  # wherever a callback goes to
     return Place(saver, run, fits_ended.get(run, 0) + 1, resume)
 
 

@@ -27,6 +27,11 @@ def capture_optimizer(model: nn.Module, opt: Optimizer) -> dict[str, Any]:
     return {"names": _names(model, opt), "state": opt.state_dict()}
 
 
+def capture_loss(loss_func: Any) -> dict[str, Any]:
+    """The buffers of a loss that is a module. Holds no copies."""
+    return dict(loss_func.state_dict()) if isinstance(loss_func, nn.Module) else {}
+
+
 def keyed(callbacks: Iterable[Callback]) -> dict[str, Callback]:
     """Callbacks by the name under which their state is kept: the class, and a number from the second of a class on."""
     counts: Counter[str] = Counter()
@@ -126,8 +131,8 @@ def all_or_nothing(state: State) -> Iterator[None]:
 
 
 def has_finite_weights(model: nn.Module) -> bool:
-    """Whether no parameter holds NaN or infinity. Waits for the device."""
-    params = [p.detach() for p in model.parameters() if p.is_floating_point() and p.numel()]
+    """Whether no parameter that is trained holds NaN or infinity. Waits for the device."""
+    params = [p.detach() for p in model.parameters() if p.requires_grad and p.is_floating_point() and p.numel()]
     return not params or bool(torch.stack([norm.float().cpu() for norm in torch._foreach_norm(params, float("inf"))])
                               .isfinite().all())
 

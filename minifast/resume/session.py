@@ -1,10 +1,13 @@
 """One fit that is saved, resumed, or both."""
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
+
+from torch import nn
 
 from .. import loop, rng
 from ..callback import Callback, CancelFit
@@ -21,6 +24,7 @@ from .replay import leave
 from .verify import check
 
 log = logging.getLogger("minifast")
+_ended_here: set[tuple[str, int]] = set()  # (run, number) of the fits that have ended in this process
 
 
 def run(state: State, fits_ended: Mapping[str, int], resume: Resume) -> dict[str, int]:
@@ -29,13 +33,18 @@ def run(state: State, fits_ended: Mapping[str, int], resume: Resume) -> dict[str
     Raises what `session` does.
     """
     at = place(state.callbacks, fits_ended, resume)
+    key = os.path.realpath(at.run), at.number
     with session(state, at) as kept:
         if kept.is_finished:
+            if at.saver is not None and key in _ended_here:
+                log.warning("fit %d in %s was ended by another Learner of this process: this one is not trained, but "
+                            "gets its final state. Give each Learner a folder of its own.", at.number, at.run)
             kept.restore_final()
         else:
             kept.begin()
             loop.run(state)
             kept.finish()
+    _ended_here.add(key)
     return {**fits_ended, at.run: at.number}
 
 
@@ -69,6 +78,7 @@ class Session:
     def __init__(self, state: State, saver: Checkpoint | None, folder: FitFolder | None, candidates: list[Path] | None
                  ) -> None:
         self._state, self._saver, self._folder = state, saver, folder
+        self._loss = state.loss_func  # before any callback wraps it
         own = facts(state)
         self._path: Path | None = None
         self._saved: dict[str, Any] | None = None
@@ -82,7 +92,7 @@ class Session:
         elif folder is not None:
             folder.set_aside(-1)  # a best checkpoint that is left of a run that was removed
         if saver is not None and folder is not None:
-            saver.begin(folder, uuid4().hex if self._saved is None else self._saved["run"], own)
+            saver.begin(folder, uuid4().hex if self._saved is None else self._saved["run"], state, own)
 
     @property
     def is_finished(self) -> bool:
@@ -97,7 +107,7 @@ class Session:
         state.step, state.epoch, state.take_up = position["step"], position["epoch"], self._take_up
         if self._folder is not None and self._path.resolve().parent == self._folder.path.resolve():
             for path in self._folder.set_aside(state.step):
-                log.warning("%s is newer than what the fit goes on from: it was renamed to *.superseded", path)
+                log.warning("%s is not what the fit goes on from: it was renamed to *.superseded", path)
 
     def restore_final(self) -> None:
         """Put everything where the finished fit has left it."""
@@ -151,6 +161,8 @@ class Session:
         state, own = self._state, saved_state.keyed(self._state.callbacks)
         saved_state.load_model(state.model, saved["model"])
         saved_state.load_optimizer(state.opt, saved["optimizer"])
+        if isinstance(self._loss, nn.Module):
+            self._loss.load_state_dict(saved["loss"])
         for name, cb in own.items():
             if name in saved["callbacks"]:
                 cb.load_state_dict(saved["callbacks"][name])

@@ -9,10 +9,10 @@ from ..state import State
 from ..tables import listed
 from . import saved_state
 from .checkpoint import FORMAT
-from .identity import differences, environment
+from .identity import changes, differences, environment, texts
 
 PARTS = ("run", "finished", "facts", "environment", "position", "rng", "epoch_rng", "loader", "window", "callbacks",
-         "model", "optimizer")  # of a checkpoint
+         "model", "optimizer", "loss", "texts")  # of a checkpoint
 MOST = 2**53  # of anything that is counted
 
 
@@ -42,13 +42,18 @@ def check(path: Path, saved: Any, state: State, own: dict[str, Any]) -> None:
     if problems:
         lines = "\n  ".join(problems)
         raise ValueError(f"{path} was made by another fit:\n  {lines}\nTo go on with it, call the fit with the same "
-                         "arguments. To train on from its weights by another plan, load them by learn.load(path) and "
-                         "give Checkpoint another folder.")
+                         "arguments (what is computed before it, such as a learning rate, only comes out the same in a "
+                         "script that is seeded).\nTo train on from its weights by another plan, load "
+                         "them by learn.load(path) and give Checkpoint another folder.")
     new = [name for name, cb in mine.items() if name not in saved["callbacks"] and saved_state.keeps_anything(cb)]
     for names, text in ((gone, "in this fit: what it has kept is left out"),
                         (new, "in the checkpoint: it begins in the middle of the fit")):
         for name in names:
             warnings.warn(f"{path}: there is no {name} {text}.", stacklevel=2)
+    others = changes(*({name: text for name, text in written.items() if name not in (*gone, *new)}
+                       for written in (saved["texts"], texts(state))))
+    if others:
+        warnings.warn(f"{path}: {'; '.join(others)} in this fit, so it will not end as it would have.", stacklevel=2)
     if changed:
         warnings.warn(f"{path} was made elsewhere ({'; '.join(changed)}): training goes on, but maybe not with "
                       "the same bits.", stacklevel=2)
@@ -67,6 +72,7 @@ def _check_form(saved: Mapping[str, Any], state: State) -> None:
         and all(isinstance(part, dict) for part in (position["metrics"], saved["rng"], *saved["callbacks"].values()))
         and (isinstance(saved["epoch_rng"], dict) or saved["finished"])
         and all(isinstance(loader[name], (str, type(None))) for name in ("first", "last"))
+        and all(isinstance(saved[name], dict) for name in ("loss", "texts"))
         and isinstance(saved["run"], str) and isinstance(saved["window"], (dict, type(None))))
     if not is_right:
         raise ValueError("what says where the fit was is not in its form")
