@@ -344,6 +344,19 @@ def test_persistent_workers_are_exact_in_their_first_pass_and_warn_later(tmp_pat
             assert "persist" in said[0] or "other batches" in said[0]
 
 
+@pytest.mark.slow
+def test_persistent_workers_are_exact_in_every_pass_where_the_data_is_not_random(tmp_path):
+    def steady():
+        return DataLoader(Images(24, is_random=False), 4, shuffle=True, num_workers=2, persistent_workers=True)
+
+    reference = uninterrupted(fit, make(steady))
+    files = checkpoints(tmp_path, make(steady))
+    for n in (5, 8, 12):
+        learn = make(steady)
+        assert ["persist" in text for text in resumed(learn, files[n - 1])] == [True] * (n > PER_EPOCH)
+        same(learn, reference)
+
+
 def persistent():
     return loader(shuffle=True, num_workers=2, persistent_workers=True)
 

@@ -140,8 +140,13 @@ def end_them(state=None):
     workers = multiprocessing.active_children()
     for worker in workers: worker.terminate()
     for worker in workers: worker.join(20)
-    print([worker.exitcode for worker in workers], flush=True)
+    print([how_it_ended(worker) for worker in workers], flush=True)
     os._exit(0)
+def how_it_ended(worker):
+    try: os.kill(worker.pid, 0)
+    except ProcessLookupError:  # the main thread, whose loader fails meanwhile, may have taken its status
+        return worker.exitcode or -15
+    return "alive"
 entered = []
 data = TensorDataset(torch.randn(40, 3), torch.randn(40, 1))
 loader = DataLoader(data, 4, num_workers=2, multiprocessing_context="fork")
