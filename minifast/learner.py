@@ -227,8 +227,8 @@ class Learner:
         if minutes is not None:
             minutes = check_number("minutes", minutes, above=0)
             head["minutes"], rest["minutes"] = minutes * freeze_epochs / both, minutes * epochs / both
-        rest["resume"] = fitting.resume_of_next(self, options)
         fitting.prepare(self, freeze_epochs, base_lr, first, **head)  # what is wrong is said before anything is frozen
+        rest["resume"] = fitting.resume_of_next(self, options)
         self.freeze()
         fitting.fit(self, freeze_epochs, slice(base_lr), first, **head)
         self.unfreeze()
