@@ -453,7 +453,7 @@ def test_memory_of_saving_loading_and_the_finder(tmp_path):
     """, cwd=tmp_path)
     assert lines[:6] == ["NoneType", "RuntimeError", "NoneType", "NoneType", "RuntimeError", "2"]
     message = r"MemoryError {} was not loaded: there is not enough memory for its 80\.\d MB\."
-    for i, name in ((6, "weights.pt"), (9, "warm/fit-1/step-00000003.ckpt")):
+    for i, name in ((6, "weights.pt"), (9, str(tmp_path / "warm/fit-1/step-00000003.ckpt"))):
         assert re.fullmatch(message.format(name), lines[i])
         assert lines[i + 1:i + 3] == ["RuntimeError True", "None False"]
     note = "in the copy of model and optimizer that is put back afterwards: it takes 80 MB"
