@@ -112,7 +112,8 @@ def newest(paths: list[Path]) -> tuple[Path, Any, list[str]]:
         try:
             return path, load_tree(path, checked=True), skipped
         except (ValueError, OSError) as error:
-            skipped.append(str(error))
+            text = str(error)
+            skipped.append(text if str(path) in text else f"{path}: {text}")
     raise ValueError(f"no checkpoint can be read: {' '.join(skipped)} To start afresh, remove their folder "
                      "or pass another one.")
 

@@ -21,6 +21,11 @@ class Place:
     resume: Resume
 
     @property
+    def real_run(self) -> str:
+        """The folder of the run without links: by whatever name it is reached, its fits are counted together."""
+        return os.path.realpath(self.run)
+
+    @property
     def folder(self) -> FitFolder | None:
         """Where the fit's own checkpoints are; None if it keeps none."""
         return None if self.saver is None else FitFolder(Path(self.run) / f"fit-{self.number}")
@@ -37,7 +42,7 @@ def place(callbacks: Iterable[Callback], fits_ended: Mapping[str, int], resume: 
     """The place of a fit with `callbacks`. fits_ended: how many fits of the Learner have ended in each run's folder."""
     saver = next((cb for cb in callbacks if isinstance(cb, Checkpoint)), None)
     run = "" if saver is None else os.path.abspath(saver.path)  # wherever a callback goes to
-    return Place(saver, run, fits_ended.get(run, 0) + 1, resume)
+    return Place(saver, run, fits_ended.get(os.path.realpath(run), 0) + 1, resume)
 
 
 def _find(folder: FitFolder | None, resume: Resume, number: int) -> list[Path] | None:

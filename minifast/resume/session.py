@@ -1,6 +1,5 @@
 """One fit that is saved, resumed, or both."""
 import logging
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -33,7 +32,7 @@ def run(state: State, fits_ended: Mapping[str, int], resume: Resume) -> dict[str
     Raises what `session` does.
     """
     at = place(state.callbacks, fits_ended, resume)
-    key = os.path.realpath(at.run), at.number
+    key = at.real_run, at.number
     with session(state, at) as kept:
         if kept.is_finished:
             if at.saver is not None and key in _ended_here:
@@ -45,7 +44,7 @@ def run(state: State, fits_ended: Mapping[str, int], resume: Resume) -> dict[str
             loop.run(state)
             kept.finish()
     _ended_here.add(key)
-    return {**fits_ended, at.run: at.number}
+    return {**fits_ended, at.real_run: at.number}
 
 
 @contextmanager

@@ -131,3 +131,21 @@ def test_a_callback_that_goes_elsewhere_takes_no_checkpoint_along(tmp_path, monk
     learner().fit(0.01, 2, callbacks=[every_step("runs/a"), leave])
     assert list((tmp_path / "sub").iterdir()) == []
     assert len(list((tmp_path / "runs" / "a" / "fit-1").glob("*.ckpt"))) == 12
+
+
+def test_a_run_that_is_reached_by_another_name_is_the_same(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    learn = learner()
+    for name in ("real", "link"):
+        learn.fit(0.01, callbacks=[every_step(tmp_path / name)], resume="auto")
+    assert len(learn.opt.seen) == 12
+    assert sorted(path.name for path in (tmp_path / "real").glob("fit-*")) == ["fit-1", "fit-2"]
+
+
+def test_a_folder_in_place_of_a_checkpoint_is_named_when_it_is_skipped(tmp_path, caplog):
+    kill(clipped, learner(), tmp_path, "after_loss", 9)
+    odd = tmp_path / "fit-1" / "step-99999999.ckpt"
+    odd.mkdir()
+    clipped(learner(), [every_step(tmp_path)], "auto")
+    assert f"skipped: {odd}: " in caplog.text
