@@ -17,7 +17,7 @@ from .hypers import fill_momentum, keep_hypers, label_groups, norms_in_eval, set
 from .lr import ConstantLR
 from .lr_find import LRFinder
 from .metrics import Metrics
-from .ownership import check_callbacks, owner_of, resolve
+from .ownership import CHECKPOINTS, check_callbacks, owner_of, resolve
 from .progress import Progress, say
 from .recorder import Recorder
 from .scheduler import Scheduler
@@ -27,10 +27,7 @@ from .workers import explain
 
 if TYPE_CHECKING:
     from .learner import Learner
-
-
-Resume = bool | str | os.PathLike[str]
-CHECKPOINTS = "the checkpoints"  # what the callback owns that keeps a fit over a kill
+    from .resume.place import Resume
 
 
 class FitOptions(TypedDict, total=False):
@@ -42,7 +39,7 @@ class FitOptions(TypedDict, total=False):
     accumulate: int
     effective_batch_size: int | None
     minutes: float | None
-    resume: Resume
+    resume: "Resume"
     verbose: bool | None
 
 
@@ -172,7 +169,7 @@ def _is_verbose(learn: "Learner", verbose: bool | None) -> bool:
 
 def _check_options(learn: "Learner", lr: Any, *, wd: float | None = None, callbacks: Iterable[Callback] = (),
                    steps_per_epoch: int | None = None, accumulate: int = 1, effective_batch_size: int | None = None,
-                   minutes: float | None = None, resume: Resume = False, verbose: bool | None = None
+                   minutes: float | None = None, resume: "Resume" = False, verbose: bool | None = None
                    ) -> tuple[float, ...]:
     """The peak of each layer group. Raises ValueError or TypeError for an argument of `fit` out of range."""
     if not isinstance(resume, (bool, str, os.PathLike)):
@@ -192,7 +189,7 @@ def _check_options(learn: "Learner", lr: Any, *, wd: float | None = None, callba
     return spread_lrs(lr, learn.groups.names)
 
 
-def resume_of_next(learn: "Learner", options: FitOptions) -> Resume:
+def resume_of_next(learn: "Learner", options: FitOptions) -> "Resume":
     """What `resume` is for the fit behind one with `options`: a checkpoint that was demanded is one of the first."""
     resume = options.get("resume", False)
     if resume is False or (not isinstance(resume, bool) and os.path.isdir(resume)):
@@ -200,12 +197,12 @@ def resume_of_next(learn: "Learner", options: FitOptions) -> Resume:
     return "auto" if owner_of(CHECKPOINTS, [*learn.callbacks, *options.get("callbacks", ())]) else False
 
 
-def _is_kept(callbacks: Iterable[Callback], resume: Resume) -> bool:
+def _is_kept(callbacks: Iterable[Callback], resume: "Resume") -> bool:
     """Whether a fit is saved or resumed."""
     return resume is not False or owner_of(CHECKPOINTS, callbacks) is not None
 
 
-def _check_resume(learn: "Learner", callbacks: Sequence[Callback], resume: Resume) -> None:
+def _check_resume(learn: "Learner", callbacks: Sequence[Callback], resume: "Resume") -> None:
     """Raise what a fit with `resume` would raise, as far as that can be told by the names of files."""
     if _is_kept(callbacks, resume):
         from .resume.place import place

@@ -16,7 +16,7 @@ from .callback import Callback, Emitter, evaluating
 from .cycles import check_not_swapped, epochs_and_schedule, epochs_of_cycles
 from .data import DataLoaders, as_dataloaders, count_steps, feed, generators, in_order, second_copy, valid_sets
 from .errors import check_flag, check_int, check_number, check_path, quoted
-from .fitting import FitOptions, Resume
+from .fitting import FitOptions
 from .groups import LayerGroups, Splitter, split
 from .hypers import LR, as_device, check_lr, check_rate, freeze, group_lrs, label_groups, make_optimizer, spread_lrs
 from .inference.predict import predict_all
@@ -33,6 +33,7 @@ from .tables import shown
 from .weights import load_weights, save_weights
 
 if TYPE_CHECKING:
+    from .resume.place import Resume
     from .studies.race import Race
     from .studies.report import Report
     from .studies.summary import Summary
@@ -138,7 +139,7 @@ class Learner:
             use_clr: Sequence[float] | None = None, use_clr_beta: Sequence[float] | None = None,
             wd: float | None = None, callbacks: Iterable[Callback] = (), steps_per_epoch: int | None = None,
             accumulate: int = 1, effective_batch_size: int | None = None, minutes: float | None = None,
-            resume: Resume = False, verbose: bool | None = None) -> None:
+            resume: "Resume" = False, verbose: bool | None = None) -> None:
         """Train for `n_cycle` cycles with peak learning rate `lr`.
 
         lr: float, slice(hi), slice(lo, hi) or one value per layer group. Without `cycle_len` a cycle is an epoch and

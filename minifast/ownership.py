@@ -5,6 +5,8 @@ from typing import Any
 from .callback import Callback
 from .errors import check_items
 
+CHECKPOINTS = "the checkpoints"  # what the callback owns that keeps a fit over a kill
+
 
 def check_callbacks(callbacks: Any, where: str) -> list[Callback]:
     """`callbacks` as a new list. Raises TypeError for what is no callback instance."""

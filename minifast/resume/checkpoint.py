@@ -11,6 +11,7 @@ from typing import Any
 from .. import rng
 from ..callback import Callback, evaluating
 from ..errors import check_int, check_number, check_path
+from ..ownership import CHECKPOINTS
 from ..progress import Progress, say
 from ..state import State
 from ..trees import check_plain
@@ -56,7 +57,7 @@ class Checkpoint(Callback):
     keep: int = 2
 
     order = sys.maxsize  # hears each event last: then what all others keep is of one moment
-    sets = ("the checkpoints",)  # one of them in a fit
+    sets = (CHECKPOINTS,)  # one of them in a fit
     in_sandbox = False
 
     def __post_init__(self) -> None:
@@ -127,9 +128,10 @@ class Checkpoint(Callback):
     def after_fit(self, state: State) -> None:
         try:
             if state.interrupt.was_raised and not self._is_in_batch:  # a signal has ended it between two batches
-                moment = self._before_validation if self._is_validating else self._moment(state)
-                if not self._is_saved and moment is not None:
-                    self._save(state, moment=moment)
+                if not self._is_saved and not self._is_validating:
+                    self._save(state)
+                elif not self._is_saved and self._before_validation is not None:
+                    self._save(state, moment=self._before_validation)
                 if self._is_saved and state.step and any(isinstance(cb, Progress) for cb in state.callbacks):
                     say(f"interrupted: the state after {state.step} updates is in {self._place.path}. The same call "
                         'with resume="auto" goes on from there.')
