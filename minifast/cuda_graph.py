@@ -14,6 +14,7 @@ import random
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ class CudaCapture:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device)
+        self._stream = _side_stream(device)
 
     def run(self, work: Work) -> None:
         """Run `work` eagerly where it will be captured."""
@@ -90,6 +91,12 @@ class CudaCapture:
         with suppress(Exception):  # it raises where the capture was ended in order
             torch._C._cuda_endAllocateToPool(self._stream.device_index, pool)
             torch._C._cuda_releasePool(self._stream.device_index, pool)
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for each device: libraries keep a workspace for every stream that they have worked on."""
+    return torch.cuda.Stream(device)
 
 
 def _host_rng() -> tuple[object, ...]:

@@ -6,6 +6,8 @@ graph is launched as one. The loop knows nothing of it: `GraphedGradient` takes 
 * A graph holds the model, `after_pred`, the loss, `after_loss` and backward. Outside, as ever, are the data,
   `before_batch`, `unpack`, `after_backward`, clipping, and the optimizer, which is one launch per group: so
   hyper-parameters stay plain numbers, all of them can be scheduled, and no callback behind backward is in the way.
+  Torch's fused kernels (2.14) take the learning rate as a tensor, but momentum, betas and weight decay as numbers, which
+  would be captured: `fit_one_cycle`, which moves the momentum, could not use a graph that holds the step.
 * There is one graph for each form of a batch (nest, shapes, dtypes, plain values). The first `WARM_UP` batches of a
   form are eager training steps of the fit like any other, so nothing is trained twice or rehearsed. The last of them is
   watched: what waits for the device or draws on the host could not be captured. Then each batch is copied into the

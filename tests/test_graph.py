@@ -115,8 +115,8 @@ def cycle(learn):
 
 
 def halved(pred, target):
-    losses = nn.functional.cross_entropy(pred, target, reduction="none")
-    return losses.sum() / 2, (target >= 0).sum()  # a count on the device
+    losses, weights = nn.functional.cross_entropy(pred, target, reduction="none"), (target > 2).float()
+    return (losses * weights).sum() / 2, weights.sum()  # a count on the device, another in each batch
 
 
 OPTIONS = {
@@ -216,7 +216,8 @@ def test_gradients_may_be_changed_behind_backward(tapes):
 
 
 def test_batches_may_be_cancelled(tapes):
-    same(cycle, callbacks=lambda: [on("after_backward", throw(CancelBatch), 9), on("before_step", throw(CancelBatch), 12),
+    same(cycle, callbacks=lambda: [on("after_backward", throw(CancelBatch), 9),
+                                   on("before_step", throw(CancelBatch), 12),
                                    on("before_batch", throw(CancelBatch), 14)])
     assert tapes[0].n_captured == 1
 
@@ -455,8 +456,8 @@ def test_an_autocast_block_around_the_fit(tapes, caplog):
     caplog.set_level(logging.INFO, "minifast")
     with torch.autocast("cpu", torch.bfloat16):
         make(True, mlp).fit(0.01, 1)
-    assert caplog.messages == ["CUDA graph: not used, the fit runs in an autocast block, which keeps copies of weights: "
-                               "use MixedPrecision instead."]
+    assert caplog.messages == ["CUDA graph: not used, the fit runs in an autocast block, which keeps copies of "
+                               "weights: use MixedPrecision instead."]
 
 
 def test_a_hook_that_comes_late(tapes, caplog):
@@ -544,7 +545,7 @@ def test_a_cause_is_named_rather_than_what_it_led_to(monkeypatch, caplog):
             try:
                 raise ValueError("the cause")
             finally:
-                raise RuntimeError("the capture was invalidated")  # noqa: B012, as torch does
+                raise RuntimeError("the capture was invalidated")  # as torch does
 
     caplog.set_level(logging.INFO, "minifast")
     monkeypatch.setattr(graph, "capturing", lambda device: Twice())
@@ -625,6 +626,7 @@ def test_everything_is_freed_with_the_fit(tapes):
 
     class Look(Callback):
         def before_validate(self, state):
+            self.state = state  # someone holds on to it
             held.extend(weakref.ref(tensor) for form in state.gradient.forms.values()
                         for tensor in (*form.inputs, *(grad for _, grad in form.grads)))
 

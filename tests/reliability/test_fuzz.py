@@ -550,7 +550,8 @@ LEFT_OUT = {
     "FitRecord.log": "called in every step", "ProgressiveResizing.scale": "called with every batch",
     **dict.fromkeys(["Checkpoint.begin", "Checkpoint.finish", "Checkpoint.take_up", "FiniteLoss.check",
                      "FiniteLoss.check_gradient", "TensorLoader.iter_from"], LOOP),
-    "Metrics.names": LOOP, "Progress.say": LOOP, "_Service.by_step": LOOP, "_Service.of_epoch": LOOP, "LRFinder.ramps": LOOP,
+    "Metrics.names": LOOP, "_Service.by_step": LOOP, "_Service.of_epoch": LOOP, "LRFinder.ramps": LOOP,
+    "Progress.say": LOOP,
 }  # fmt: skip
 BY_STATE = "load_state_dict"  # of whatever class: takes what its state_dict gave, out of a file that was checked
 
