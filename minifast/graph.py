@@ -4,10 +4,10 @@ With a small model the host, which launches some hundred kernels a step, is slow
 graph is launched as one. The loop knows nothing of it: `GraphedGradient` takes the place of `State.gradient`.
 
 * A graph holds the model, `after_pred`, the loss, `after_loss` and backward. Outside, as ever, are the data,
-  `before_batch`, `unpack`, `after_backward`, clipping, and the optimizer, which is one launch per group: so
+  `before_batch`, `unpack`, `after_backward`, clipping, and the optimizer, which is two launches per group: so
   hyper-parameters stay plain numbers, all of them can be scheduled, and no callback behind backward is in the way.
-  Torch's fused kernels (2.14) take the learning rate as a tensor, but momentum, betas and weight decay as numbers, which
-  would be captured: `fit_one_cycle`, which moves the momentum, could not use a graph that holds the step.
+  Torch's fused kernels (2.14) take the learning rate as a tensor, but momentum, betas and weight decay as numbers,
+  which would be captured: `fit_one_cycle`, which moves the momentum, could not use a graph that holds the step.
 * There is one graph for each form of a batch (nest, shapes, dtypes, plain values). The first `WARM_UP` batches of a
   form are eager training steps of the fit like any other, so nothing is trained twice or rehearsed. The last of them is
   watched: what waits for the device or draws on the host could not be captured. Then each batch is copied into the
@@ -22,9 +22,9 @@ Whatever does not fit is run eagerly, with one line that says why. What the mode
 numbers that are no attributes of a module, is captured as it was; nobody can see that from here.
 """
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ from .batches import call_model, describe, map_tensors, n_samples, tensors
 from .callback import Callback, Emitter
 from .checks import check_target
 from .cuda_graph import CudaCapture, Work
+from .graph_forms import ModelForm, Unfit, signature, unfit_output
 from .losses import Weight, mean_and_weight
 from .progress import Progress
 from .state import State
@@ -44,14 +45,9 @@ MAX_GRAPHS = 4  # forms that are captured, each with memory of its own; others a
 MAX_FORMS = 32  # beyond, shapes change all the time
 MAX_CHANGES = 100  # of the model, in a fit
 CAPTURED = (Callback.after_pred, Callback.after_loss)
-PLAIN = (int, float, bool, str, bytes, type(None))
 log = logging.getLogger("minifast")
 
 Gradient = Callable[[State, Emitter, Window], None]
-
-
-class Unfit(Exception):
-    """What cannot be captured; the message says why."""
 
 
 @contextmanager
@@ -257,81 +253,6 @@ def forget(state: State) -> None:
     for name in ("pred", "loss"):
         if hasattr(state, name):
             delattr(state, name)
-
-
-class ModelForm:
-    """What a captured graph takes for granted about the modules of model and loss."""
-
-    def __init__(self, state: State) -> None:
-        parts = [part for part in (state.model, state.loss_func) if isinstance(part, nn.Module)]
-        self.modules = list(dict.fromkeys(module for part in parts for module in part.modules()))
-        self.params = list(dict.fromkeys(p for part in parts for p in part.parameters()))
-        self.buffers = [(module._buffers, name) for module in self.modules for name in module._buffers]
-        self.numbers = [(vars(module), name) for module in self.modules for name, value in vars(module).items()
-                        if type(value) is float]
-        self.hooks = [hooks for module in self.modules for hooks in (
-            module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)]
-
-    def fingerprint(self, state: State) -> list[Any]:
-        """What is different if a graph that was captured then may not be replayed now."""
-        return [state.forward, state.loss_func, any(self.hooks),
-                *[p.data_ptr() for p in self.params], *[p.requires_grad for p in self.params],
-                *[None if (tensor := held.get(name)) is None else tensor.data_ptr() for held, name in self.buffers],
-                *[held.get(name) for held, name in self.numbers],
-                *[module.training for module in self.modules]]
-
-    def check(self) -> None:
-        """Raise Unfit for modules that a graph would cut off from their Python code."""
-        for module in self.modules:
-            name = type(module).__name__
-            if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-                raise Unfit(f"the model is in {name}")
-            if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
-                raise Unfit("the model is compiled")
-            if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or (
-                    module._backward_pre_hooks):
-                raise Unfit(f"there is a hook on {name}, which would not be called")
-        if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in self.params):
-            raise Unfit("there is a hook on a parameter, which would not be called")
-
-    def held(self) -> list[Tensor]:
-        """The tensors that modules hold now, such as masks that are made when they are first used."""
-        return [value for module in self.modules for value in (*vars(module).values(), *module._buffers.values())
-                if isinstance(value, Tensor)]
-
-
-def signature(nest: Any, device_type: str) -> Any:
-    """What is the same for batches that one graph can run; raises Unfit for one that no graph can.
-
-    >>> signature((torch.zeros(2, 3), "a"), "cpu")
-    (<class 'tuple'>, (torch.Size([2, 3]), torch.float32), (<class 'str'>, 'a'))
-    """
-    kind = type(nest)
-    if isinstance(nest, Tensor):
-        if kind not in (Tensor, nn.Parameter) or nest.layout is not torch.strided or nest.requires_grad or (
-                nest.device.type != device_type):
-            raise Unfit(f"a batch holds a {kind.__name__} that is sparse, on another device, needs a gradient, or is "
-                        "of a class of its own")
-        return nest.shape, nest.dtype
-    if kind in PLAIN:
-        return kind, nest
-    if isinstance(nest, Mapping):
-        return kind, *[(key, signature(value, device_type)) for key, value in nest.items()]
-    if isinstance(nest, (tuple, list)):
-        return kind, *[signature(value, device_type) for value in nest]
-    if is_dataclass(nest) and not isinstance(nest, type):
-        return kind, *[signature(getattr(nest, part.name), device_type) for part in fields(nest)]
-    raise Unfit(f"a batch, or the model's output, holds a {kind.__name__}, and nobody knows which tensors are in it")
-
-
-def unfit_output(state: State) -> str:
-    """Why what a batch gave cannot be copied out of a graph; "" if it can."""
-    try:
-        signature(map_tensors(Tensor.detach, state.pred), state.device.type)
-    except Unfit as why:
-        return str(why)
-    sparse = any(p.grad is not None and p.grad.layout is not torch.strided for p in state.model.parameters())
-    return "there are sparse gradients" if sparse else ""
 
 
 def _shape_of(tensor: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ FLOORS = {
         "pickles", "rng", "workers", "cuda_graph"},
     2: {"groups", "hypers", "data", "snapshot", "window", "record", "plan", "files", "hooks", "verdict"},
     3: {"state", "checks", "image_folder", "meters", "weights"},
-    4: {"callback", "whole_set", "inference"},
+    4: {"callback", "whole_set", "inference", "graph_forms"},
     5: {"loop", "scheduler", "lr_find", "recorder", "progress", "metrics", "finite", "ownership", "budget",
         "loggers"},
     6: {"lr", "composed", "resume", "graph"},

@@ -631,8 +631,10 @@ def test_everything_is_freed_with_the_fit(tapes):
                         for tensor in (*form.inputs, *(grad for _, grad in form.grads)))
 
     learn = make(True)
-    learn.fit(0.01, 1, callbacks=[Look()])
+    look = Look()
+    learn.fit(0.01, 1, callbacks=[look])
     gc.collect()
+    assert look.state.model is learn.model
     assert len(held) == 2 + 6
     assert [ref() for ref in held] == [None] * 8
 
