@@ -123,7 +123,7 @@ def step(state: State, emit: Emitter, window: Window) -> None:
     """One weight update."""
     state.step_loss, state.step_weight = window.close(), window.weight
     emit(Callback.before_step)
-    state.opt.step()
+    state.update()
     try:
         emit(Callback.after_step)
     finally:  # the weights have moved, even if a callback ends the epoch here

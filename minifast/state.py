@@ -55,6 +55,7 @@ class State:
     loss_func: Callable[[Any, Any], Any]  # (output, target) -> mean loss, or (sum, count); `before_fit` may wrap it
     gradient: Callable[["State", "Emitter", "Window"], None]  # forward, loss, backward; `before_fit` may wrap it
     opt: Optimizer
+    update: Callable[[], None]  # one weight update: what `opt.step()` does, in less time where that is possible
     device: torch.device
     unpack: UnpackBatch  # batch -> (inputs, target)
     group_names: tuple[str, ...]  # of the layer groups, first layers first

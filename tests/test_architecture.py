@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "minifast"
 FLOORS = {
     0: {"errors"},
-    1: {"signals", "suggest", "schedules", "plots", "tables", "batches", "losses", "scalars", "trees",
+    1: {"signals", "suggest", "schedules", "fused", "plots", "tables", "batches", "losses", "scalars", "trees",
         "pickles", "rng", "workers"},
     2: {"groups", "hypers", "data", "snapshot", "window", "record", "plan", "files", "hooks", "verdict"},
     3: {"state", "checks", "image_folder", "meters", "weights"},
