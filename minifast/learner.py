@@ -30,7 +30,6 @@ from .recorder import Recorder
 from .scheduler import Scheduler
 from .signals import DeferredInterrupt
 from .tables import shown
-from .weights import load_weights, save_weights
 
 if TYPE_CHECKING:
     from .resume.place import Resume
@@ -478,6 +477,7 @@ class Learner:
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the weights, plain tensors, to `path`; gives the path. Raises FileNotFoundError without the folder."""
+        from .weights import save_weights
         return save_weights(self.model, check_path("path", path))
 
     def load(self, path: str | os.PathLike[str]) -> "Learner":
@@ -485,6 +485,7 @@ class Learner:
 
         Raises ValueError that names what does not fit, and then changes nothing.
         """
+        from .weights import load_weights
         load_weights(self.model, check_path("path", path))
         return self
 
