@@ -130,7 +130,8 @@ def _is_torchs_own(step: Any) -> bool:
 def _is_watched(opt: Any) -> bool:
     """Whether someone listens to `opt.step`, or has put another one in its place."""
     return bool(opt._optimizer_step_pre_hooks or opt._optimizer_step_post_hooks or _GLOBAL_HOOKS[0] or _GLOBAL_HOOKS[1]
-                or "step" in vars(opt) or torch._C._autograd._profiler_enabled() or getattr(opt, "grad_scale", None))
+                or "step" in vars(opt) or torch._C._autograd._profiler_enabled()
+                or getattr(opt, "grad_scale", None) is not None)
 
 
 def _parts(opt: Any) -> Parts | None:

@@ -1,7 +1,12 @@
 """The training loop, on one screen.
 
-Deliberately absent, because it would cost every batch: reading a number from the device (`.item()`, `.cpu()`,
-`float(loss)`), looking up who listens (bound once per fit), a progress bar and schedules (both are callbacks).
+Deliberately absent, because every batch would pay for it:
+- reading a number from the device (`.item()`, `.cpu()`, `float(loss)`): losses stay there until someone looks
+- looking up who listens: bound once per fit, so an event that nobody hears costs one call
+- schedules, records, the bar: callbacks. A schedule is a few float operations, the bar looks at the clock
+- `opt.step()`, `opt.zero_grad()`, `loss.backward()`: around their kernels they do more than the kernels (fused.py), so
+  `state.update` and `Window` go past that where it makes no difference
+- context managers, copies of the state, questions about types that were answered for the first batch
 """
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing, suppress
