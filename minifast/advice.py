@@ -50,7 +50,8 @@ def _about_workers(loader: "DataLoader[Any]") -> str:
     if workers == 0 and cpus > 1:
         return "it makes its batches in this process. num_workers= has other processes make them"
     if 0 < workers < cpus:
-        return f"num_workers={workers} may be too few for {cpus} CPUs; a larger batch_size has them hand over less often"
+        return (f"num_workers={workers} may be too few for {cpus} CPUs; with a larger batch_size they hand over less "
+                "often")
     return "make its samples cheaper: smaller files, less to decode, augmentation of whole batches on the device"
 
 

@@ -32,7 +32,8 @@ def valid_loader(dataset: Any, batch_size: int, num_workers: int | None, **optio
 
 def check_datasets(train: Any, valid: Any) -> None:
     """Raise TypeError for what is no data set, or no mapping of names to them."""
-    sets = {f"valid[{name!r}]": each for name, each in valid.items()} if isinstance(valid, Mapping) else {"valid": valid}
+    is_several = isinstance(valid, Mapping)
+    sets = {f"valid[{name!r}]": each for name, each in valid.items()} if is_several else {"valid": valid}
     for name, dataset in {"train": train, **sets}.items():
         if dataset is None and name == "valid":
             continue
@@ -40,8 +41,8 @@ def check_datasets(train: Any, valid: Any) -> None:
             raise TypeError(f"{name} must be a data set, got a {type(dataset).__name__}, which is a loader already. "
                             "Pass loaders to DataLoaders(train, valid).")
         if isinstance(dataset, tuple) and dataset and all(isinstance(part, Tensor) for part in dataset):
-            raise TypeError(f"{name} must be a data set, got a tuple of tensors. Pass TensorDataset(*tensors), or make a "
-                            "TensorLoader(*tensors).")
+            raise TypeError(f"{name} must be a data set, got a tuple of tensors. Pass TensorDataset(*tensors), or make "
+                            "a TensorLoader(*tensors).")
         has_items = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
         is_one_thing = isinstance(dataset, (str, bytes, Mapping, type))
         if is_one_thing or not (has_items or is_stream(dataset)):
