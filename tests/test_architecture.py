@@ -19,9 +19,9 @@ PACKAGE = ROOT / "minifast"
 FLOORS = {
     0: {"errors"},
     1: {"signals", "suggest", "schedules", "fused", "plots", "tables", "batches", "losses", "scalars", "trees",
-        "pickles", "rng", "workers"},
-    2: {"groups", "hypers", "data", "snapshot", "window", "record", "plan", "files", "hooks", "verdict"},
-    3: {"state", "checks", "image_folder", "meters", "weights"},
+        "pickles", "rng", "workers", "waiting", "datasets"},
+    2: {"groups", "hypers", "data", "snapshot", "window", "record", "plan", "files", "hooks", "verdict", "overlap"},
+    3: {"state", "checks", "image_folder", "meters", "weights", "feed", "advice"},
     4: {"callback", "whole_set", "inference"},
     5: {"loop", "scheduler", "lr_find", "recorder", "progress", "metrics", "finite", "ownership", "budget",
         "loggers"},
