@@ -2,7 +2,7 @@
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from . import loop
@@ -235,7 +235,10 @@ def fitting(learn: "Learner", state: State, wd: float | None) -> Iterator[None]:
         if wd is not None:
             set_weight_decay(learn.opt, learn.groups, wd, learn.wd_norm_bias)
         state.weight_decays = tuple(group.get("weight_decay", 0.0) for group in learn.opt.param_groups)
-        yield
+        if learn.graph:
+            from .graph import graphed  # not before it is used: so `import minifast` takes no longer for it
+        with graphed(state) if learn.graph else nullcontext():
+            yield
     except RuntimeError as error:
         explain(error)
         raise

@@ -65,6 +65,10 @@ class Progress(Callback):
     def after_fit(self, state: State) -> None:
         self._screen.close()
 
+    def say(self, text: str) -> None:
+        """A line of text above the bar, during a fit."""
+        self._screen.line(text)
+
     def _line(self, cells: list[str]) -> str:
         return "  ".join(cell.rjust(width) for cell, width in zip(cells, self._widths, strict=True)).rstrip()
 

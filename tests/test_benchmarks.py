@@ -25,3 +25,12 @@ def test_the_benchmark_of_checkpoints_runs():
     assert [line.split("  ")[0] for line in lines[2:5]] == ["small", "2 M", "25 M"]
     assert "with a Checkpoint that is not due" in lines[5]
     assert run.stderr == ""
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_graphs_has_nothing_to_measure_on_a_cpu():
+    program = Path(__file__).parent / "benchmarks" / "graph.py"
+    run = subprocess.run([sys.executable, "-W", "error", program, "--device", "cpu"], capture_output=True, text=True,
+                         check=True)
+    assert run.stdout.startswith("cpu: there is nothing to measure without a CUDA device")
+    assert run.stderr == ""

@@ -551,6 +551,7 @@ LEFT_OUT = {
     **dict.fromkeys(["Checkpoint.begin", "Checkpoint.finish", "Checkpoint.take_up", "FiniteLoss.check",
                      "FiniteLoss.check_gradient", "TensorLoader.iter_from"], LOOP),
     "Metrics.names": LOOP, "_Service.by_step": LOOP, "_Service.of_epoch": LOOP, "LRFinder.ramps": LOOP,
+    "Progress.say": LOOP,
 }  # fmt: skip
 BY_STATE = "load_state_dict"  # of whatever class: takes what its state_dict gave, out of a file that was checked
 
