@@ -12,7 +12,6 @@ from . import schedules, suggest
 from .batches import split_batch
 from .budget import TimeLimit
 from .callback import Callback, CancelBatch, CancelEpoch, CancelFit, Order
-from .composed import PiecewiseLR, Schedule
 from .data import DataLoaders, TensorLoader, digits
 from .errors import NonFiniteGradient, NonFiniteLoss
 from .finite import FiniteLoss
@@ -52,6 +51,7 @@ _LATER = {
     "callbacks.precision": ("ChannelsLast", "MixedPrecision"),
     "callbacks.snapshots": ("SnapshotEnsemble",),
     "callbacks.unfreeze": ("Unfreeze",),
+    "composed": ("PiecewiseLR", "Schedule"),
     "hooks": ("Hook", "Hooks", "hook_outputs"),
     "inference.export": ("export_info", "load_exported"),
     "loggers": ("CSVLogger", "RunLog", "TensorBoardLogger", "WandbLogger"),
@@ -74,6 +74,7 @@ if _typing.TYPE_CHECKING:
     from .callbacks.precision import ChannelsLast, MixedPrecision
     from .callbacks.snapshots import SnapshotEnsemble
     from .callbacks.unfreeze import Unfreeze
+    from .composed import PiecewiseLR, Schedule
     from .hooks import Hook, Hooks, hook_outputs
     from .inference.export import export_info, load_exported
     from .loggers import CSVLogger, RunLog, TensorBoardLogger, WandbLogger

@@ -2,7 +2,7 @@
 import copy
 import math
 import random
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from types import FunctionType, MethodType, ModuleType
@@ -13,10 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler
 
-from .batches import Batch, check_device, n_samples, to_device
+from . import datasets
+from .batches import Batch, check_device, n_samples
 from .errors import check_callable, check_flag, check_int, quoted
-from .signals import DeferredInterrupt
-from .workers import bound_to_this_process, deaths_ignored, explain
 
 MOST_LEVELS, MOST_OBJECTS, MOST_PARTS = 6, 500, 100  # of the objects in which generators are looked for
 
@@ -54,6 +53,38 @@ class DataLoaders:
             if is_one_thing or not isinstance(loader, Iterable):
                 raise TypeError(f"{name} must be an iterable of batches, got {type(loader).__name__}. "
                                 "Pass e.g. a torch DataLoader.")
+
+    @classmethod
+    def from_datasets(cls, train: Any, valid: Any = None, *, batch_size: int = 64, num_workers: int | None = None,
+                      **options: Any) -> "DataLoaders":
+        """Torch DataLoaders over data sets: shuffled for training, in order for validation.
+
+        train, valid: map-style data sets, IterableDatasets, or lists of samples; of `valid` also a dict of name -> data
+        set. batch_size: samples a batch, >= 1. num_workers: processes that load, >= 0; None: one for each CPU but
+        one, 8 at most; none for data that is in memory (TensorDataset, a list), for an IterableDataset, and where
+        workers are not forked (Windows, macOS). options: those of torch's DataLoader; `shuffle`, `sampler` and
+        `drop_last` are for training only.
+
+        What torch leaves off and is on here: `pin_memory` where there is a CUDA device; `drop_last` for training where
+        the last batch would have one sample, of which BatchNorm cannot take statistics. `persistent_workers` stays
+        off: workers that persist save their start in each epoch, but their random generators cannot be saved, so a
+        resumed fit would go on with other augmentation. Raises TypeError or ValueError for what is no data set or no
+        option.
+
+        >>> dls = DataLoaders.from_datasets([(torch.zeros(3), 0)] * 65, batch_size=32)
+        >>> len(dls.train), dls.train.num_workers, dls.valid
+        (2, 0, None)
+        """
+        datasets.check_datasets(train, valid)
+        datasets.check_options(batch_size, num_workers, options)
+
+        def make(dataset: Any) -> Iterable[Batch]:
+            return datasets.valid_loader(dataset, batch_size, num_workers, **options)
+
+        if isinstance(valid, Mapping):
+            valid = {name: make(dataset) for name, dataset in valid.items()}
+        return cls(datasets.train_loader(train, batch_size, num_workers, **options),
+                   valid if valid is None or isinstance(valid, Mapping) else make(valid))
 
 
 def valid_sets(valid: Any) -> tuple[tuple[str, Any], ...]:
@@ -326,57 +357,3 @@ def _parts(owner: Any) -> Iterable[Any]:
         return []
     # _iterator: the pass under way of a DataLoader
     return [value for name, value in getattr(owner, "__dict__", {}).items() if name != "_iterator"]
-
-
-def feed(loader: Iterable[Batch], device: torch.device, limit: int | None, interrupt: DeferredInterrupt,
-         what: str = "the data", first: int = 0, iterator: Iterator[Batch] | None = None
-         ) -> Generator[Batch, None, None]:
-    """The batches of one pass over `loader`, up to batch `limit`, on `device`. Close it: that ends its workers.
-
-    first: how many batches of the pass are behind already, of which `iterator` is the rest.
-
-    An error of the loader gains a note that counts the batch. One that comes after SIGINT or SIGTERM is the interrupt
-    itself: worker processes get the signal too and die of it.
-    """
-    count = first
-    on_cpu = device.type == "cpu"  # batches come from loaders on the CPU: nothing to walk through
-    try:
-        while limit is None or count < limit:
-            try:
-                iterator = begin(loader) if iterator is None else iterator
-                batch = next(iterator)
-            except StopIteration:
-                return
-            except Exception as error:
-                if interrupt.pending:
-                    # between two batches, as by `check`; without workers, half a batch may have drawn random numbers
-                    interrupt.was_raised = bool(getattr(loader, "num_workers", 0))
-                    raise interrupt.exception() from error
-                error.add_note(f"while loading batch {count} of {what} ({type(loader).__name__})")
-                explain(error, iterator)
-                raise
-            yield batch if on_cpu else to_device(batch, device)
-            count += 1
-    finally:
-        # an error's traceback keeps the iterator, and with it the worker processes, alive for as long as it is kept
-        end_workers(loader, iterator)
-
-
-def end_workers(loader: Iterable[Batch], iterator: Iterator[Batch] | None) -> None:
-    """End the worker processes of a pass over `loader`, unless they are to serve for more passes."""
-    shut_down = getattr(iterator, "_shutdown_workers", None)
-    if shut_down is not None and not getattr(loader, "persistent_workers", False):
-        with deaths_ignored():
-            shut_down()
-
-
-@bound_to_this_process()
-def begin(loader: Iterable[Batch]) -> Iterator[Batch]:
-    """`iter(loader)`."""
-    try:
-        return iter(loader)
-    except (RuntimeError, OSError):
-        if getattr(loader, "_iterator", None) is None:
-            raise
-        loader._iterator = None  # type: ignore[attr-defined]  # persistent workers died, e.g. of Ctrl-C in a terminal
-        return iter(loader)

@@ -13,6 +13,7 @@ from .checks import check_loader, check_optimizer, check_trainable, check_valid
 from .data import as_dataloaders, count_steps, is_one_shot, micro_batches, n_batches, valid_sets
 from .errors import check_flag, check_int, check_number, check_path, quoted
 from .finite import FiniteLoss
+from .fused import updater
 from .hypers import fill_momentum, keep_hypers, label_groups, norms_in_eval, set_weight_decay, spread_lrs
 from .lr import ConstantLR
 from .lr_find import LRFinder
@@ -132,7 +133,8 @@ def new_state(learn: "Learner", **fields: Any) -> State:
     """A State of this learner's parts, with `fields` in place of those of a fit that does nothing."""
     defaults: dict[str, Any] = {
         "model": learn.model, "forward": learn.forward, "loss_func": loss_func(learn),
-        "gradient": loop.gradient, "opt": learn.opt, "device": learn.device, "unpack": learn.unpack,
+        "gradient": loop.gradient, "opt": learn.opt, "update": updater(learn.opt),
+        "device": learn.device, "unpack": learn.unpack,
         "group_names": learn.groups.names, "lrs": (), "n_epochs": 1, "steps_per_epoch": None, "n_steps": 1,
         "train_dl": learn.dls.train, "valid_sets": valid_sets(learn.dls.valid), "callbacks": (),
         "recorder": learn.recorder, "norms_in_eval": norms_in_eval(learn.groups, learn.train_bn)}

@@ -14,8 +14,9 @@ from . import fitting, loop, snapshot
 from .batches import Batch, UnpackBatch, call_model, describe, scores, split_batch, to_device
 from .callback import Callback, Emitter, evaluating
 from .cycles import check_not_swapped, epochs_and_schedule, epochs_of_cycles
-from .data import DataLoaders, as_dataloaders, count_steps, feed, generators, in_order, second_copy, valid_sets
+from .data import DataLoaders, as_dataloaders, count_steps, generators, in_order, second_copy, valid_sets
 from .errors import check_flag, check_int, check_number, check_path, quoted
+from .feed import feed
 from .fitting import FitOptions
 from .groups import LayerGroups, Splitter, split
 from .hypers import LR, as_device, check_lr, check_rate, freeze, group_lrs, label_groups, make_optimizer, spread_lrs
@@ -30,7 +31,6 @@ from .recorder import Recorder
 from .scheduler import Scheduler
 from .signals import DeferredInterrupt
 from .tables import shown
-from .weights import load_weights, save_weights
 
 if TYPE_CHECKING:
     from .resume.place import Resume
@@ -483,6 +483,7 @@ class Learner:
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the weights, plain tensors, to `path`; gives the path. Raises FileNotFoundError without the folder."""
+        from .weights import save_weights
         return save_weights(self.model, check_path("path", path))
 
     def load(self, path: str | os.PathLike[str]) -> "Learner":
@@ -490,6 +491,7 @@ class Learner:
 
         Raises ValueError that names what does not fit, and then changes nothing.
         """
+        from .weights import load_weights
         load_weights(self.model, check_path("path", path))
         return self
 

@@ -1,7 +1,12 @@
 """The training loop, on one screen.
 
-Deliberately absent, because it would cost every batch: reading a number from the device (`.item()`, `.cpu()`,
-`float(loss)`), looking up who listens (bound once per fit), a progress bar and schedules (both are callbacks).
+Deliberately absent, because every batch would pay for it:
+- reading a number from the device (`.item()`, `.cpu()`, `float(loss)`): losses stay there until someone looks
+- looking up who listens: bound once per fit, so an event that nobody hears costs one call
+- schedules, records, the bar: callbacks. A schedule is a few float operations, the bar looks at the clock
+- `opt.step()`, `opt.zero_grad()`, `loss.backward()`: around their kernels they do more than the kernels (fused.py), so
+  `state.update` and `Window` go past that where it makes no difference
+- context managers, copies of the state, questions about types that were answered for the first batch
 """
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing, suppress
@@ -13,7 +18,7 @@ from . import snapshot
 from .batches import Batch, call_model, describe, n_samples
 from .callback import Callback, CancelBatch, CancelEpoch, CancelFit, Emitter
 from .checks import check_loss, check_passes, check_target
-from .data import feed
+from .feed import feed
 from .losses import mean_and_weight
 from .state import Entry, State
 from .window import Window
@@ -57,7 +62,7 @@ def train(state: State, emit: Emitter) -> None:
     if entry.window is not None:
         window.load_state_dict(entry.window)
     batches = feed(state.train_dl, state.device, entry.limit, state.interrupt,
-                   f"epoch {state.epoch}, training data", entry.n_done, entry.iterator)
+                   f"epoch {state.epoch}, training data", entry.n_done, entry.iterator, state.waiting)
     with closing(batches):
         for index, batch in enumerate(batches, entry.n_done):
             state.batch_index, state.batch, state.loaded = index, batch, batch
@@ -123,7 +128,7 @@ def step(state: State, emit: Emitter, window: Window) -> None:
     """One weight update."""
     state.step_loss, state.step_weight = window.close(), window.weight
     emit(Callback.before_step)
-    state.opt.step()
+    state.update()
     try:
         emit(Callback.after_step)
     finally:  # the weights have moved, even if a callback ends the epoch here

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from .batches import Batch, UnpackBatch
 from .losses import Weight
 from .signals import DeferredInterrupt
+from .waiting import Waiting
 
 if TYPE_CHECKING:
     from .callback import Callback, Emitter
@@ -55,6 +56,7 @@ class State:
     loss_func: Callable[[Any, Any], Any]  # (output, target) -> mean loss, or (sum, count); `before_fit` may wrap it
     gradient: Callable[["State", "Emitter", "Window"], None]  # forward, loss, backward; `before_fit` may wrap it
     opt: Optimizer
+    update: Callable[[], None]  # one weight update: what `opt.step()` does, in less time where that is possible
     device: torch.device
     unpack: UnpackBatch  # batch -> (inputs, target)
     group_names: tuple[str, ...]  # of the layer groups, first layers first
@@ -72,6 +74,7 @@ class State:
     norms_in_eval: tuple[nn.Module, ...] = ()  # frozen norm layers that do not train
     weight_decays: tuple[float, ...] = ()  # of each of the optimizer's param_groups, as the fit began
     interrupt: DeferredInterrupt = field(default_factory=DeferredInterrupt)
+    waiting: Waiting = field(default_factory=Waiting)  # how long training waited for its batches so far
     metric_names: tuple[str, ...] = ()  # keys that every complete epoch row of this fit has
     lr_scale: float = 1.0  # multiplies every scheduled learning rate: lowered by callbacks that watch for a plateau
     schedule_step: int | None = None  # where the schedules are, if that is not at `step`: written by TimeLimit

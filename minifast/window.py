@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from . import fused
 from .losses import Weight, nonzero
 
 
@@ -24,6 +25,7 @@ class Window:
         self._params = [p for group in opt.param_groups for p in group["params"]]
         self._is_dropped = self.is_full = False
         self._is_sum = self.is_open = False
+        self._one, self._run = torch.ones(()), fused.backward()
         self._loss: Any = 0.0  # the sum of the losses so far, or the one there is
         self._unit: float = 1  # the weight of the first micro-batch
         self.weight: Weight = 0  # what the losses so far are means over
@@ -40,15 +42,15 @@ class Window:
     def backward(self, loss: Tensor, weight: Weight, gradient: Tensor | None = None) -> None:
         """Add the gradient of `loss`, a mean over `weight` samples, starting from `gradient` () (None: 1)."""
         if not self._is_sum:
-            loss.backward(gradient)
+            self._back(loss, gradient)
             self._loss, self.weight = loss.detach(), weight
         elif isinstance(weight, Tensor):
-            (loss * weight / self._unit).backward(gradient)  # in this order: an integer tensor / 5 would be float32
+            self._back(loss * weight / self._unit, gradient)  # in this order: an integer tensor / 5 would be float32
             self._loss = loss.detach() * weight + self._loss
             self.weight = self.weight + weight
         else:
             self._unit = self._unit if self.is_open else weight or 1
-            (loss if weight == self._unit else loss * (weight / self._unit)).backward(gradient)
+            self._back(loss if weight == self._unit else loss * (weight / self._unit), gradient)
             self._loss = loss.detach() * weight + self._loss
             self.weight = self.weight + weight
         self.is_open = True
@@ -118,6 +120,16 @@ class Window:
         self._loss, self.weight = (value.to(device) if isinstance(value, Tensor) else value
                                    for value in (saved["loss"], saved["weight"]))
         self.is_open = saved["is_open"]
+
+    def _back(self, loss: Tensor, gradient: Tensor | None) -> None:
+        if loss.ndim:  # one number in another shape
+            loss.backward(gradient)
+            return
+        if gradient is None:
+            gradient = self._one  # made once: torch would make it in each batch
+            if gradient.dtype is not loss.dtype or gradient.device != loss.device:
+                gradient = self._one = torch.ones_like(loss)
+        self._run(loss, gradient)
 
     def _grads(self) -> list[Tensor]:
         return [p.grad for p in self._params if p.grad is not None]

@@ -18,10 +18,10 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "minifast"
 FLOORS = {
     0: {"errors"},
-    1: {"signals", "suggest", "schedules", "plots", "tables", "batches", "losses", "scalars", "trees",
-        "pickles", "rng", "workers", "cuda_graph"},
-    2: {"groups", "hypers", "data", "snapshot", "window", "record", "plan", "files", "hooks", "verdict"},
-    3: {"state", "checks", "image_folder", "meters", "weights"},
+    1: {"signals", "suggest", "schedules", "fused", "plots", "tables", "batches", "losses", "scalars", "trees",
+        "pickles", "rng", "workers", "waiting", "datasets", "cuda_graph"},
+    2: {"groups", "hypers", "data", "snapshot", "window", "record", "plan", "files", "hooks", "verdict", "overlap"},
+    3: {"state", "checks", "image_folder", "meters", "weights", "feed", "advice"},
     4: {"callback", "whole_set", "inference", "graph_forms"},
     5: {"loop", "scheduler", "lr_find", "recorder", "progress", "metrics", "finite", "ownership", "budget",
         "loggers"},

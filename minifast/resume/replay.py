@@ -29,7 +29,8 @@ from torch.utils.data import (
 )
 
 from ..batches import Batch, tensors
-from ..data import TensorLoader, begin, end_workers
+from ..data import TensorLoader
+from ..feed import begin, end_workers
 from ..signals import DeferredInterrupt
 
 SAMPLERS = (SequentialSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
