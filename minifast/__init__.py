@@ -13,7 +13,7 @@ from .batches import split_batch
 from .budget import TimeLimit
 from .callback import Callback, CancelBatch, CancelEpoch, CancelFit, Order
 from .composed import PiecewiseLR, Schedule
-from .data import DataLoaders, TensorLoader, digits
+from .dataloaders import DataLoaders, digits
 from .errors import NonFiniteGradient, NonFiniteLoss
 from .finite import FiniteLoss
 from .groups import LayerGroup, LayerGroups
@@ -37,6 +37,7 @@ from .record import FitRecord
 from .recorder import Recorder
 from .scheduler import Scheduler
 from .state import State
+from .tensor_loader import TensorLoader
 
 __version__ = "0.1.0"
 
