@@ -4,8 +4,8 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from .data import TensorLoader
 from .datasets import is_stream, n_cpus
+from .tensor_loader import TensorLoader
 from .waiting import SECONDS, SHARE, Waiting
 
 IN_MEMORY = "DataLoaders.in_memory(dataset), if the data fits, reads it once"

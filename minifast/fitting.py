@@ -10,7 +10,8 @@ from .batches import output_loss
 from .budget import TICKS, TimeLimit
 from .callback import Callback
 from .checks import check_loader, check_optimizer, check_trainable, check_valid
-from .data import as_dataloaders, count_steps, is_one_shot, micro_batches, n_batches, valid_sets
+from .data import count_steps, is_one_shot, micro_batches, n_batches, valid_sets
+from .dataloaders import as_dataloaders
 from .errors import check_flag, check_int, check_number, check_path, quoted
 from .finite import FiniteLoss
 from .fused import updater

@@ -14,7 +14,8 @@ from . import fitting, loop, snapshot
 from .batches import Batch, UnpackBatch, call_model, describe, scores, split_batch, to_device
 from .callback import Callback, Emitter, evaluating
 from .cycles import check_not_swapped, epochs_and_schedule, epochs_of_cycles
-from .data import DataLoaders, as_dataloaders, count_steps, generators, in_order, second_copy, valid_sets
+from .data import count_steps, generators, in_order, second_copy, valid_sets
+from .dataloaders import DataLoaders, as_dataloaders
 from .errors import check_flag, check_int, check_number, check_path, quoted
 from .feed import feed
 from .fitting import FitOptions

@@ -39,7 +39,7 @@ class Progress(Callback):
 
     def before_fit(self, state: State) -> None:
         self._columns: list[str] = []
-        self._screen = _screen(state.n_steps, BAR if state.n_epochs is not None else BAR_OF_TIME)
+        self._screen = screen(state.n_steps, BAR if state.n_epochs is not None else BAR_OF_TIME)
         self._next_look, self._is_told = 0.0, bool(self.title)
         self._look(state)
 
@@ -207,7 +207,8 @@ class _Text:
         return self.text
 
 
-def _screen(n_steps: int, form: str) -> _Lines:
+def screen(n_steps: int, form: str) -> _Lines:
+    """What there is to write on: a notebook, a terminal with a bar of `n_steps`, or something that takes lines."""
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython else None
     if shell is not None and hasattr(shell, "kernel"):
