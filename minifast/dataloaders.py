@@ -2,17 +2,18 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib import resources
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from . import datasets, in_memory
 from .batches import Batch
-from .in_memory import Transform
 from .tensor_loader import TensorLoader
+
+if TYPE_CHECKING:
+    from .in_memory import Transform
 
 
 @dataclass
@@ -50,8 +51,8 @@ class DataLoaders:
                                 "Pass e.g. a torch DataLoader.")
 
     @classmethod
-    def in_memory(cls, train: Any, valid: Any = None, *, batch_size: int = 64, transform: Transform | None = None,
-                  valid_transform: Transform | None = None, device: torch.device | str | None = None,
+    def in_memory(cls, train: Any, valid: Any = None, *, batch_size: int = 64, transform: "Transform | None" = None,
+                  valid_transform: "Transform | None" = None, device: torch.device | str | None = None,
                   drop_last: bool = False, generator: torch.Generator | None = None, num_workers: int | None = None,
                   verbose: bool = True) -> "DataLoaders":
         """`TensorLoader`s of data sets that are read once, now, and kept: one that shuffles, and the validation's.
@@ -80,6 +81,7 @@ class DataLoaders:
         >>> x.shape, y.dtype
         (torch.Size([4]), torch.int64)
         """
+        from . import in_memory  # not before it is used: so `import minifast` takes no longer for it
         return cls(*in_memory.loaders(train, valid, batch_size=batch_size, transform=transform,
                                       valid_transform=valid_transform, device=device, drop_last=drop_last,
                                       generator=generator, num_workers=num_workers, verbose=verbose))
@@ -105,6 +107,7 @@ class DataLoaders:
         >>> len(dls.train), dls.train.num_workers, dls.valid
         (2, 0, None)
         """
+        from . import datasets
         datasets.check_datasets(train, valid)
         datasets.check_options(batch_size, num_workers, options)
 
