@@ -25,3 +25,13 @@ def test_the_benchmark_of_checkpoints_runs():
     assert [line.split("  ")[0] for line in lines[2:5]] == ["small", "2 M", "25 M"]
     assert "with a Checkpoint that is not due" in lines[5]
     assert run.stderr == ""
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_loading_runs():
+    program = Path(__file__).parent / "benchmarks" / "loading.py"
+    run = subprocess.run([sys.executable, "-W", "error", "-W", "ignore:.*fork:DeprecationWarning", program,
+                          "--rounds", "1", "--batches", "20"], capture_output=True, text=True, check=True)
+    assert [line.split("  ")[0] for line in run.stdout.splitlines()[2:]] == [
+        "list of batches", "TensorLoader", "DataLoader, 0 workers", "DataLoader, 2 workers"]
+    assert run.stderr == ""
