@@ -33,4 +33,12 @@ def test_the_benchmark_of_graphs_has_nothing_to_measure_on_a_cpu():
     run = subprocess.run([sys.executable, "-W", "error", program, "--device", "cpu"], capture_output=True, text=True,
                          check=True)
     assert run.stdout.startswith("cpu: there is nothing to measure without a CUDA device")
+
+
+def test_the_benchmark_of_loading_runs():
+    program = Path(__file__).parent / "benchmarks" / "loading.py"
+    run = subprocess.run([sys.executable, "-W", "error", "-W", "ignore:.*fork:DeprecationWarning", program,
+                          "--rounds", "1", "--batches", "20"], capture_output=True, text=True, check=True)
+    assert [line.split("  ")[0] for line in run.stdout.splitlines()[2:]] == [
+        "list of batches", "TensorLoader", "DataLoader, 0 workers", "DataLoader, 2 workers"]
     assert run.stderr == ""
