@@ -155,7 +155,7 @@ def parse(arguments):
         parser.error("--graph needs a CUDA device.")
     if options.graph and options.compile:
         parser.error("--graph and --compile are two ways to the same end: pass one of them.")
-    if options.epochs is not None and options.epochs < 1 or options.runs < 1:
+    if (options.epochs is not None and options.epochs < 1) or options.runs < 1:
         parser.error("--epochs and --runs must be at least 1.")
     options.size = options.size or ("full" if on_gpu else "small")
     options.half = on_gpu if options.half is None else options.half
