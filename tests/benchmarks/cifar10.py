@@ -97,7 +97,7 @@ def flat(model):
 def race(data, recipe, device, seed, **options):
     """One training of both: {version: {"epochs": seconds, "whole": seconds, "accuracy": 0..1, "flips": 0..1}}.
 
-    "whole": from the weights at the start to the accuracy.
+    "whole": from the weights at the start to the accuracy with flips.
     """
     half = options["half"]
     start = start_model(data, recipe, device, seed)
@@ -106,11 +106,12 @@ def race(data, recipe, device, seed, **options):
     began = now(device)
     learn, test_dl = ours.make_learner(mine, data, recipe, device, seed, **options)
     ours.train(learn, recipe, [turns])
-    results = {LEARNER: ours.evaluate(learn, test_dl)}
+    flips = ours.evaluate(learn, test_dl)
     middle = now(device)
-    results[PLAIN] = plain.evaluate(theirs, data, device, half)
+    results = {PLAIN: plain.evaluate(theirs, data, recipe, device, half)}
     script = sum(turns.seconds[PLAIN])
     whole = {LEARNER: middle - began - script, PLAIN: script + now(device) - middle}
+    results[LEARNER] = learn.validate(test_dl)["accuracy"], flips
     return {name: {"epochs": turns.seconds[name], "whole": whole[name], "accuracy": accuracy, "flips": flips}
             for name, (accuracy, flips) in results.items()}
 

@@ -78,11 +78,11 @@ def precision(device, half, cache=True):
 
 
 @torch.no_grad()
-def evaluate(model, data, device, half=False):
+def evaluate(model, data, recipe, device, half=False):
     """The accuracy, 0..1, as it is, and of the mean of the outputs for each image and its mirror image."""
     model.eval()
     normalize, right, right_of_both = Normalize(device), 0, 0
-    for x, y in zip(data.test_x.split(1000), data.test_y.split(1000), strict=True):
+    for x, y in zip(*(tensor.split(2 * recipe.batch_size) for tensor in (data.test_x, data.test_y)), strict=True):
         x, y = normalize((x, y))
         with precision(device, half):
             plain, mirrored = model(x).float(), model(x.flip(3)).float()

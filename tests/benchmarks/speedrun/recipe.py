@@ -46,6 +46,6 @@ def triangle(step, n_steps):
 
 SIZES = {
     "tiny": Recipe((8, 8, 16), n_train=512, n_test=128, epochs=2, batch_size=64, lr=0.1, cutout=8),
-    "small": Recipe((32, 64, 128), n_train=10_000, n_test=10_000, epochs=5, batch_size=125, lr=0.1, cutout=0),
+    "small": Recipe((32, 64, 128), n_train=10_000, n_test=10_000, epochs=5, batch_size=125, lr=0.2, cutout=0),
     "full": Recipe((64, 256, 512), n_train=50_000, n_test=10_000, epochs=12, batch_size=512, lr=0.4),
 }
