@@ -1,5 +1,6 @@
 # Everything runs in .venv, which the first target that needs it creates: with uv where that works, else with venv and pip.
-# Options: ARGS="..." goes to the command of demo, test, fast, bench, bench-cifar and crash; PYTHON=... is the Python that .venv is made from.
+# Options: ARGS="..." goes to the command of demo, test, fast, bench, bench-cifar and crash; PYTHON=... is the Python that
+# .venv is made from.
 
 # Emptied, so that settings of another environment do not leak into this one.
 RUN = PYTHONPATH= PYTHONHOME= .venv/bin/python
