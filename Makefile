@@ -1,5 +1,6 @@
 # Everything runs in .venv, which the first target that needs it creates: with uv where that works, else with venv and pip.
-# Options: ARGS="..." goes to the command of demo, test, fast, bench and crash; PYTHON=... is the Python that .venv is made from.
+# Options: ARGS="..." goes to the command of demo, test, fast, bench, bench-cifar and crash; PYTHON=... is the Python that
+# .venv is made from.
 
 # Emptied, so that settings of another environment do not leak into this one.
 RUN = PYTHONPATH= PYTHONHOME= .venv/bin/python
@@ -7,11 +8,11 @@ READY = .venv/.installed
 ARGS =
 PYTHON ?=
 
-.PHONY: help demo test fast check nbs bench crash clean
+.PHONY: help demo test fast check nbs bench bench-cifar crash clean
 
 help:
 	@echo "minifast: make <target>"
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-6s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-11s %s\n", $$1, $$2 }' Makefile
 
 demo: $(READY) ## train on real digits, print the results and write the plots (ARGS="--help": options)
 	@$(RUN) -m minifast $(ARGS)
@@ -45,6 +46,9 @@ nbs: $(READY) ## run every notebook in nbs/ in place
 bench: $(READY) ## compare with the hand-written loop; what checkpoints cost
 	@$(RUN) tests/benchmarks/run.py $(ARGS)
 	@$(RUN) tests/benchmarks/checkpoint.py $(ARGS)
+
+bench-cifar: $(READY) ## a CIFAR-10 speed run: Learner and plain script (ARGS="--data DIR": where cifar10_jpeg.npz is)
+	@$(RUN) tests/benchmarks/cifar10.py $(ARGS)
 
 # Memory of 100,000 steps, 150 kills of trainers with workers, 200 kinds of junk for each argument.
 FULL = $(addprefix tests/reliability/test_,resources.py workers.py signals.py fuzz.py)
