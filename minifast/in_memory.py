@@ -90,8 +90,8 @@ def _check_room(n_bytes: int, device: torch.device, sets: dict[str, Any]) -> Non
     free = available(device)
     if free is not None and n_bytes > USABLE * free:
         raise MemoryError(f"{' and '.join(sets)} would take {n_bytes / 1e6:,.0f} MB in the memory of {device}, where "
-                          f"{free / 1e6:,.0f} MB are free, of which {USABLE:.0%} may be used. Read from the data set as "
-                          "you train: DataLoaders(DataLoader(data, batch_size=64, shuffle=True, num_workers=2)).")
+                          f"{free / 1e6:,.0f} MB are free, of which {USABLE:.0%} may be used. Read from the data set "
+                          "as you train: DataLoaders(DataLoader(data, batch_size=64, shuffle=True, num_workers=2)).")
 
 
 def _check_frozen(name: str, data: Any, n: int) -> None:
