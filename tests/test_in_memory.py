@@ -298,7 +298,9 @@ class Stream(IterableDataset):
     ([("a text", 1)], None, TypeError, "the sample holds 'a text' (str)"),
     ([(None, 1)], None, TypeError, "the sample holds None (NoneType)"),
     ([(np.array(["a"]), 1)], None, TypeError, "only tensors, numpy arrays, numbers and PIL images"),
-    ([torch.eye(2).to_sparse()], None, TypeError, "a sparse tensor (torch.sparse_coo)"),
+    ([torch.eye(2).to_sparse()], None, TypeError, "a sparse Tensor (torch.sparse_coo)"),
+    ([torch.ones(2, device="meta")], None, TypeError, "a Tensor without values (device meta)"),
+    ([2**63], None, TypeError, "the sample holds 9223372036854775808 (int)"),
     ([{}], None, ValueError, "train: sample 0 holds nothing (dict)"),
 ], ids=lambda value: None)  # fmt: skip
 def test_what_is_no_data_set_to_keep(train, valid, error, message):
