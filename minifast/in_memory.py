@@ -109,6 +109,7 @@ def _columns(name: str, data: Any, first: Any, n: int, device: torch.device, num
     """All samples, each tensor of a sample in a tensor (n, ...) on `device`."""
     at_once = max(1, min(MOST_AT_ONCE, MOST_BYTES // max(1, _n_bytes(first))))
     num_workers = _workers(name, data, n) if num_workers is None else num_workers
+    num_workers = min(num_workers, -(-n // at_once))  # no more than there are parts to read
     loader = DataLoader(samples.Samples(name, data, first), at_once, num_workers=num_workers, collate_fn=_stacked)
     columns = [torch.empty((n, *tensor.shape), dtype=tensor.dtype, device=device) for tensor in tensors(first)]
     screen = progress.screen(n, BAR) if verbose else None

@@ -69,9 +69,9 @@ def as_tensor(leaf: Any) -> Tensor:
     >>> as_tensor(True), as_tensor(0.5), as_tensor(np.float32(2))
     (tensor(True), tensor(0.5000, dtype=torch.float64), tensor(2.))
     """
-    if isinstance(leaf, Tensor) and leaf.layout is torch.strided:
+    if isinstance(leaf, Tensor) and leaf.layout is torch.strided and not leaf.is_meta:
         return leaf.detach()
-    if isinstance(leaf, (bool, int)):
+    if isinstance(leaf, (bool, int)) and -2**63 <= leaf < 2**63:
         return torch.tensor(leaf)
     if isinstance(leaf, float):
         return torch.tensor(leaf, dtype=torch.float64)
@@ -79,7 +79,8 @@ def as_tensor(leaf: Any) -> Tensor:
         return _of_image(leaf)
     if isinstance(leaf, (np.ndarray, np.generic)) and leaf.dtype.kind in "biufc":
         return torch.from_numpy(np.array(leaf))  # a copy: torch warns of arrays that cannot be written
-    what = f"a sparse tensor ({leaf.layout})" if isinstance(leaf, Tensor) else quoted(leaf)
+    what = quoted(leaf) if not isinstance(leaf, Tensor) else "a Tensor without values (device meta)" if leaf.is_meta \
+        else f"a sparse Tensor ({leaf.layout})"
     raise TypeError(f"only tensors, numpy arrays, numbers and PIL images can be kept in memory, the sample holds {what}"
                     ". Leave it out of the samples, or pass a DataLoader: DataLoaders(DataLoader(data)).")
 

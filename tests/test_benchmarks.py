@@ -41,4 +41,14 @@ def test_the_benchmark_of_loading_runs():
                           "--rounds", "1", "--batches", "20"], capture_output=True, text=True, check=True)
     assert [line.split("  ")[0] for line in run.stdout.splitlines()[2:]] == [
         "list of batches", "TensorLoader", "DataLoader, 0 workers", "DataLoader, 2 workers"]
+
+
+def test_the_benchmark_of_data_in_memory_runs():
+    program = Path(__file__).parent / "benchmarks" / "in_memory.py"
+    run = subprocess.run([sys.executable, "-W", "error", program, "--rounds", "1", "--samples", "1000"],
+                         capture_output=True, text=True, check=True)
+    names = [line.split("  ")[0] for line in run.stdout.splitlines()]
+    assert [name for name in names if name.startswith("TensorLoader")] == [
+        f"TensorLoader, {dtype}, batch {size}" for dtype in ("float32", "uint8") for size in (64, 256)]
+    assert names[-1] == "epoch: Learner, TensorLoader"
     assert run.stderr == ""
