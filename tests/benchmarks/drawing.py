@@ -1,5 +1,6 @@
 """The tables as one picture: every round a dot, the quartiles a bar, the median a line."""
 from pathlib import Path
+from textwrap import wrap
 
 from harness import Goal, Table, spread
 
@@ -27,11 +28,12 @@ def _panel(table: Table, ax) -> None:
         _, first, median, third, _ = spread(values)
         color = "0.35" if row.name == table.reference else "C0"
         ax.plot([first, third], [y, y], color=color, linewidth=6, alpha=0.35, solid_capstyle="butt")
-        ax.plot(values, [y] * len(values), "o", color=color, markersize=3.5, alpha=0.5, markeredgewidth=0)
-        ax.plot([median], [y], "|", color=color, markersize=13, markeredgewidth=2.5)
+        ax.plot(values, [y] * len(values), "o", color=color, markersize=3.5, alpha=0.5, markeredgewidth=0,
+                clip_on=False)
+        ax.plot([median], [y], "|", color=color, markersize=13, markeredgewidth=2.5, clip_on=False)
         goal = _goal(table, row.name)
         if goal is not None:
-            ax.plot([goal], [y], "x", color="C3", markersize=7, markeredgewidth=1.8, zorder=3)
+            ax.plot([goal], [y], "x", color="C3", markersize=7, markeredgewidth=1.8, zorder=3, clip_on=False)
     if table.reference:
         ax.axvline(1, color="0.6", linewidth=0.8, zorder=0)
     highest = max(max(table.ratios(row.name) if table.reference else row.values) for row in table.rows)
@@ -49,7 +51,7 @@ def _panel(table: Table, ax) -> None:
     unit = f"{table.unit}, as a multiple of the reference" if table.reference else table.unit
     has_goal = any(_goal(table, row.name) is not None for row in table.rows)
     ax.set_xlabel(unit + (" (red cross: at most)" if has_goal else ""), fontsize=8)
-    ax.set_title(table.title, fontsize=10, loc="left")
+    ax.set_title("\n".join(wrap(table.title, 85)), fontsize=10, loc="left")
 
 
 def _goal(table: Table, name: str) -> float | None:
