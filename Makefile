@@ -5,10 +5,11 @@
 # Emptied, so that settings of another environment do not leak into this one.
 RUN = PYTHONPATH= PYTHONHOME= .venv/bin/python
 READY = .venv/.installed
+PEERS_READY = .venv-peers/.installed
 ARGS =
 PYTHON ?=
 
-.PHONY: help demo test fast check nbs bench bench-cifar crash clean
+.PHONY: help demo test fast check nbs bench bench-peers bench-cifar crash clean
 
 help:
 	@echo "minifast: make <target>"
@@ -43,9 +44,11 @@ nbs: $(READY) ## run every notebook in nbs/ in place
 	    nbformat.write(nb, path)' "$$nb" || exit 1; \
 	done
 
-bench: $(READY) ## compare with the hand-written loop; what checkpoints cost
+bench: $(READY) ## compare with the hand-written loop (ARGS="steps --rounds 5"; --list: what there is)
 	@$(RUN) tests/benchmarks/run.py $(ARGS)
-	@$(RUN) tests/benchmarks/checkpoint.py $(ARGS)
+
+bench-peers: $(PEERS_READY) ## compare with other frameworks, in an environment of their own (.venv-peers)
+	@PYTHONPATH= PYTHONHOME= .venv-peers/bin/python tests/benchmarks/run.py peers $(ARGS)
 
 bench-cifar: $(READY) ## a CIFAR-10 speed run: Learner and plain script (ARGS="--data DIR": where cifar10_jpeg.npz is)
 	@$(RUN) tests/benchmarks/cifar10.py $(ARGS)
@@ -57,34 +60,51 @@ crash: $(READY) ## kill training thousands of times, resume it, compare bits (AR
 	@$(RUN) tests/reliability/crash_table.py $(ARGS)
 	@MINIFAST_FULL=1 $(RUN) -m pytest -q $(FULL)
 
-clean: ## remove .venv, caches, build results and the plots of the demo
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist minifast-demo
+clean: ## remove .venv, .venv-peers, caches, build results and the plots of the demo
+	rm -rf .venv .venv-peers .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist minifast-demo
 	find minifast tests nbs -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+
+# The environment that $@ lies in, and `install`, a command that installs into it.
+define ENVIRONMENT
+set -e; unset VIRTUAL_ENV CONDA_PREFIX PYTHONPATH PYTHONHOME; env=$(@D); \
+new_enough='import sys; sys.exit(sys.version_info < (3, 11))'; \
+uv=; if uv --version >/dev/null 2>&1; then uv=uv; fi; \
+if ! $$env/bin/python -c "$$new_enough" 2>/dev/null; then \
+  set -- "$(PYTHON)"; \
+  if [ -z "$(PYTHON)" ]; then set -- python3 python3.13 python3.12 python3.11 python3.14 python; fi; \
+  python=; for p do \
+    if "$$p" -c "$$new_enough" >/dev/null 2>&1; then python=$$p; break; fi; \
+  done; \
+  if [ -z "$$python" ]; then \
+    echo "minifast needs Python 3.11 or newer, and this is not it or not there: $$*" >&2; \
+    echo "Install one, or say where it is: make PYTHON=/path/to/python3" >&2; \
+    exit 1; \
+  fi; \
+  echo "Setting up $$env (once; PyTorch is large, so this can take minutes)"; \
+  rm -rf $$env; \
+  if [ -n "$$uv" ]; then uv venv --quiet --python "$$python" $$env; else "$$python" -m venv $$env; fi; \
+fi; \
+if [ -n "$$uv" ]; then \
+  install="uv pip install --python $$env/bin/python"; \
+else \
+  $$env/bin/python -m pip --version >/dev/null 2>&1 || $$env/bin/python -m ensurepip; \
+  install="$$env/bin/python -m pip install"; \
+fi
+endef
 
 # Written last, so an installation that was interrupted is taken up again.
 $(READY): pyproject.toml
-	@set -e; unset VIRTUAL_ENV CONDA_PREFIX PYTHONPATH PYTHONHOME; \
-	new_enough='import sys; sys.exit(sys.version_info < (3, 11))'; \
-	uv=; if uv --version >/dev/null 2>&1; then uv=uv; fi; \
-	if ! .venv/bin/python -c "$$new_enough" 2>/dev/null; then \
-	  set -- "$(PYTHON)"; \
-	  if [ -z "$(PYTHON)" ]; then set -- python3 python3.13 python3.12 python3.11 python3.14 python; fi; \
-	  python=; for p do \
-	    if "$$p" -c "$$new_enough" >/dev/null 2>&1; then python=$$p; break; fi; \
-	  done; \
-	  if [ -z "$$python" ]; then \
-	    echo "minifast needs Python 3.11 or newer, and this is not it or not there: $$*" >&2; \
-	    echo "Install one, or say where it is: make PYTHON=/path/to/python3" >&2; \
-	    exit 1; \
-	  fi; \
-	  echo "Setting up .venv (once; PyTorch is large, so this can take minutes)"; \
-	  rm -rf .venv; \
-	  if [ -n "$$uv" ]; then uv venv --quiet --python "$$python" .venv; else "$$python" -m venv .venv; fi; \
-	fi; \
-	if [ -n "$$uv" ]; then \
-	  uv pip install --python .venv/bin/python -e '.[dev]'; \
-	else \
-	  .venv/bin/python -m pip --version >/dev/null 2>&1 || .venv/bin/python -m ensurepip; \
-	  .venv/bin/python -m pip install -e '.[dev]'; \
-	fi; \
+	@$(ENVIRONMENT); \
+	$$install -e '.[dev]'; \
+	touch $@
+
+PEERS = fastai lightning pytorch-ignite skorch accelerate
+
+# Together, so that their versions fit; if that fails one by one: the table then names those that are missing.
+$(PEERS_READY): pyproject.toml
+	@$(ENVIRONMENT); \
+	$$install -e . torch torchvision $(PEERS) || { \
+	  $$install -e . torch torchvision; \
+	  for peer in $(PEERS); do $$install $$peer || echo "bench-peers: $$peer cannot be installed" >&2; done; \
+	}; \
 	touch $@

@@ -1,21 +1,15 @@
 """What `graph=True` and `compile=True` save: microseconds per step of small models on a GPU.
 
 Rows: a Learner as it is, with graph=True, and with compile=True; the same updates on the same batches, which lie on
-the device; rounds of all rows are interleaved in one process, figures are medians, ratios are paired round by round.
-Each Learner is warmed up by a fit, so that no compilation is counted; a capture belongs to its fit, and is counted.
-First it is checked that losses agree. On a CPU there is nothing to measure.
-
-Usage: `python tests/benchmarks/graph.py --help`.
+the device. Each Learner is warmed up by a fit, so that no compilation is counted; a capture belongs to its fit, and is
+counted. First it is checked that losses agree. On a CPU there is nothing to measure.
 """
-import argparse
-import platform
-import statistics
-import time
+from collections.abc import Iterator
 
 import torch
+from harness import Options, Table, interleave, seconds
 from torch import nn
 
-import minifast
 from minifast import DataLoaders, Learner
 
 MAX_LR = 0.01
@@ -48,33 +42,6 @@ def make_learner(make_model, steps, device, **options):
     return Learner(model, DataLoaders(epoch), nn.CrossEntropyLoss(), device=device, verbose=False, **options)
 
 
-def seconds_of_fit(learn, steps):
-    """Seconds per step of one fit, until the device is done."""
-    synchronize(learn.device)
-    began = time.perf_counter()
-    learn.fit_one_cycle(1, MAX_LR)
-    synchronize(learn.device)
-    return (time.perf_counter() - began) / steps
-
-
-def synchronize(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def measure(make_model, steps, rounds, device, rows):
-    """Seconds per step of each of `rows`: {row: [one per round]}."""
-    learners = {name: make_learner(make_model, steps, device, **ROWS[name]) for name in rows}
-    for learn in learners.values():  # the first fit warms up
-        learn.fit_one_cycle(1, MAX_LR)
-    check_losses(learners)
-    seconds = {name: [] for name in rows}
-    for _ in range(rounds):
-        for name, learn in learners.items():
-            seconds[name].append(seconds_of_fit(learn, steps))
-    return seconds
-
-
 def check_losses(learners):
     """The first 20 losses of all learners agree; later, rounding has grown."""
     reference = next(iter(learners.values())).recorder.losses[:20]
@@ -84,33 +51,18 @@ def check_losses(learners):
                 raise AssertionError(f"{name} is not the same training: a loss of {ours:.6f} for {theirs:.6f}")
 
 
-def table(seconds):
-    reference = seconds["eager"]
-    rows = []
-    for name, times in seconds.items():
-        ratios = [mine / theirs for mine, theirs in zip(times, reference, strict=True)]
-        rows.append([name, f"{statistics.median(times) * 1e6:.1f}", f"{statistics.median(ratios):.2f}",
-                     f"{min(ratios):.2f}-{max(ratios):.2f}"])
-    return minifast.tables.table(["", "us per step", "ratio", "spread"], rows)
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=11)
-    parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="eager is always measured")
-    args = parser.parse_args()
-    device = torch.device(args.device)
-    if device.type != "cuda":
-        print(f"{device}: there is nothing to measure without a CUDA device, where launching is what a step waits for.")
-        return
-    rows = [name for name in ROWS if name == "eager" or name in args.rows]
-    print(f"batch 64, AdamW, one-cycle; {args.steps} steps, medians of {args.rounds} rounds; torch "
-          f"{torch.__version__}, {torch.cuda.get_device_name(device)}, Python {platform.python_version()}")
+def suite(options: Options) -> Iterator[Table]:
+    device, steps = options.device, options.steps
     for name, make_model in MODELS.items():
-        print(f"\n{name}\n{table(measure(make_model, args.steps, args.rounds, device, rows))}")
-
-
-if __name__ == "__main__":
-    main()
+        title = f"{name}, batch 64, AdamW, one-cycle, batches on the device"
+        if device.type != "cuda":
+            yield Table(title, "us per step", [], notes=[
+                f"{device}: nothing to measure without a CUDA device, where launching is what a step waits for"])
+            continue
+        learners = {row: make_learner(make_model, steps, device, **kind) for row, kind in ROWS.items()}
+        for learn in learners.values():  # the first fit warms up
+            learn.fit_one_cycle(1, MAX_LR)
+        check_losses(learners)
+        rows = {row: lambda learn=learn: 1e6 * seconds(lambda: learn.fit_one_cycle(1, MAX_LR), device) / steps
+                for row, learn in learners.items()}
+        yield Table(title, "us per step", interleave(rows, options), "eager")

@@ -1,17 +1,13 @@
 """Data in memory: microseconds per batch of a TensorLoader and of a DataLoader, and an epoch of training from each.
 
-60,000 x 28 x 28, shuffled. Rounds of all rows are interleaved in one process; figures are medians over the rounds,
-ratios are paired round by round with the first row of each table. First it is checked that the same seed gives the
-same batches and the same weights. Usage: `python tests/benchmarks/in_memory.py --help`.
+60,000 x 28 x 28, shuffled. First it is checked that the same seed gives the same batches and the same weights.
 """
-import argparse
 import copy
 import itertools
-import platform
-import statistics
-import time
+from collections.abc import Iterator
 
 import torch
+from harness import Goal, Options, Table, interleave, seconds
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -19,6 +15,8 @@ import minifast
 
 DTYPES = {"float32": torch.float32, "uint8": torch.uint8}
 SIDE, LR = 28, 1e-3
+DATASET, TENSOR = "DataLoader, no workers", "TensorLoader"
+HAND, LEARNER = f"by hand, AdamW, {DATASET}", f"Learner, {TENSOR}"
 
 
 def data(n, dtype):
@@ -29,12 +27,12 @@ def data(n, dtype):
 
 
 def loaders(x, y, batch_size):
-    """name -> loader; the first is what the others are compared with."""
+    """name -> loader."""
     def from_dataset(num_workers):
         return DataLoader(TensorDataset(x, y), batch_size, shuffle=True, num_workers=num_workers)
 
-    return {"DataLoader, no workers": from_dataset(0), "DataLoader, 2 workers": from_dataset(2),
-            "TensorLoader": minifast.TensorLoader(x, y, batch_size=batch_size, shuffle=True)}
+    return {DATASET: from_dataset(0), "DataLoader, 2 workers": from_dataset(2),
+            TENSOR: minifast.TensorLoader(x, y, batch_size=batch_size, shuffle=True)}
 
 
 def batches(loader, n_batches):
@@ -84,59 +82,21 @@ def check_same(n=2000, batch_size=64):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
-def interleaved(calls, rounds, n_batches):
-    """[(name, microseconds per batch, ratios per round to the first of `calls`)]; a first round warms up."""
-    seconds = {name: [] for name in calls}
-    for i in range(rounds + 1):
-        for name, call in calls.items():
-            began = time.perf_counter()
-            call()
-            if i:
-                seconds[name].append(time.perf_counter() - began)
-    reference = next(iter(seconds.values()))
-    return [(name, statistics.median(times) / n_batches * 1e6,
-             [mine / theirs for mine, theirs in zip(times, reference, strict=True)]) for name, times in seconds.items()]
-
-
-def batch_rows(dtype, batch_size, rounds, n=60_000):
-    """Rows of a whole pass over the data, without training."""
-    found = loaders(*data(n, DTYPES[dtype]), batch_size)
-    n_batches = len(found["TensorLoader"])
-    calls = {f"{name}, {dtype}, batch {batch_size}": (lambda loader=loader: batches(loader, n_batches))
-             for name, loader in found.items()}
-    return interleaved(calls, rounds, n_batches)
-
-
-def epoch_rows(rounds, n=60_000, batch_size=64):
-    """Rows of an epoch of training a small MLP: by hand from a DataLoader, and a Learner from a TensorLoader."""
-    found, start = loaders(*data(n, torch.float32), batch_size), model()
-    calls = {
-        "epoch: by hand, AdamW, DataLoader": lambda: by_hand(copy.deepcopy(start), found["DataLoader, no workers"]),
-        "epoch: by hand, AdamW, TensorLoader": lambda: by_hand(copy.deepcopy(start), found["TensorLoader"]),
-        "epoch: Learner, TensorLoader": lambda: with_learner(copy.deepcopy(start), found["TensorLoader"])}
-    return interleaved(calls, rounds, len(found["TensorLoader"]))
-
-
-def table(rows):
-    return minifast.tables.table(["", "us per batch", "ratio", "spread"], [
-        [name, f"{micros:.1f}", f"{statistics.median(ratios):.3f}", f"{min(ratios):.3f}-{max(ratios):.3f}"]
-        for name, micros, ratios in rows])
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--samples", type=int, default=60_000)
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    check_same()
-    print(f"{args.samples:,} x {SIDE} x {SIDE}, shuffled; medians of {args.rounds} rounds; torch {torch.__version__}, "
-          f"cpu, one thread, Python {platform.python_version()}")
+def suite(options: Options) -> Iterator[Table]:
+    n = 1000 if options.quick else 60_000
+    check_same(n if options.quick else 2000)
     for dtype, batch_size in itertools.product(DTYPES, (64, 256)):
-        print(table(batch_rows(dtype, batch_size, args.rounds, args.samples)))
-    print(table(epoch_rows(args.rounds, args.samples)))
-
-
-if __name__ == "__main__":
-    main()
+        found = loaders(*data(n, DTYPES[dtype]), batch_size)
+        n_batches = len(found[TENSOR])
+        rows = {name: lambda loader=loader, n=n_batches: 1e6 * seconds(lambda: batches(loader, n)) / n
+                for name, loader in found.items()}
+        yield Table(f"a batch of {batch_size} from {n:,} x {SIDE} x {SIDE}, {dtype}, shuffled", "us per batch",
+                    interleave(rows, options), DATASET, [Goal(TENSOR, 1 / 6)] if batch_size == 64 else [])
+    found, start = loaders(*data(n, torch.float32), 64), model()
+    n_batches = len(found[TENSOR])
+    runs = {HAND: (by_hand, DATASET), f"by hand, AdamW, {TENSOR}": (by_hand, TENSOR), LEARNER: (with_learner, TENSOR)}
+    rows = {name: lambda train=train, loader=found[loader]:
+            1e6 * seconds(lambda: train(copy.deepcopy(start), loader)) / n_batches
+            for name, (train, loader) in runs.items()}
+    yield Table(f"an epoch of an MLP {SIDE * SIDE}-32-10, batch 64", "us per step", interleave(rows, options), HAND,
+                [Goal(LEARNER, 0.5)])

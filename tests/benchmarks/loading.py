@@ -1,17 +1,15 @@
 """What handing out a batch costs: `feed`, through which every fit reads its data, against a loop over the loader.
 
-Usage: `make bench`, or `python tests/benchmarks/loading.py --help`. On a GPU (`--device cuda`): milliseconds per batch
-of copying and computing, one after the other and at the same time.
+On a GPU (`--device cuda`) also milliseconds per batch of copying and computing, one after the other and at once.
 """
-import argparse
-import statistics
-import time
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 
 import torch
+from harness import Options, Table, interleave, seconds
 from torch.utils.data import DataLoader, TensorDataset
 
-from minifast import TensorLoader, overlap, tables
+from minifast import TensorLoader, overlap
 from minifast.feed import feed
 from minifast.signals import DeferredInterrupt
 
@@ -31,37 +29,16 @@ def loaders(n, size=64, width=16):
 
 
 def by_hand(loader):
-    """Seconds of a pass by a plain loop."""
-    began = time.perf_counter()
+    """A pass by a plain loop."""
     for _ in loader:
         pass
-    return time.perf_counter() - began
 
 
 def by_feed(loader):
-    """Seconds of the same pass by `feed`."""
-    began = time.perf_counter()
+    """The same pass by `feed`."""
     with closing(feed(loader, CPU, None, DeferredInterrupt())) as batches:
         for _ in batches:
             pass
-    return time.perf_counter() - began
-
-
-def overhead(loader, n, rounds, functions=(by_hand, by_feed)):
-    """Microseconds per batch of each of `functions`, a list of `rounds` pairs; one round more warms up."""
-    pairs = [[function(loader) / n * 1e6 for function in functions] for _ in range(rounds + 1)]
-    return pairs[1:]
-
-
-def rows(rounds=11, n=300):
-    """[loader, us a batch by hand, us by feed, paired difference, its spread] of each kind of loader."""
-    table = []
-    for name, loader in loaders(n).items():
-        pairs = overhead(loader, n, rounds)
-        hand, fed = (statistics.median(column) for column in zip(*pairs, strict=True))
-        over = [b - a for a, b in pairs]
-        table.append([name, hand, fed, statistics.median(over), min(over), max(over)])
-    return table
 
 
 @contextmanager
@@ -75,51 +52,35 @@ def no_overlap():
 
 
 def pass_on_device(batches, device, weight, n_products):
-    """Seconds of a pass in which each batch is multiplied `n_products` times by `weight`, until the device is done."""
-    torch.cuda.synchronize(device)
-    began = time.perf_counter()
+    """A pass in which each batch is multiplied `n_products` times by `weight`."""
     with closing(feed(batches, device, None, DeferredInterrupt())) as fed:
         for (x,) in fed:
             for _ in range(n_products):
                 x = x @ weight
-    torch.cuda.synchronize(device)
-    return time.perf_counter() - began
 
 
-def rows_on_device(device, rounds=11, n=100, size=1024, width=4096, n_products=4):
-    """[memory, ms a batch without overlap, with it, ratio] for batches of size x width float32."""
-    table, weight = [], torch.randn(width, width, device=device) / width**0.5
-    for name in ("unpinned", "pinned"):
+def one_after_the_other(*args):
+    with no_overlap():
+        pass_on_device(*args)
+
+
+def on_device(options, n=100, size=1024, width=4096, n_products=4):
+    """Tables of batches of size x width float32."""
+    device, weight = options.device, torch.randn(width, width, device=options.device) / width**0.5
+    for memory in ("unpinned", "pinned"):
         x = torch.randn(size, width)
-        batches = [(x.pin_memory() if name == "pinned" else x,)] * n
-        pairs = []
-        for _ in range(rounds + 1):
-            with no_overlap():
-                without = pass_on_device(batches, device, weight, n_products)
-            pairs.append((without / n * 1e3, pass_on_device(batches, device, weight, n_products) / n * 1e3))
-        without, beside = (statistics.median(column) for column in zip(*pairs[1:], strict=True))
-        table.append([name, without, beside, statistics.median(b / a for a, b in pairs[1:])])
-    return table
+        args = [(x.pin_memory() if memory == "pinned" else x,)] * n, device, weight, n_products
+        rows = {"copy, then compute": lambda args=args: 1e3 * seconds(lambda: one_after_the_other(*args), device) / n,
+                "at the same time": lambda args=args: 1e3 * seconds(lambda: pass_on_device(*args), device) / n}
+        yield Table(f"a batch of {size} x {width} float32, {memory}, and {n_products} products", "ms per batch",
+                    interleave(rows, options), "copy, then compute")
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=11)
-    parser.add_argument("--batches", type=int, default=300, help="batches in a pass")
-    parser.add_argument("--device", default="cpu", help="cuda: also what overlap saves there")
-    args, _ = parser.parse_known_args()  # those of the other benchmarks
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    print(f"A batch (64 x 16, and 64 labels) on the CPU, microseconds, median of {args.rounds} paired rounds")
-    header = ["loader", "loop by hand", "feed", "difference", "from", "to"]
-    print(tables.table(header, [[name, *(f"{value:.2f}" for value in values)]
-                                for name, *values in rows(args.rounds, args.batches)]))
-    if torch.device(args.device).type == "cuda":
-        print("A batch of 1024 x 4096 float32 (16.8 MB) and 4 products with a 4096 x 4096 matrix, milliseconds")
-        print(tables.table(["memory", "copy, then compute", "at the same time", "ratio"],
-                           [[name, *(f"{value:.2f}" for value in values)]
-                            for name, *values in rows_on_device(torch.device(args.device), args.rounds)]))
-
-
-if __name__ == "__main__":
-    main()
+def suite(options: Options) -> Iterator[Table]:
+    n = 20 if options.quick else 300
+    for name, loader in loaders(n).items():
+        rows = {"loop by hand": lambda loader=loader: 1e6 * seconds(lambda: by_hand(loader)) / n,
+                "feed": lambda loader=loader: 1e6 * seconds(lambda: by_feed(loader)) / n}
+        yield Table(f"a batch of 64 x 16 on the CPU, {name}", "us per batch", interleave(rows, options), "loop by hand")
+    if options.device.type == "cuda":
+        yield from on_device(options)

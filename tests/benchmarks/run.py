@@ -1,148 +1,135 @@
-"""Microseconds per step, beside the loop one would write by hand.
+"""What minifast costs, and what it saves, beside the loop one would write by hand.
 
-Every row does the same updates on the same batches from the same weights; rounds of all rows are interleaved in one
-process, so that a machine that slows down slows them all; figures are medians over the rounds, ratios are paired
-round by round. First it is checked that the Learner makes the same updates. Usage: `make bench`, or
-`python tests/benchmarks/run.py --help`.
+All rows of a table are measured in turn, round by round, in one process; ratios are paired. Without names every suite
+runs, which takes about half an hour; --list says what there is. Usage: `make bench ARGS="steps --rounds 5"`.
 """
 import argparse
-import contextlib
-import copy
-import io
-import platform
-import statistics
+import sys
 import time
+from collections.abc import Iterable
+from importlib import import_module
+from pathlib import Path
 
+import results
 import torch
-from torch import nn
+from drawing import draw
+from harness import Options
 
-import minifast
-
-MAX_LR = 0.01
-
-
-class Screen(io.StringIO):
-    """A terminal that keeps nothing: what the progress bar draws is drawn, and forgotten."""
-
-    def isatty(self):
-        return True
-
-    def write(self, text):
-        return len(text)
-
-
-def mlp():
-    return nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 2))
-
-
-def by_hand(model, batches, device, **options):
-    """The reference: torch's optimizer and OneCycleLR, as in torch's own documentation."""
-    loss_func = nn.CrossEntropyLoss()
-    opt = torch.optim.AdamW(model.parameters(), lr=MAX_LR, **options)
-    sched = torch.optim.lr_scheduler.OneCycleLR(opt, MAX_LR, total_steps=len(batches))
-    model.train()
-    for x, y in batches:
-        loss = loss_func(model(x), y)
-        loss.backward()
-        opt.step()
-        opt.zero_grad()
-        sched.step()
-
-
-def by_hand_fused(model, batches, device):
-    """The same loop by someone who knows the tricks: a fused optimizer and a plain float in place of OneCycleLR."""
-    loss_func = nn.CrossEntropyLoss()
-    opt = torch.optim.AdamW(model.parameters(), lr=MAX_LR, fused=True)
-    model.train()
-    for i, (x, y) in enumerate(batches):
-        opt.param_groups[0]["lr"] = MAX_LR * minifast.schedules.one_cycle(i, len(batches))
-        loss = loss_func(model(x), y)
-        loss.backward()
-        opt.step()
-        opt.zero_grad()
-
-
-def with_learner(model, batches, device, **options):
-    """A Learner as a user gets it, with Recorder, one-cycle and, unless verbose=False, the bar."""
-    learn = minifast.Learner(model, minifast.DataLoaders(batches), nn.CrossEntropyLoss(), device=device, **options)
-    with contextlib.redirect_stdout(Screen()):
-        learn.fit_one_cycle(1, MAX_LR)
-
-
-def check_same_updates(batches, device):
-    """A Learner ends where torch's plain loop ends, given the same schedule of learning rate and momentum.
-
-    Fused and for-loop kernels round differently: the weights agree to 1e-4, not to the last bit.
-    """
-    mine, theirs = mlp().to(device), mlp().to(device)
-    theirs.load_state_dict(mine.state_dict())
-    with_learner(mine, batches, device, wd_norm_bias=True, verbose=False)
-    opt, plan = torch.optim.AdamW(theirs.parameters(), foreach=False), minifast.OneCycle(MAX_LR).values(len(batches))
-    for (x, y), lr, momentum in zip(batches, plan["lr"], plan["momentum"], strict=True):
-        opt.param_groups[0].update(lr=lr, betas=(momentum, 0.999))
-        nn.CrossEntropyLoss()(theirs(x), y).backward()
-        opt.step()
-        opt.zero_grad()
-    for a, b in zip(mine.parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-
-
-ROWS = {
-    "by hand: AdamW + OneCycleLR": by_hand,
-    "by hand: fused, float schedule": by_hand_fused,
-    "Learner, default": with_learner,
-    "Learner, silent": lambda *args: with_learner(*args, verbose=False),
+# name -> module:function beside this file; the function takes Options and gives Tables
+SUITES = {
+    "steps": "steps:suite",
+    "common": "common:suite",
+    "optimizer": "optimizer:suite",
+    "in_memory": "in_memory:suite",
+    "loading": "loading:suite",
+    "graph": "graph:suite",
+    "lr_find": "lr_finder:suite",
+    "checkpoint": "checkpoint:suite",
+    "startup": "startup:suite",
+    "memory": "memory:suite",
 }
+ELSEWHERE = {"peers": "peers:suite"}  # needs an environment of its own: `make bench-peers`
 
 
-def measure(make_model, batches, device, rounds):
-    """Seconds per step of each row: {row: [one per round]}."""
-    start = make_model().to(device)
-    seconds = {name: [] for name in ROWS}
-    for i in range(rounds + 1):
-        for name, row in ROWS.items():
-            model = copy.deepcopy(start)
-            synchronize(device)
-            began = time.perf_counter()
-            row(model, batches, device)
-            synchronize(device)
-            if i:  # the first round warms up
-                seconds[name].append((time.perf_counter() - began) / len(batches))
-    return seconds
+def load(name):
+    """The function of a suite, and the first line of what its module says. Raises ImportError if it is not there."""
+    module, _, function = (SUITES | ELSEWHERE)[name].partition(":")
+    found = import_module(module)
+    try:
+        return getattr(found, function), (found.__doc__ or "").strip().splitlines()[0]
+    except AttributeError as error:
+        raise ImportError(f"{module}.py has no function {function}(options) that gives tables") from error
 
 
-def synchronize(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def table(seconds):
-    reference = seconds["by hand: AdamW + OneCycleLR"]
-    rows = []
-    for name, times in seconds.items():
-        over = [(mine - theirs) * 1e6 for mine, theirs in zip(times, reference, strict=True)]
-        ratios = [mine / theirs for mine, theirs in zip(times, reference, strict=True)]
-        rows.append([name, f"{statistics.median(times) * 1e6:.1f}", f"{statistics.median(over):+.1f}",
-                     f"{statistics.median(ratios):.2f}", f"{min(ratios):.2f}-{max(ratios):.2f}"])
-    return minifast.tables.table(["", "us per step", "over by hand", "ratio", "spread"], rows)
-
-
-def main():
+def parse(arguments: Iterable[str]):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=11)
-    parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--device", default="cpu")
-    args = parser.parse_args()
-    device = torch.device(args.device)
-    torch.set_num_threads(1)
+    parser.add_argument("suites", nargs="*", metavar="suite", help=f"which to run: {', '.join(SUITES)}")
+    parser.add_argument("--rounds", type=positive, default=11, help="how often each row is measured")
+    parser.add_argument("--steps", type=positive, default=1000, help="of a run of the smallest model; others take less")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    parser.add_argument("--threads", type=positive, default=1, help="that torch uses on the CPU")
+    parser.add_argument("--quick", action="store_true", help="one round of a few steps: it runs, figures say nothing")
+    parser.add_argument("--json", type=Path, help="write the results; those of other suites in that file stay")
+    parser.add_argument("--keep", action="store_true", help=f"write them to {results.KEPT.name}, which the next runs "
+                        "are compared with")
+    parser.add_argument("--against", type=Path, default=results.KEPT, help="results to compare with")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the tables")
+    parser.add_argument("--readme", action="store_true", help="run nothing: print the kept results as Markdown")
+    parser.add_argument("--list", action="store_true", help="run nothing: say what the suites are")
+    args = parser.parse_args(arguments)
+    unknown = set(args.suites) - (SUITES | ELSEWHERE).keys()
+    if unknown:
+        parser.error(f"there is no suite {', '.join(sorted(unknown))}: choose from {', '.join(SUITES | ELSEWHERE)}")
+    if args.keep and args.quick:
+        parser.error("--keep keeps figures, and those of --quick say nothing: leave one of them out")
+    return args
+
+
+def positive(text):
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return int(text)
+
+
+def measure(name, options, command, before):
+    """Run one suite and print it; gives (its tables, its record, whether nothing was missing)."""
+    try:
+        suite, about = load(name)
+    except ImportError as error:
+        print(f"== {name}: NOT MEASURED: {error}\n", flush=True)
+        return [], None, False
+    print(f"== {name}: {about}\n", flush=True)
+    began, tables = time.perf_counter(), []
+    for table in suite(options):
+        tables.append(table)
+        print(f"{table}\n", flush=True)
+    packages = getattr(sys.modules[suite.__module__], "PACKAGES", ())
+    record = results.record(tables, command, options.device, packages)
+    if before is not None and not options.quick:
+        for line in results.slower(record, before) or ["nothing got slower"]:
+            print(f"since {before['date'][:10]}: {line}")
+    print(f"({time.perf_counter() - began:.0f} s)\n", flush=True)
+    return tables, record, True
+
+
+def main(arguments=None):
+    arguments = sys.argv[1:] if arguments is None else arguments
+    args = parse(arguments)
+    if args.list:
+        print("\n".join(f"{name}: {load(name)[1]}" for name in (SUITES | ELSEWHERE) if is_there(name)))
+        return 0
+    if args.readme:
+        print(results.markdown(results.read(args.against)))
+        return 0
+    torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    batches = [(torch.randn(64, 16, device=device), torch.randint(0, 2, (64,), device=device))
-               for _ in range(args.steps)]
-    check_same_updates(batches[:200], device)
-    print(f"MLP 16-32-2, batch 64, AdamW, one-cycle; {args.steps} steps, medians of {args.rounds} rounds; torch "
-          f"{torch.__version__}, {device}, one thread, Python {platform.python_version()}")
-    print(table(measure(mlp, batches, device, args.rounds)))
+    options = Options(1, min(args.steps, 10), args.device, True) if args.quick else Options(
+        args.rounds, args.steps, args.device)
+    earlier = results.read(args.against) if args.against.exists() else {}
+    place = results.machine(args.device)
+    print(f"{', '.join(f'{key} {value}' for key, value in results.versions().items())}; {place['cpu']}, "
+          f"{place['cores']} cores, {place['threads']} thread{'s' * (args.threads > 1)}, {place['device']}; medians of "
+          f"{options.rounds} rounds\n")
+    drawn, records, is_complete = [], {}, True
+    for name in args.suites or SUITES:
+        tables, record, was_there = measure(name, options, results.command(arguments), earlier.get(name))
+        drawn += tables
+        is_complete &= was_there
+        if record is not None:
+            records[name] = record
+            for path in [*([args.json] if args.json else []), *([results.KEPT] if args.keep else [])]:
+                results.write(path, records)  # after each suite: what was measured is not lost with the next one
+    if args.plot:
+        draw(drawn, args.plot)
+    return 0 if is_complete else 1
+
+
+def is_there(name):
+    try:
+        return bool(load(name))
+    except ImportError:
+        return False
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
