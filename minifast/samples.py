@@ -118,7 +118,7 @@ def changing(name: str, data: Any, n: int) -> int | None:
     for i in sorted({round(k * (n - 1) / max(1, PROBES - 1)) for k in range(PROBES)}):
         seen = None
         for k in range(READS):
-            torch.default_generator.manual_seed(k)  # torch.manual_seed would seed a GPU that is not in use yet, for good
+            torch.default_generator.manual_seed(k)  # torch.manual_seed would seed an unused GPU, too, for good
             random.seed(k)
             np.random.seed(k)
             bits = list(_bits(read(name, data, i)))
