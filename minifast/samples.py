@@ -113,12 +113,12 @@ def difference(name: str, i: int, first: Any, sample: Any) -> str:
 def changing(name: str, data: Any, n: int) -> int | None:
     """The first of some samples that is another when it is read again, with other random numbers; None if none is.
 
-    It seeds the global generators: keep and restore them around it.
+    It seeds the global generators of the CPU: keep and restore them around it.
     """
     for i in sorted({round(k * (n - 1) / max(1, PROBES - 1)) for k in range(PROBES)}):
         seen = None
         for k in range(READS):
-            torch.manual_seed(k)
+            torch.default_generator.manual_seed(k)  # torch.manual_seed would seed an unused GPU, too, for good
             random.seed(k)
             np.random.seed(k)
             bits = list(_bits(read(name, data, i)))

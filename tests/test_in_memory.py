@@ -194,6 +194,15 @@ def test_reading_advances_no_generator(num_workers):
     assert torch.equal(data.generator.get_state(), own)
 
 
+def test_no_accelerator_is_seeded(monkeypatch):
+    """That of a GPU which is not in use yet could not be put back."""
+    def fail(seed):
+        raise AssertionError("seeded")
+
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", fail)
+    kept(Made(5, SAMPLES["tuple"]))
+
+
 def test_what_is_read_is_read_once():
     data = Made(100, SAMPLES["tuple"])
     kept(data)
