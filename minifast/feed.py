@@ -1,7 +1,6 @@
 """One pass over a loader: its batches on the device, its errors explained, its workers ended."""
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
-from itertools import islice
 from time import perf_counter
 
 import torch
@@ -13,6 +12,7 @@ from .waiting import Waiting
 from .workers import bound_to_this_process, deaths_ignored, explain
 
 BLINK = 1e-4  # seconds; a batch that comes within it was not waited for
+END = object()
 
 
 def feed(loader: Iterable[Batch], device: torch.device, limit: int | None, interrupt: DeferredInterrupt,
@@ -58,7 +58,10 @@ def _drawn(loader: Iterable[Batch], limit: int | None, interrupt: DeferredInterr
             return
         asked = perf_counter()
         iterator = begin(loader) if iterator is None else iterator
-        for batch in islice(iterator, None if limit is None else limit - first):
+        while limit is None or count < limit:
+            batch = next(iterator, END)  # not `for`: what an `__iter__` gives need not be iterable itself
+            if batch is END:
+                return
             came = perf_counter()
             if count == first:
                 waiting.begin(came - asked)
