@@ -68,6 +68,7 @@ def test_every_suite_runs_and_what_is_not_there_is_said(tmp_path):
     (["stepz"], "there is no suite stepz: choose from steps"),
     (["steps", "--rounds", "0"], "must be at least 1, got 0"),
     (["--quick", "--keep"], "leave one of them out"),
+    (["--readme", "--against", "nowhere.json"], "there is no nowhere.json: write results with --keep"),
 ])
 def test_what_cannot_be_run_is_said(arguments, said, capsys):
     from run import parse

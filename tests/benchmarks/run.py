@@ -60,6 +60,8 @@ def parse(arguments: Iterable[str]):
     unknown = set(args.suites) - (SUITES | ELSEWHERE).keys()
     if unknown:
         parser.error(f"there is no suite {', '.join(sorted(unknown))}: choose from {', '.join(SUITES | ELSEWHERE)}")
+    if not args.against.exists() and (args.readme or args.against != results.KEPT):
+        parser.error(f"there is no {args.against}: write results with --keep, or with --json")
     if args.keep and args.quick:
         parser.error("--keep keeps figures, and those of --quick say nothing: leave one of them out")
     return args
