@@ -112,9 +112,8 @@ def memory(options: Options) -> Table:
 
 
 def suite(options: Options) -> Iterator[Table]:
-    yield measure(MLP, options)
-    yield measure(replace(DEEP_MLP, n_groups=1), options)
-    yield measure(CONVNET, options)
+    for task in [MLP] if options.quick else [MLP, replace(DEEP_MLP, n_groups=1), CONVNET]:
+        yield measure(task, options)
     if Path("/proc/self/clear_refs").exists() and options.device.type == "cpu":
         yield memory(options)
     else:

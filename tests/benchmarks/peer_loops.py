@@ -104,13 +104,16 @@ def lightning(model, batches, lean):
 
 
 def ignite(model, batches, lean):
-    """`create_supervised_trainer`, a running average of the loss and the bar; lean: an Engine that reads no loss."""
+    """`create_supervised_trainer`, a running average of the loss, its own cosine and the bar.
+
+    lean: an Engine that reads no loss, and torch's cosine. (Its wrapper of torch's schedulers calls `get_lr` without a
+    step; torch's recursive cosine then begins with another rate.)
+    """
     from ignite.engine import Engine, Events, create_supervised_trainer
     from ignite.handlers import ProgressBar
-    from ignite.handlers.param_scheduler import LRScheduler
+    from ignite.handlers.param_scheduler import CosineAnnealingScheduler
     from ignite.metrics import RunningAverage
     opt, loss_func = optimizer(model), nn.CrossEntropyLoss()
-    sched = cosine(opt, len(batches))
 
     def update(engine, batch):
         model.train()
@@ -121,10 +124,12 @@ def ignite(model, batches, lean):
 
     if lean:
         trainer = Engine(update)
+        sched = cosine(opt, len(batches))
         trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda: sched.step())
     else:
         trainer = create_supervised_trainer(model, opt, loss_func)
-        trainer.add_event_handler(Events.ITERATION_STARTED, LRScheduler(sched))
+        trainer.add_event_handler(Events.ITERATION_STARTED,
+                                  CosineAnnealingScheduler(opt, "lr", LR, 0.0, len(batches)))
         RunningAverage(output_transform=lambda loss: loss).attach(trainer, "loss")
         ProgressBar().attach(trainer, ["loss"])
     trainer.run(batches, max_epochs=1)

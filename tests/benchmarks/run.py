@@ -60,6 +60,8 @@ def parse(arguments: Iterable[str]):
     unknown = set(args.suites) - (SUITES | ELSEWHERE).keys()
     if unknown:
         parser.error(f"there is no suite {', '.join(sorted(unknown))}: choose from {', '.join(SUITES | ELSEWHERE)}")
+    if not args.against.exists() and (args.readme or args.against != results.KEPT):
+        parser.error(f"there is no {args.against}: write results with --keep, or with --json")
     if args.keep and args.quick:
         parser.error("--keep keeps figures, and those of --quick say nothing: leave one of them out")
     return args
@@ -74,11 +76,11 @@ def positive(text):
 def measure(name, options, command, before):
     """Run one suite and print it; gives (its tables, its record, whether nothing was missing)."""
     try:
-        suite, about = load(name)
+        suite, said = load(name)
     except ImportError as error:
         print(f"== {name}: NOT MEASURED: {error}\n", flush=True)
         return [], None, False
-    print(f"== {name}: {about}\n", flush=True)
+    print(f"== {name}: {said}\n", flush=True)
     began, tables = time.perf_counter(), []
     for table in suite(options):
         tables.append(table)
@@ -96,7 +98,8 @@ def main(arguments=None):
     arguments = sys.argv[1:] if arguments is None else arguments
     args = parse(arguments)
     if args.list:
-        print("\n".join(f"{name}: {load(name)[1]}" for name in (SUITES | ELSEWHERE) if is_there(name)))
+        for name in SUITES | ELSEWHERE:
+            print(f"{name}: {about(name)}")
         return 0
     if args.readme:
         print(results.markdown(results.read(args.against)))
@@ -124,11 +127,12 @@ def main(arguments=None):
     return 0 if is_complete else 1
 
 
-def is_there(name):
+def about(name):
+    """What a suite measures, or why it cannot."""
     try:
-        return bool(load(name))
-    except ImportError:
-        return False
+        return load(name)[1]
+    except ImportError as error:
+        return f"NOT THERE: {error}"
 
 
 if __name__ == "__main__":

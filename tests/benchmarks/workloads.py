@@ -132,20 +132,17 @@ def without_direct_kernels(run, *args, **options):
         fused.DIRECT = was
 
 
-def one_cycle_by_hand(task, model, batches, n_steps=None, **options):
+def one_cycle_by_hand(task, model, batches):
     """A plain loop with torch's for-loop optimizer, and the very learning rates and momentums of minifast's one cycle.
-
-    Gives the optimizer. n_steps: of the whole cycle, None for the batches.
     """
-    opt = task.optimizer(model, foreach=False, **options)
-    plan, loss_func = minifast.OneCycle(MAX_LR).values(n_steps or len(batches)), nn.CrossEntropyLoss()
+    opt, loss_func = task.optimizer(model, foreach=False), nn.CrossEntropyLoss()
+    plan = minifast.OneCycle(MAX_LR).values(len(batches))
     model.train()
-    for (x, y), lr, momentum in zip(batches, plan["lr"], plan["momentum"], strict=False):
+    for (x, y), lr, momentum in zip(batches, plan["lr"], plan["momentum"], strict=True):
         set_hypers(opt, lr, momentum)
         loss_func(model(x), y).backward()
         opt.step()
         opt.zero_grad()
-    return opt
 
 
 def set_hypers(opt, lr, momentum):

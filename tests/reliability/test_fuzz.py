@@ -450,6 +450,10 @@ TABLE: dict[str, dict[str, P]] = {
         "device": P("cpu", (none, is_text, a(torch.device), is_count)), "drop_last": flag(False),
         "generator": P(New(torch.Generator), (none, a(torch.Generator))), "num_workers": count(0, none),
         "verbose": flag(False)},
+    "DataLoaders.from_datasets": {
+        "train": P([(0.5, 1), (1.5, 0)], (is_data_set,), says=("sample",)),
+        "valid": P([(0.5, 1), (1.5, 0)], (none, is_data_set, is_mapping), says=("sample",)), "batch_size": count(),
+        "num_workers": P(0, (none, is_count))},
     "digits": {"batch_size": count()},
     "split_batch": {"batch": P((1, 2), (anything,))},
     "Metrics": {"metrics": P(New(lambda: [accuracy]), (is_iterable, is_function), says=("metric",), code=True),
