@@ -132,10 +132,10 @@ def test_without_the_file_a_sentence_says_so(tmp_path):
 def test_it_learns_from_the_real_images(program):
     if not (REAL / FILE).is_file():
         pytest.skip(f"{FILE} is not in ../shared/data")
-    recipe = replace(program.SIZES["tiny"], n_train=1280, n_test=500, epochs=4)
+    recipe = replace(program.SIZES["tiny"], n_train=2000, n_test=500, epochs=3, batch_size=32, cutout=0)
     data = program.load(REAL / FILE, recipe, CPU)
     result = program.race(data, recipe, CPU, 0, half=False, compile=False, graph=False)
-    assert result["Learner"]["accuracy"] > 0.2  # guessing: 0.1
+    assert result["Learner"]["accuracy"] > 0.2  # guessing: 0.1; seen with 5 seeds: 0.28 to 0.32
 
 
 @pytest.mark.slow
