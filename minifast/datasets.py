@@ -43,11 +43,13 @@ def check_datasets(train: Any, valid: Any) -> None:
         if isinstance(dataset, tuple) and dataset and all(isinstance(part, Tensor) for part in dataset):
             raise TypeError(f"{name} must be a data set, got a tuple of tensors. Pass TensorDataset(*tensors), or make "
                             "a TensorLoader(*tensors).")
-        has_items = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
+        has_items = hasattr(dataset, "__getitem__") and _length(dataset) is not None
         is_one_thing = isinstance(dataset, (str, bytes, Mapping, type))
         if is_one_thing or not (has_items or is_stream(dataset)):
             raise TypeError(f"{name} must be a data set with __getitem__ and __len__, or an IterableDataset, got "
                             f"{quoted(dataset)}.")
+        if has_items and not is_stream(dataset) and _length(dataset) == 0:
+            raise ValueError(f"{name} holds no sample ({type(dataset).__name__} of length 0).")
 
 
 def check_options(batch_size: int, num_workers: int | None, options: Mapping[str, Any]) -> None:
@@ -66,6 +68,13 @@ def check_options(batch_size: int, num_workers: int | None, options: Mapping[str
     if options.get("batch_sampler") is not None:
         raise ValueError("batch_sampler says what batch_size and shuffle say. Make the DataLoader yourself, and pass "
                          "it to DataLoaders(train, valid).")
+
+
+def _length(dataset: Any) -> int | None:
+    try:
+        return len(dataset)
+    except TypeError:  # it has no len(), or, as an array without dimensions, one that says so
+        return None
 
 
 def default_workers(dataset: Any, is_forking: bool) -> int:

@@ -49,6 +49,11 @@ def test_training_is_shuffled_and_validation_is_not():
     assert len(learn.recorder.losses) == 5
 
 
+def test_an_empty_data_set_is_refused_by_name():
+    with pytest.raises(ValueError, match="valid holds no sample"):
+        DataLoaders.from_datasets(tensors(), Samples(0))
+
+
 def test_several_validation_sets():
     dls = DataLoaders.from_datasets(tensors(), {"a": tensors(4), "b": Samples(5)}, num_workers=0)
     assert {name: len(loader.dataset) for name, loader in dls.valid.items()} == {"a": 4, "b": 5}
