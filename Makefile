@@ -1,5 +1,6 @@
 # Everything runs in .venv, which the first target that needs it creates: with uv where that works, else with venv and pip.
-# Options: ARGS="..." goes to the command of demo, test, fast, bench and crash; PYTHON=... is the Python that .venv is made from.
+# Options: ARGS="..." goes to the command of demo, test, fast, bench, bench-cifar and crash; PYTHON=... is the Python that
+# .venv is made from.
 
 # Emptied, so that settings of another environment do not leak into this one.
 RUN = PYTHONPATH= PYTHONHOME= .venv/bin/python
@@ -8,7 +9,7 @@ PEERS_READY = .venv-peers/.installed
 ARGS =
 PYTHON ?=
 
-.PHONY: help demo test fast check nbs bench bench-peers crash clean
+.PHONY: help demo test fast check nbs bench bench-peers bench-cifar crash clean
 
 help:
 	@echo "minifast: make <target>"
@@ -48,6 +49,9 @@ bench: $(READY) ## compare with the hand-written loop (ARGS="steps --rounds 5"; 
 
 bench-peers: $(PEERS_READY) ## compare with other frameworks, in an environment of their own (.venv-peers)
 	@PYTHONPATH= PYTHONHOME= .venv-peers/bin/python tests/benchmarks/run.py peers $(ARGS)
+
+bench-cifar: $(READY) ## a CIFAR-10 speed run: Learner and plain script (ARGS="--data DIR": where cifar10_jpeg.npz is)
+	@$(RUN) tests/benchmarks/cifar10.py $(ARGS)
 
 # Memory of 100,000 steps, 150 kills of trainers with workers, 200 kinds of junk for each argument.
 FULL = $(addprefix tests/reliability/test_,resources.py workers.py signals.py fuzz.py)

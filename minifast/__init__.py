@@ -12,7 +12,7 @@ from . import schedules, suggest
 from .batches import split_batch
 from .budget import TimeLimit
 from .callback import Callback, CancelBatch, CancelEpoch, CancelFit, Order
-from .data import DataLoaders, TensorLoader, digits
+from .dataloaders import DataLoaders, digits
 from .errors import NonFiniteGradient, NonFiniteLoss
 from .finite import FiniteLoss
 from .groups import LayerGroup, LayerGroups
@@ -36,6 +36,7 @@ from .record import FitRecord
 from .recorder import Recorder
 from .scheduler import Scheduler
 from .state import State
+from .tensor_loader import TensorLoader
 
 __version__ = "0.1.0"
 

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import torch
 
 from . import demo
-from .data import digits
+from .dataloaders import digits
 from .errors import NonFiniteLoss
 from .image_folder import image_folder
 

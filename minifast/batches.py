@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import quoted
-
 Batch = Any  # any nest of tensors: tuple, list, dict, namedtuple, dataclass
 UnpackBatch = Callable[[Batch], tuple[Any, Any]]
 
@@ -92,28 +90,18 @@ def tensors(nest: Any) -> Iterator[Tensor]:
             yield from tensors(getattr(nest, field.name))
 
 
-def to_device(nest: Any, device: torch.device | str) -> Any:
-    """The same nest with its tensors on `device`; whatever has a `.to(device)` of its own is moved by that."""
+def to_device(nest: Any, device: torch.device | str, copy: Callable[[Tensor], Tensor] | None = None) -> Any:
+    """The same nest with its tensors on `device`; whatever has a `.to(device)` of its own is moved by that.
+
+    copy: gives a tensor's copy there, in place of torch's own.
+    """
     if isinstance(nest, Tensor):
+        if copy is not None:
+            return copy(nest)
         return nest.to(device, non_blocking=str(device) != "cpu")  # a copy to the host must be waited for
     if hasattr(nest, "to") and not isinstance(nest, type):
         return nest.to(device)
-    return _rebuilt(nest, lambda part: to_device(part, device))
-
-
-def check_device(device: Any) -> torch.device:
-    """`device` as torch knows it, with its index. Raises ValueError for one that cannot be used here.
-
-    >>> check_device("cpu")
-    device(type='cpu')
-    """
-    try:
-        if not isinstance(device, (str, int, torch.device)) or isinstance(device, bool):
-            raise TypeError("it is no name, no number and no torch.device")
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError, TypeError, ValueError) as error:
-        given = repr(device) if isinstance(device, (str, torch.device)) else quoted(device)
-        raise ValueError(f"device={given:.80} cannot be used: {error}. Pass e.g. 'cpu' or 'cuda'.") from error
+    return _rebuilt(nest, lambda part: to_device(part, device, copy))
 
 
 def map_tensors(function: Callable[[Tensor], Any], nest: Any) -> Any:
@@ -123,6 +111,15 @@ def map_tensors(function: Callable[[Tensor], Any], nest: Any) -> Any:
     {'x': 3, 'name': 'a'}
     """
     return function(nest) if isinstance(nest, Tensor) else _rebuilt(nest, lambda part: map_tensors(function, part))
+
+
+def map_leaves(function: Callable[[Any], Any], nest: Any) -> Any:
+    """The same nest with `function` of each of its parts that holds no others, tensor or not.
+
+    >>> map_leaves(type, {"x": torch.zeros(3), "more": [1, "a"]})
+    {'x': <class 'torch.Tensor'>, 'more': [<class 'int'>, <class 'str'>]}
+    """
+    return _rebuilt(nest, lambda part: map_leaves(function, part)) if _is_container(nest) else function(nest)
 
 
 def parts(batch: Batch, n: int, size: int) -> list[Batch]:

@@ -64,6 +64,9 @@ class Callback:
     in_lr_find: ClassVar[bool] = False  # whether it also runs inside `lr_find`
     in_sandbox: bool = True  # False: it writes what a sandbox cannot undo, so `check`, `trace`, `profile` leave it out
     saves: ClassVar[tuple[str, ...]] = ()  # the attributes to keep over a kill
+    # With Learner(graph=True): whether `after_pred` and `after_loss` may be captured. They then run a few times, not in
+    # every batch: from the fourth on, what they queue on the device is replayed. They read pred, target and loss only.
+    capturable: ClassVar[bool] = False
 
     def before_fit(self, state: State) -> None: """Check settings, take snapshots."""
     def before_epoch(self, state: State) -> None: """`state.epoch` is new."""

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from .batches import Batch, describe, n_samples
 from .data import is_one_shot, n_batches, smallest_batch
 from .losses import ignored_label, is_cross_entropy, is_loss
+from .tensor_loader import TensorLoader
 
 ELEMENTWISE = (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss)
 ELEMENTWISE_FUNCTIONS = (nn.functional.mse_loss, nn.functional.l1_loss, nn.functional.smooth_l1_loss,
@@ -120,6 +121,8 @@ def check_passes(what: str, n_seen: int, n_expected: int | None = None) -> None:
 
 def n_items(loader: Any) -> int | None:
     """How many samples a loader has, as far as that can be told without drawing one."""
+    if isinstance(loader, TensorLoader):
+        return loader.n_samples
     for owner in (getattr(loader, "sampler", None), getattr(loader, "dataset", None), getattr(loader, "tensors", None)):
         try:
             return len(owner[0]) if isinstance(owner, tuple) else len(owner)  # type: ignore[arg-type]

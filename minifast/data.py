@@ -1,59 +1,21 @@
-"""Loaders: the pair that a Learner trains on, one for tensors in memory, and what can be asked of any of them."""
+"""What can be asked of any loader, and how a pass over it begins and ends."""
 import copy
 import math
 import random
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from importlib import resources
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler
 
-from .batches import Batch, check_device, n_samples, to_device
-from .errors import check_callable, check_flag, check_int, quoted
-from .signals import DeferredInterrupt
-from .workers import bound_to_this_process, deaths_ignored, explain
+from .batches import Batch, n_samples
+from .errors import check_int
+from .tensor_loader import TensorLoader
 
 MOST_LEVELS, MOST_OBJECTS, MOST_PARTS = 6, 500, 100  # of the objects in which generators are looked for
-
-
-@dataclass
-class DataLoaders:
-    """The training data and, if there is any, the validation data: iterables of batches.
-
-    A torch `DataLoader`, a `TensorLoader`, a list of batches, or any object whose `__iter__` starts a new pass. Several
-    validation sets are a dict of name -> loader: then the columns of the epoch rows begin with the name. A worker
-    process that hangs is waited for until the `timeout` of its DataLoader, which torch leaves at 0: for ever.
-
-    >>> dls = DataLoaders([(torch.zeros(2, 3), torch.zeros(2))])
-    >>> dls.valid is None
-    True
-    """
-
-    train: Iterable[Batch]
-    valid: Iterable[Batch] | Mapping[str, Iterable[Batch]] | None = None
-
-    def __post_init__(self) -> None:
-        sets = self.valid if isinstance(self.valid, Mapping) and self.valid else {"valid": self.valid}
-        if not all(isinstance(name, str) and name for name in sets):
-            raise ValueError(f"valid must name each of its loaders, got {list(sets)}. "
-                             "Pass e.g. {'clean': loader, 'noisy': other}.")
-        if isinstance(self.valid, Mapping) and self.valid:
-            sets = {f"valid[{name!r}]": loader for name, loader in sets.items()}
-        for name, loader in (("train", self.train), *sets.items()):
-            if self.valid is None and name == "valid":
-                continue
-            if isinstance(loader, (list, tuple)) and loader and isinstance(loader[0], (DataLoader, TensorLoader)):
-                raise TypeError(f"{name} must hold batches, got a {type(loader).__name__} of loaders. Several "
-                                "validation sets are a dict of them, e.g. {'clean': loader, 'noisy': other}.")
-            is_one_thing = isinstance(loader, (str, bytes, Mapping, Tensor, np.ndarray))
-            if is_one_thing or not isinstance(loader, Iterable):
-                raise TypeError(f"{name} must be an iterable of batches, got {type(loader).__name__}. "
-                                "Pass e.g. a torch DataLoader.")
 
 
 def valid_sets(valid: Any) -> tuple[tuple[str, Any], ...]:
@@ -65,109 +27,6 @@ def valid_sets(valid: Any) -> tuple[tuple[str, Any], ...]:
     if isinstance(valid, Mapping):
         return tuple(valid.items())
     return () if valid is None else (("", valid),)
-
-
-def as_dataloaders(model: Any, dls: Any) -> DataLoaders:
-    """`dls` as `DataLoaders`. Raises TypeError for what is no data, or for model and data swapped."""
-    if isinstance(dls, nn.Module) and not isinstance(model, nn.Module):
-        raise TypeError(f"model and data are swapped: got Learner({type(model).__name__}, {type(dls).__name__}). "
-                        "The call is Learner(model, dls, loss_func).")
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {model!r:.80} ({type(model).__name__}).")
-    if isinstance(dls, DataLoaders):
-        return dls
-    if isinstance(dls, tuple) and len(dls) == 2:
-        return DataLoaders(*dls)
-    raise TypeError(f"dls must be DataLoaders(train, valid) or a tuple (train, valid), got a {type(dls).__name__}. "
-                    "Without validation data pass DataLoaders(train).")
-
-
-class TensorLoader:
-    """Batches of tensors that already sit in memory, gathered whole: no worker, no collating sample by sample.
-
-    tensors: each of shape (n, ...), on one device. batch_size: samples a batch, >= 1. shuffle: a new permutation each
-    epoch, a function of the global torch generator (or of `generator`) at the moment the epoch starts. transform:
-    called with the tuple of tensors of each batch, returns the batch. device: moved there once, when constructed.
-    drop_last: leave out the last, smaller batch. Raises ValueError for tensors of different lengths.
-
-    >>> loader = TensorLoader(torch.arange(5), torch.arange(5) * 10, batch_size=2)
-    >>> len(loader), [y.tolist() for x, y in loader]
-    (3, [[0, 10], [20, 30], [40]])
-    """
-
-    def __init__(self, *tensors: Tensor, batch_size: int = 64, shuffle: bool = False,
-                 transform: Callable[[tuple[Tensor, ...]], Batch] | None = None,
-                 device: torch.device | str | None = None, drop_last: bool = False,
-                 generator: torch.Generator | None = None) -> None:
-        if not tensors or not all(isinstance(tensor, Tensor) and tensor.ndim for tensor in tensors):
-            raise TypeError(f"TensorLoader takes tensors of shape (n, ...), got "
-                            f"{', '.join(type(tensor).__name__ for tensor in tensors) or 'none'}.")
-        lengths = [len(tensor) for tensor in tensors]
-        if len(set(lengths)) > 1:
-            raise ValueError(f"tensors must have one length, got {lengths}. Each row is one sample.")
-        if transform is not None:
-            check_callable("transform", transform, "a function of the tuple of tensors of a batch")
-        if generator is not None and not isinstance(generator, torch.Generator):
-            raise TypeError(f"generator must be a torch.Generator or None, got {quoted(generator)}.")
-        device = None if device is None else check_device(device)
-        self.tensors = tensors if device is None else tuple(tensor.to(device) for tensor in tensors)
-        self.batch_size = check_int("batch_size", batch_size)
-        self.shuffle = check_flag("shuffle", shuffle)
-        self.drop_last = check_flag("drop_last", drop_last)
-        self.transform, self.generator = transform, generator
-
-    def __len__(self) -> int:
-        n = len(self.tensors[0])
-        return n // self.batch_size if self.drop_last else math.ceil(n / self.batch_size)
-
-    def __iter__(self) -> Iterator[Batch]:
-        return self.iter_from(0)
-
-    def iter_from(self, first: int) -> Iterator[Batch]:
-        """A pass that begins with batch `first` (0-based): what lies before it is skipped, not gathered.
-
-        >>> [x.tolist() for x, in TensorLoader(torch.arange(5), batch_size=2).iter_from(1)]
-        [[2, 3], [4]]
-        """
-        return self._batches(first, self._order())
-
-    def _batches(self, first: int, order: Tensor | None) -> Iterator[Batch]:
-        for i in range(first, len(self)):
-            rows = slice(i * self.batch_size, (i + 1) * self.batch_size)
-            batch = tuple(tensor[rows] if order is None else tensor.index_select(0, order[rows])
-                          for tensor in self.tensors)
-            yield batch if self.transform is None else self.transform(batch)
-
-    def _order(self) -> Tensor | None:
-        if not self.shuffle:
-            return None
-        generator = self.generator
-        if generator is None:  # as torch's RandomSampler: one draw from the global generator seeds the epoch's own
-            generator = torch.Generator()
-            generator.manual_seed(int(torch.empty((), dtype=torch.int64).random_()))
-        return torch.randperm(len(self.tensors[0]), generator=generator).to(self.tensors[0].device)
-
-    def __repr__(self) -> str:
-        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in self.tensors)
-        return f"TensorLoader({shapes}, batch_size={self.batch_size}, shuffle={self.shuffle})"
-
-
-def digits(batch_size: int = 64) -> DataLoaders:
-    """1,797 real handwritten digits, 8x8, embedded in the package: a first data set that needs no download.
-
-    Images float32 (n, 1, 8, 8) in 0..1, labels int64 (n,) in 0..9. Every fifth image is held back for validation
-    (360), the other 1,437 are the shuffled training data. Source: UCI, Alpaydin and Kaynak 1998, CC BY 4.0.
-
-    >>> x, y = next(iter(digits().valid))
-    >>> x.shape, y.shape
-    (torch.Size([64, 1, 8, 8]), torch.Size([64]))
-    """
-    with resources.files(__package__).joinpath("digits.npz").open("rb") as file, np.load(file) as data:
-        images = torch.from_numpy(data["images"]).unsqueeze(1).float() / 16
-        labels = torch.from_numpy(data["labels"]).long()
-    held_back = torch.arange(len(labels)) % 5 == 0
-    return DataLoaders(TensorLoader(images[~held_back], labels[~held_back], batch_size=batch_size, shuffle=True),
-                       TensorLoader(images[held_back], labels[held_back], batch_size=batch_size))
 
 
 def n_batches(loader: Iterable[Batch]) -> int | None:
@@ -243,7 +102,7 @@ def is_one_shot(loader: Iterable[Batch]) -> bool:
 def smallest_batch(loader: Iterable[Batch]) -> int | None:
     """How many samples the smallest batch holds, as far as that can be told without drawing one."""
     if isinstance(loader, TensorLoader):
-        samples, batch_size, drop_last = len(loader.tensors[0]), loader.batch_size, loader.drop_last
+        samples, batch_size, drop_last = loader.n_samples, loader.batch_size, loader.drop_last
     elif isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset) and loader.batch_size:
         samples, batch_size, drop_last = len(loader.sampler), loader.batch_size, loader.drop_last  # type: ignore[arg-type]
     elif isinstance(loader, Sequence) and loader:
@@ -326,57 +185,3 @@ def _parts(owner: Any) -> Iterable[Any]:
         return []
     # _iterator: the pass under way of a DataLoader
     return [value for name, value in getattr(owner, "__dict__", {}).items() if name != "_iterator"]
-
-
-def feed(loader: Iterable[Batch], device: torch.device, limit: int | None, interrupt: DeferredInterrupt,
-         what: str = "the data", first: int = 0, iterator: Iterator[Batch] | None = None
-         ) -> Generator[Batch, None, None]:
-    """The batches of one pass over `loader`, up to batch `limit`, on `device`. Close it: that ends its workers.
-
-    first: how many batches of the pass are behind already, of which `iterator` is the rest.
-
-    An error of the loader gains a note that counts the batch. One that comes after SIGINT or SIGTERM is the interrupt
-    itself: worker processes get the signal too and die of it.
-    """
-    count = first
-    on_cpu = device.type == "cpu"  # batches come from loaders on the CPU: nothing to walk through
-    try:
-        while limit is None or count < limit:
-            try:
-                iterator = begin(loader) if iterator is None else iterator
-                batch = next(iterator)
-            except StopIteration:
-                return
-            except Exception as error:
-                if interrupt.pending:
-                    # between two batches, as by `check`; without workers, half a batch may have drawn random numbers
-                    interrupt.was_raised = bool(getattr(loader, "num_workers", 0))
-                    raise interrupt.exception() from error
-                error.add_note(f"while loading batch {count} of {what} ({type(loader).__name__})")
-                explain(error, iterator)
-                raise
-            yield batch if on_cpu else to_device(batch, device)
-            count += 1
-    finally:
-        # an error's traceback keeps the iterator, and with it the worker processes, alive for as long as it is kept
-        end_workers(loader, iterator)
-
-
-def end_workers(loader: Iterable[Batch], iterator: Iterator[Batch] | None) -> None:
-    """End the worker processes of a pass over `loader`, unless they are to serve for more passes."""
-    shut_down = getattr(iterator, "_shutdown_workers", None)
-    if shut_down is not None and not getattr(loader, "persistent_workers", False):
-        with deaths_ignored():
-            shut_down()
-
-
-@bound_to_this_process()
-def begin(loader: Iterable[Batch]) -> Iterator[Batch]:
-    """`iter(loader)`."""
-    try:
-        return iter(loader)
-    except (RuntimeError, OSError):
-        if getattr(loader, "_iterator", None) is None:
-            raise
-        loader._iterator = None  # type: ignore[attr-defined]  # persistent workers died, e.g. of Ctrl-C in a terminal
-        return iter(loader)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .data import DataLoaders
+from .dataloaders import DataLoaders
 from .learner import Learner
 from .metrics import accuracy
 

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+import torch
+
 LARGEST = 3.4e38  # a float32 holds no more, and hyper-parameters meet float32 tensors
 MOST = sys.maxsize  # of anything that is counted: beyond it neither Python's len() nor torch can count
 
@@ -145,6 +147,21 @@ def check_items(name: str, values: Any, form: str, example: str = "") -> list[An
         except TypeError:  # tensors and arrays without dimensions call themselves iterable
             pass
     raise TypeError(f"{name} must be {form}, got {quoted(values)}.{_hint(example)}")
+
+
+def check_device(device: Any) -> torch.device:
+    """`device` as torch knows it, with its index. Raises ValueError for one that cannot be used here.
+
+    >>> check_device("cpu")
+    device(type='cpu')
+    """
+    try:
+        if not isinstance(device, (str, int, torch.device)) or isinstance(device, bool):
+            raise TypeError("it is no name, no number and no torch.device")
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, TypeError, ValueError) as error:
+        given = repr(device) if isinstance(device, (str, torch.device)) else quoted(device)
+        raise ValueError(f"device={given:.80} cannot be used: {error}. Pass e.g. 'cpu' or 'cuda'.") from error
 
 
 def check_same_names(what: str, saved: Sequence[str], own: Sequence[str]) -> None:

@@ -59,6 +59,7 @@ class FiniteLoss(Callback):
 
     order = Order.SETUP + 1  # after MixedPrecision, which skips overflows; before clipping, which would follow from it
     sets = ("the finite check",)  # one of them in a fit
+    capturable = True  # `after_loss` looks at the first batch of a fit, and where gradients are added up
 
     def __post_init__(self) -> None:
         check_flag("strict", self.strict)

@@ -2,7 +2,7 @@
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from . import loop
@@ -10,7 +10,8 @@ from .batches import output_loss
 from .budget import TICKS, TimeLimit
 from .callback import Callback
 from .checks import check_loader, check_optimizer, check_trainable, check_valid
-from .data import as_dataloaders, count_steps, is_one_shot, micro_batches, n_batches, valid_sets
+from .data import count_steps, is_one_shot, micro_batches, n_batches, valid_sets
+from .dataloaders import as_dataloaders
 from .errors import check_flag, check_int, check_number, check_path, quoted
 from .finite import FiniteLoss
 from .fused import updater
@@ -235,7 +236,10 @@ def fitting(learn: "Learner", state: State, wd: float | None) -> Iterator[None]:
         if wd is not None:
             set_weight_decay(learn.opt, learn.groups, wd, learn.wd_norm_bias)
         state.weight_decays = tuple(group.get("weight_decay", 0.0) for group in learn.opt.param_groups)
-        yield
+        if learn.graph:
+            from .graph import graphed  # not before it is used: so `import minifast` takes no longer for it
+        with graphed(state) if learn.graph else nullcontext():
+            yield
     except RuntimeError as error:
         explain(error)
         raise

@@ -8,8 +8,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from .batches import check_device
-from .errors import check_number, quoted
+from .errors import check_device, check_number, quoted
 
 if TYPE_CHECKING:
     from .groups import LayerGroup, LayerGroups

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from .batches import Batch
-from .data import DataLoaders, TensorLoader
+from .dataloaders import DataLoaders
 from .errors import torchvision_errors
 from .tables import listed
+from .tensor_loader import TensorLoader
 
 if TYPE_CHECKING:
     from PIL.Image import Image

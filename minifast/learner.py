@@ -14,8 +14,10 @@ from . import fitting, loop, snapshot
 from .batches import Batch, UnpackBatch, call_model, describe, scores, split_batch, to_device
 from .callback import Callback, Emitter, evaluating
 from .cycles import check_not_swapped, epochs_and_schedule, epochs_of_cycles
-from .data import DataLoaders, as_dataloaders, count_steps, feed, generators, in_order, second_copy, valid_sets
+from .data import count_steps, generators, in_order, second_copy, valid_sets
+from .dataloaders import DataLoaders, as_dataloaders
 from .errors import check_flag, check_int, check_number, check_path, quoted
+from .feed import feed
 from .fitting import FitOptions
 from .groups import LayerGroups, Splitter, split
 from .hypers import LR, as_device, check_lr, check_rate, freeze, group_lrs, label_groups, make_optimizer, spread_lrs
@@ -54,8 +56,11 @@ class Learner:
     whether norm layers of frozen groups go on training. metrics: functions (pred, target) or objects with update,
     compute and reset. train_metrics: compute them over the training data too, as `train_<name>`. callbacks: run in
     every fit. device: None for the accelerator, if there is one. seed: seeds Python, numpy and torch now; None: nothing
-    is seeded. compile: whether fits call the model through `torch.compile`; a dict holds its options. unpack: batch ->
-    (inputs, target). verbose: print and show progress.
+    is seeded. compile: whether fits call the model through `torch.compile`; a dict holds its options. graph: whether
+    training batches run as CUDA graphs, for small models, where the host is what a step waits for; a line says when it
+    begins or why it cannot be. Python code of model and loss is then run while it is captured, not in each batch:
+    what it computes from numbers on the host stays as it was. See `minifast.graph`. unpack: batch -> (inputs, target).
+    verbose: print and show progress.
 
     `model, dls, loss_func, metrics, callbacks, opt, recorder` may be read, and assigned between fits.
 
@@ -78,8 +83,7 @@ class Learner:
         self.metrics: list[Any] = list(metrics) if isinstance(metrics, (list, tuple)) else [metrics]
         self.callbacks = check_callbacks(callbacks, "callbacks")
         fitting.check_assigned(self)
-        if check_flag("graph", graph):
-            raise ValueError("graph=True is not available in this version. Leave it out.")
+        self.graph = check_flag("graph", graph)
         self.train_bn, self.wd_norm_bias = check_flag("train_bn", train_bn), check_flag("wd_norm_bias", wd_norm_bias)
         self.train_metrics = check_flag("train_metrics", train_metrics)
         self.verbose = check_flag("verbose", verbose)
@@ -99,6 +103,9 @@ class Learner:
             raise TypeError(f"compile must be True, False or a dict of options of torch.compile, got {compile!r:.80}. "
                             "Pass e.g. {'mode': 'reduce-overhead'}.")
         is_compiled = isinstance(compile, Mapping) or compile
+        if is_compiled and graph:
+            raise ValueError("compile= and graph=True cannot be combined: pass one of them. "
+                             "compile={'mode': 'reduce-overhead'} makes CUDA graphs of what it compiles.")
         self._compile_options: dict[str, Any] = dict(compile) if isinstance(compile, Mapping) else {}
         self._compiled: Any = torch.compile(self.model, **self._compile_options) if is_compiled else None
         self.is_fitting = False

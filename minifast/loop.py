@@ -18,7 +18,7 @@ from . import snapshot
 from .batches import Batch, call_model, describe, n_samples
 from .callback import Callback, CancelBatch, CancelEpoch, CancelFit, Emitter
 from .checks import check_loss, check_passes, check_target
-from .data import feed
+from .feed import feed
 from .losses import mean_and_weight
 from .state import Entry, State
 from .window import Window
@@ -62,7 +62,7 @@ def train(state: State, emit: Emitter) -> None:
     if entry.window is not None:
         window.load_state_dict(entry.window)
     batches = feed(state.train_dl, state.device, entry.limit, state.interrupt,
-                   f"epoch {state.epoch}, training data", entry.n_done, entry.iterator)
+                   f"epoch {state.epoch}, training data", entry.n_done, entry.iterator, state.waiting)
     with closing(batches):
         for index, batch in enumerate(batches, entry.n_done):
             state.batch_index, state.batch, state.loaded = index, batch, batch

@@ -5,6 +5,7 @@ import sys
 import time
 from typing import Any
 
+from .advice import notice
 from .callback import Callback, Order
 from .errors import check_text
 from .state import State
@@ -23,7 +24,8 @@ class Progress(Callback):
 
     A terminal gets a bar that vanishes at the end, a notebook the same as text in one cell output, a pipe or file one
     plain line per epoch. Output that cannot be written (a closed pipe) is given up with one log message; training goes
-    on. `title`: in front of the bar instead of the epoch.
+    on. Where training waits for its data for a fifth of the time or more, the bar shows how long, and a line, once in a
+    fit, says what to do. `title`: in front of the bar instead of the epoch.
     """
 
     order = Order.RECORD
@@ -37,8 +39,8 @@ class Progress(Callback):
 
     def before_fit(self, state: State) -> None:
         self._columns: list[str] = []
-        self._screen = _screen(state.n_steps, BAR if state.n_epochs is not None else BAR_OF_TIME)
-        self._next_look = 0.0
+        self._screen = screen(state.n_steps, BAR if state.n_epochs is not None else BAR_OF_TIME)
+        self._next_look, self._is_told = 0.0, bool(self.title)
         self._look(state)
 
     def after_batch(self, state: State) -> None:
@@ -63,13 +65,24 @@ class Progress(Callback):
     def after_fit(self, state: State) -> None:
         self._screen.close()
 
+    def say(self, text: str) -> None:
+        """A line of text above the bar, during a fit."""
+        self._screen.line(text)
+
     def _line(self, cells: list[str]) -> str:
         return "  ".join(cell.rjust(width) for cell, width in zip(cells, self._widths, strict=True)).rstrip()
 
     def _look(self, state: State, doing: str = "") -> None:
+        if not self._is_told:
+            said = notice(state.waiting, state.train_dl, state.device)
+            if said:
+                self._screen.line(said)
+                self._is_told = True
         if self._screen.has_bar:
             loss, lr = state.recorder.newest.smooth_loss(), float(state.opt.param_groups[-1]["lr"])
-            note = doing or (f"loss {shown(loss)}, lr {lr:.2e}" if state.step else "")
+            # the rate gives way: a line of 80 columns has no room for both
+            last = f"{state.waiting.share:.0%} waiting for data" if state.waiting.is_long else f"lr {lr:.2e}"
+            note = doing or (f"loss {shown(loss)}, {last}" if state.step else "")
             n_epochs = "" if state.n_epochs is None else f"/{state.n_epochs}"
             at = state.schedule_step or 0  # what a limit in time says
             done = max(at, state.step) if state.n_epochs is not None else at
@@ -194,7 +207,8 @@ class _Text:
         return self.text
 
 
-def _screen(n_steps: int, form: str) -> _Lines:
+def screen(n_steps: int, form: str) -> _Lines:
+    """What there is to write on: a notebook, a terminal with a bar of `n_steps`, or something that takes lines."""
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython else None
     if shell is not None and hasattr(shell, "kernel"):

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from .batches import Batch, UnpackBatch
 from .losses import Weight
 from .signals import DeferredInterrupt
+from .waiting import Waiting
 
 if TYPE_CHECKING:
     from .callback import Callback, Emitter
@@ -73,6 +74,7 @@ class State:
     norms_in_eval: tuple[nn.Module, ...] = ()  # frozen norm layers that do not train
     weight_decays: tuple[float, ...] = ()  # of each of the optimizer's param_groups, as the fit began
     interrupt: DeferredInterrupt = field(default_factory=DeferredInterrupt)
+    waiting: Waiting = field(default_factory=Waiting)  # how long training waited for its batches so far
     metric_names: tuple[str, ...] = ()  # keys that every complete epoch row of this fit has
     lr_scale: float = 1.0  # multiplies every scheduled learning rate: lowered by callbacks that watch for a plateau
     schedule_step: int | None = None  # where the schedules are, if that is not at `step`: written by TimeLimit

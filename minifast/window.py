@@ -55,6 +55,11 @@ class Window:
             self.weight = self.weight + weight
         self.is_open = True
 
+    def take(self, loss: Tensor, weight: Weight) -> None:
+        """As `backward` of the window's only batch: `loss`, without graph, whose gradient is in every `.grad` already.
+        """
+        self._loss, self.weight, self.is_open = loss, weight, True
+
     @contextmanager
     def in_parts(self, n: int) -> Iterator[None]:
         """A block for one micro-batch in `n` parts: either all of them are added, or, on an error, none."""

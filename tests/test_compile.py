@@ -3,13 +3,16 @@
 The backends here need no compiler: "eager" runs what was traced as it is, "aot_eager" takes autograd apart too.
 """
 
+from functools import partial
+
 import pytest
 import torch
 from helpers import batches, bits, learner, trained
 from torch import nn
 from torch._dynamo.testing import CompileCounter
+from torch.optim import SGD, AdamW, RMSprop
 
-from minifast import AutoMicrobatch, GradientClip, Learner, MixedPrecision, OneCycle
+from minifast import EMA, AutoMicrobatch, GradientClip, Learner, MixedPrecision, OneCycle, Unfreeze
 
 pytestmark = pytest.mark.slow  # tracing takes a second or two
 
@@ -75,6 +78,47 @@ def test_schedules_and_modes_compile_it_once_each():
     learn.fit_one_cycle(2, 0.05, callbacks=[GradientClip(norm=0.1)])
     learn.lr_find(num_it=10)
     learn.fit(0.01)
+    assert counter.frame_count == 2
+
+
+def test_a_last_batch_that_is_smaller_compiles_it_once_more():
+    """Then torch takes the number of samples for one that varies; nothing else compiles it again."""
+    counter = CompileCounter()
+    data = batches(4, [6, 6, 6, 5]), batches(2, 6)
+    compiled = learner(*data, model=make_model(True), opt_func=AdamW, compile={"backend": counter})
+    plain = learner(*data, model=make_model(True), opt_func=AdamW)
+    for learn in (compiled, plain):
+        learn.fit_one_cycle(1, 0.01)
+        if learn is compiled:
+            assert counter.frame_count == 3, "training, training with any number, validation"
+        for _ in range(2):
+            learn.fit_one_cycle(2, 0.01)
+            learn.fit(0.02, callbacks=[GradientClip(norm=0.1)], wd=0.1)
+            learn.lr_find(num_it=10)
+        learn.dls.train = batches(5, [6, 4, 3, 6, 2])
+        learn.fit(0.01)
+    assert counter.frame_count == 3
+    assert trained(compiled) == trained(plain)
+
+
+def test_layers_that_are_thawed_compile_it_once_each():
+    """What has a gradient is a part of what was compiled; each set of trained layers is compiled once, in all fits."""
+    counter = CompileCounter()
+    learn = make(counter, norm=True)
+    learn.fit_one_cycle(5, 0.01, callbacks=[Unfreeze({"0": 0.5})])
+    assert counter.frame_count == 4, "two for training, two for validation"
+    learn.fit_one_cycle(5, 0.02, callbacks=[Unfreeze({"0": 0.3})])
+    learn.fit(0.01)
+    assert counter.frame_count == 4
+
+
+@pytest.mark.parametrize("opt_func", [AdamW, SGD, partial(SGD, momentum=0.9), partial(AdamW, foreach=True), RMSprop])
+def test_the_optimizer_is_not_compiled(opt_func):
+    """So whatever it is, no hyper-parameter that moves can compile anything."""
+    counter = CompileCounter()
+    learn = make(counter, opt_func=opt_func, callbacks=[GradientClip(norm=0.1), EMA(0.9)])
+    for peak in (0.01, 0.02, 0.05):
+        learn.fit_one_cycle(2, peak, wd=peak)
     assert counter.frame_count == 2
 
 

@@ -1,7 +1,6 @@
-"""Batches of every shape, loaders of every kind, TensorLoader, digits, and what is refused about data."""
+"""Batches of every shape, loaders of every kind, digits, and what is refused about data."""
 
 import dataclasses
-import itertools
 import time
 from collections import OrderedDict, namedtuple
 from functools import partial
@@ -451,95 +450,7 @@ def test_a_last_batch_of_one_sample_to_validate_on():
     assert learn.recorder.epochs[0]["valid_loss"] == learn.validate()["valid_loss"]
 
 
-# ---- TensorLoader
-
-
-def order(loader):
-    return [x.tolist() for (x,) in loader]
-
-
-def test_tensor_loader_yields_in_order():
-    loader = TensorLoader(torch.arange(7), batch_size=3)
-    assert len(loader) == 3
-    before = rngs()
-    assert order(loader) == order(loader) == [[0, 1, 2], [3, 4, 5], [6]]
-    assert rngs() == before, "no random number is drawn"
-
-
-@pytest.mark.parametrize("shuffle", [False, True])
-@pytest.mark.parametrize(("n", "size", "sizes"), [(7, 3, [3, 3]), (6, 3, [3, 3]), (2, 3, []), (0, 3, [])])
-def test_drop_last(n, size, sizes, shuffle):
-    for drop_last in (True, False):
-        loader = TensorLoader(torch.arange(n), batch_size=size, shuffle=shuffle, drop_last=drop_last)
-        expected = sizes if drop_last or n % size == 0 else [*sizes, n % size]
-        assert [len(batch) for batch in order(loader)] == expected
-        assert len(loader) == len(expected)
-
-
-@pytest.mark.parametrize("own", [False, True])
-def test_shuffling_is_a_function_of_the_generator(own):
-    generator = torch.Generator() if own else None
-    loader = TensorLoader(torch.arange(50), batch_size=8, shuffle=True, generator=generator)
-
-    def epochs(seed):
-        torch.manual_seed(99 if own else seed)
-        if own:
-            generator.manual_seed(seed)
-        return order(loader), order(loader)
-
-    first, second = epochs(1)
-    assert sorted(itertools.chain(*first)) == sorted(itertools.chain(*second)) == list(range(50))
-    assert first != second, "each epoch has an order of its own"
-    assert epochs(1) == (first, second)
-    assert epochs(2)[0] not in (first, second)
-    before = rngs()
-    order(loader)
-    assert (rngs() == before) is own, "the global generator is used if and only if there is no other"
-
-
-def test_the_order_is_settled_when_the_epoch_starts():
-    def draw(between):
-        torch.manual_seed(0)
-        seen = []
-        for (x,) in TensorLoader(torch.arange(20), batch_size=4, shuffle=True):
-            seen.append(x.tolist())
-            between()
-        return seen
-
-    assert draw(lambda: None) == draw(lambda: torch.rand(3))
-
-
-def test_rows_stay_together():
-    loader = TensorLoader(torch.arange(20), torch.arange(20.0).reshape(20, 1, 1) * 10, batch_size=6, shuffle=True)
-    for x, y in loader:
-        assert y.shape[1:] == (1, 1)
-        assert torch.equal(x * 10, y.flatten().long())
-
-
-def test_transform_gets_the_tuple_of_a_batch():
-    loader = TensorLoader(torch.arange(4), torch.ones(4), batch_size=3, transform=lambda batch: {"x": batch})
-    assert [(type(batch["x"]), batch["x"][0].tolist()) for batch in loader] == [(tuple, [0, 1, 2]), (tuple, [3])]
-
-
-def test_a_batch_does_not_change_the_data_when_shuffled():
-    loader = TensorLoader(torch.zeros(4), batch_size=2, shuffle=True)
-    for (x,) in loader:
-        x += 1
-    assert not loader.tensors[0].any()
-
-
-@pytest.mark.parametrize(("tensors", "options", "error", "message"), [
-    ((), {}, TypeError, "takes tensors of shape (n, ...), got none"),
-    (([1, 2],), {}, TypeError, "takes tensors of shape (n, ...), got list"),
-    ((torch.ones(3), torch.ones(4), torch.ones(3)), {}, ValueError, "tensors must have one length, got [3, 4, 3]"),
-    ((torch.ones(3),), {"batch_size": 0}, ValueError, "batch_size must be an int >= 1, got 0 (int)"),
-    ((torch.ones(3),), {"batch_size": 2.0}, ValueError, "batch_size must be an int >= 1, got 2.0 (float)"),
-    ((torch.ones(3),), {"shuffle": None}, TypeError, "shuffle must be True or False, got None (NoneType)"),
-])  # fmt: skip
-def test_what_tensor_loader_refuses(tensors, options, error, message):
-    with pytest.raises(error) as caught:
-        TensorLoader(*tensors, **options)
-    assert message in str(caught.value)
+# ---- nothing in it
 
 
 @pytest.mark.case("B1")

@@ -155,6 +155,39 @@ def test_a_tensor_loader_gathers_on_the_device():
     assert sorted(value for (batch,) in loader for value in batch.tolist()) == list(range(10))
 
 
+@pytest.mark.parametrize("own", [None, "cpu"])
+def test_the_order_is_the_same_on_both_devices(own):
+    def order(device):
+        torch.manual_seed(3)
+        generator = None if own is None else torch.Generator(own).manual_seed(5)
+        loader = TensorLoader(torch.arange(50), batch_size=8, shuffle=True, device=device, generator=generator)
+        return [x.tolist() for (x,) in loader] + [x.tolist() for (x,) in loader]
+
+    assert order("cuda") == order("cpu")
+
+
+def test_a_generator_of_the_device_orders_data_on_either():
+    def order(device, n_skipped=0):
+        generator = torch.Generator("cuda").manual_seed(5)
+        loader = TensorLoader(torch.arange(50), batch_size=8, shuffle=True, device=device, generator=generator)
+        return [x.tolist() for (x,) in loader.iter_from(n_skipped)]
+
+    assert order("cuda") == order("cpu")
+    assert order("cuda", 2) == order("cuda")[2:]
+    loader = TensorLoader(torch.arange(50), shuffle=True, generator=torch.Generator("cuda").manual_seed(5))
+    shards = [loader.shard(rank, 2) for rank in range(2)]
+    assert sorted(value for shard in shards for (x,) in shard for value in x.tolist()) == list(range(50))
+
+
+def test_a_data_set_is_kept_on_the_device():
+    data = [({"x": torch.full((3,), float(i))}, i) for i in range(20)]
+    dls = DataLoaders.in_memory(data, data, device="cuda", batch_size=8, verbose=False)
+    assert all(tensor.is_cuda for loader in (dls.train, dls.valid) for tensor in loader.tensors)
+    assert [y.tolist() for _, y in dls.valid] == [list(range(8)), list(range(8, 16)), list(range(16, 20))]
+    with pytest.raises(MemoryError, match=r"MB in the memory of cuda:0, where"):
+        DataLoaders.in_memory([torch.zeros(1).expand(10**12)], device="cuda", verbose=False)
+
+
 # ---- what is not finite: late, but without an update
 
 

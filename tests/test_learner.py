@@ -168,12 +168,6 @@ def test_attributes_may_be_assigned_between_fits():
     assert learn.recorder.moms.tolist() == [0.5] * 3
 
 
-def test_what_is_not_there_yet_says_so():
-    model, dls = nn.Linear(3, 1), ([(torch.ones(4, 3), torch.ones(4, 1))], None)
-    with pytest.raises(ValueError, match="graph=True is not available in this version"):
-        Learner(model, dls, nn.MSELoss(), graph=True)
-
-
 @pytest.mark.slow
 def test_learners_are_collected():
     code = """

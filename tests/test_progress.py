@@ -269,6 +269,19 @@ def test_the_bar_goes_however_the_fit_ends(every_batch, error):
     assert terminal.screen[2:] in ([""], [])
 
 
+def test_the_bar_shows_that_training_waits_for_its_data(every_batch):
+    def wait(state):
+        state.waiting.waited += 6.0
+        state.waiting.worked += 2.0
+
+    with Terminal() as terminal:
+        trainer(callbacks=[At("before_batch", wait)]).fit(0.01, 2)
+    drawn = bars(terminal.text)
+    assert any(re.search(r"\| 2/6 \[.*, loss \d\.\d{4}, 75% waiting for data\]", bar) for bar in drawn)
+    assert all(len(bar) < COLUMNS for bar in drawn)
+    assert terminal.text.count("training waits for its data 75 % of the time: the loader (list)") == 1
+
+
 def test_the_finders_bar_goes_and_its_line_stays(every_batch):
     with Terminal() as terminal:
         trainer().lr_find(num_it=12)

@@ -1,4 +1,5 @@
 """`learn.trace()` and `learn.profile()`: what they list is what a fit does, and nothing is left of them."""
+import re
 import time
 
 import pytest
@@ -135,6 +136,12 @@ def test_the_profile_finds_slow_data():
     assert profile.rows[0]["what"] == "waiting for data"
     assert profile.share("waiting for data") > 0.5
     assert str(profile).splitlines()[1].split() == ["what", "calls", "us", "a", "call", "share"]
+
+
+def test_the_profile_says_what_to_do_where_training_waits():
+    text = str(learner(SlowData(batches(8))).profile())
+    assert re.search(r"\n\n\d\d % of the time goes into waiting for data: the loader \(SlowData\) makes", text)
+    assert "waiting for data:" not in str(learner(batches(8)).profile(callbacks=[Slow()]))
 
 
 @pytest.mark.slow

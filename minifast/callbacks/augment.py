@@ -24,6 +24,7 @@ class Mixing(Callback):
 
     in_lr_find = True  # mixed batches have a loss of their own
     sets = ("the mixing of samples",)  # one of them in a fit
+    capturable = True  # `after_pred` looks at shapes
     num_classes: int | None
 
     def _transforms(self) -> list[Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]]:

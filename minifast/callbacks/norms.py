@@ -7,7 +7,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .. import snapshot
 from ..batches import call_model
 from ..checks import check_passes
-from ..data import feed, generators
+from ..data import generators
+from ..feed import feed
 from ..state import State
 
 

@@ -47,6 +47,7 @@ class MixedPrecision(Callback):
     order = Order.SETUP  # unscales before anyone looks at the gradients
     sets = ("the precision",)  # one of them in a fit
     in_lr_find = True
+    capturable = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.precision, str) or self.precision not in DTYPES:

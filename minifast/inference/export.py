@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from ..batches import call_model, n_samples, scores, tensors, to_device
-from ..data import feed, in_order, is_one_shot, second_copy, valid_sets
+from ..data import in_order, is_one_shot, second_copy, valid_sets
 from ..errors import check_path
+from ..feed import feed
 from ..files import replacing
 from ..signals import DeferredInterrupt
 from ..weights import load_weights, save_weights

@@ -8,9 +8,11 @@ from torch import Tensor
 
 from .. import snapshot
 from ..batches import Batch, call_model, describe, scores
-from ..data import TensorLoader, feed, generators, in_order
+from ..data import generators, in_order
 from ..errors import check_flag, check_int, check_number
+from ..feed import feed
 from ..signals import DeferredInterrupt
+from ..tensor_loader import TensorLoader
 from .predict import join, predict_all
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import rng
-from ..data import begin
+from ..feed import begin
 from ..state import Entry, State
 from ..window import Window
 from . import replay, saved_state

@@ -11,10 +11,11 @@ from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
 from ..batches import Batch
 from ..budget import TimeLimit
 from ..checks import n_items
-from ..data import TensorLoader, n_batches
+from ..data import n_batches
 from ..scheduler import Scheduler
 from ..state import State
 from ..tables import listed
+from ..tensor_loader import TensorLoader
 from .replay import digest
 
 SAMPLES = 100  # at each end of the data

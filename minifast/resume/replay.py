@@ -29,8 +29,9 @@ from torch.utils.data import (
 )
 
 from ..batches import Batch, tensors
-from ..data import TensorLoader, begin, end_workers
+from ..feed import begin, end_workers
 from ..signals import DeferredInterrupt
+from ..tensor_loader import TensorLoader
 
 SAMPLERS = (SequentialSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 

@@ -2,7 +2,7 @@
 from typing import TYPE_CHECKING, Any
 
 from .. import fitting
-from ..data import DataLoaders
+from ..dataloaders import DataLoaders
 from ..errors import check_int
 from ..finite import Unchecked
 from ..hypers import check_lr

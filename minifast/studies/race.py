@@ -13,8 +13,10 @@ from .. import plots
 from ..batches import Batch
 from ..callback import Callback, Order
 from ..checks import check_loader, check_valid
-from ..data import DataLoaders, feed, valid_sets
+from ..data import valid_sets
+from ..dataloaders import DataLoaders
 from ..errors import check_int, check_items
+from ..feed import feed
 from ..finite import FiniteLoss
 from ..hypers import spread_lrs
 from ..ownership import check_callbacks

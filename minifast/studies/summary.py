@@ -10,7 +10,9 @@ from torch.optim import Optimizer
 
 from .. import snapshot
 from ..batches import call_model, describe, tensors
-from ..data import as_dataloaders, feed, generators, second_copy
+from ..data import generators, second_copy
+from ..dataloaders import as_dataloaders
+from ..feed import feed
 from ..hooks import hook_outputs
 from ..signals import DeferredInterrupt
 from ..tables import table

@@ -1,7 +1,7 @@
 """What happens in a few batches of a fit: who is called when, what it changes, and where the time goes."""
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -9,12 +9,14 @@ import torch
 from torch.optim import Optimizer
 
 from .. import fitting, loop
+from ..advice import remedies
 from ..callback import Callback, Emitter, Event
 from ..data import n_batches
 from ..errors import check_flag, check_int, check_text
 from ..ownership import check_callbacks
 from ..state import State
 from ..tables import shown, table
+from ..waiting import SHARE
 
 if TYPE_CHECKING:
     from ..learner import Learner
@@ -58,6 +60,7 @@ class Profile:
     seconds: float  # all of it
     n_batches: int  # training batches
     ops: str = ""  # torch.profiler's table of operators, if it was asked for
+    advice: str = ""  # what to do if training waits for its data
 
     def share(self, what: str) -> float:
         """The share of the time, 0..1, that went into `what`: a piece of work or a callback's class name."""
@@ -69,7 +72,8 @@ class Profile:
                  f"{row['seconds'] * 1e6 / row['calls']:,.0f}", f"{row['share']:.1%}"] for row in self.rows]
         head = (f"{self.n_batches} training batches in {self.seconds:.3g} s: "
                 f"{self.seconds / max(1, self.n_batches) * 1e6:,.0f} us each, all included\n")
-        return head + table(["what", "", "calls", "us a call", "share"], rows) + ("\n\n" + self.ops if self.ops else "")
+        below = [text for text in (self.advice, self.ops) if text]
+        return "\n\n".join([head + table(["what", "", "calls", "us a call", "share"], rows), *below])
 
     __str__ = __repr__
 
@@ -103,7 +107,15 @@ def profile(learn: "Learner", n: int = 50, *, callbacks: Iterable[Callback] = ()
     rows = [{"what": what, "callback": name, "calls": len(seconds), "seconds": sum(seconds),
              "share": sum(seconds) / total if total else 0.0} for (what, name), seconds in sums.items()]
     batches = sum(moment.event == WORK["before_batch"] for moment in moments)
-    return Profile(sorted(rows, key=lambda row: -float(row["share"])), total, batches, table_of_ops)
+    found = Profile(sorted(rows, key=lambda row: -float(row["share"])), total, batches, table_of_ops)
+    return replace(found, advice=_advice(found.share(WORK["before_batch"]), learn))
+
+
+def _advice(share: float, learn: "Learner") -> str:
+    remedy = remedies(learn.dls.train, learn.device) if share >= SHARE else ""
+    # here the device is waited for after each piece of work; in a fit it may have some left while batches are made
+    goes = "goes into" if learn.device.type == "cpu" else "would go into, if the device did nothing meanwhile,"
+    return remedy and f"{100 * share:.0f} % of the time {goes} waiting for data: {remedy}"
 
 
 def _run(learn: "Learner", n: int, callbacks: Iterable[Callback], accumulate: int, emitter: type["_TimingEmitter"]

@@ -21,6 +21,7 @@ from decimal import Decimal
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
+from types import FunctionType, MethodType
 from typing import Any
 
 import numpy as np
@@ -46,6 +47,7 @@ from minifast import (
     schedules,
 )
 from minifast.callback import EVENTS
+from minifast.data import valid_sets
 from minifast.fitting import FitOptions
 
 FULL = os.environ.get("MINIFAST_FULL") == "1"
@@ -180,6 +182,10 @@ def is_mapping(value):
 
 def is_sequence(value):
     return isinstance(value, Sequence) or getattr(value, "ndim", 0)
+
+
+def is_data_set(value):
+    return isinstance(value, Sized) and hasattr(value, "__getitem__")
 
 
 def anything(value):
@@ -436,6 +442,14 @@ TABLE: dict[str, dict[str, P]] = {
     "TensorLoader": {"tensors": P(torch.ones(4, 2), (a(torch.Tensor),)), "batch_size": count(), "shuffle": flag(),
                      "transform": function(_same, none), "device": P("cpu", (none, is_text, a(torch.device), is_count)),
                      "drop_last": flag(False), "generator": P(New(torch.Generator), (none, a(torch.Generator)))},
+    "TensorLoader.shard": {"rank": count(0), "world_size": count()},
+    "DataLoaders.in_memory": {
+        "train": P(([0.5, 1], [1.5, 0]), (is_data_set,), says=("sample",)),
+        "valid": P([(0.5, 1), (1.5, 0)], (none, is_data_set, is_mapping), says=("sample",)), "batch_size": count(),
+        "transform": function(_same, none), "valid_transform": function(_same, none, also={"valid": [(0.5, 1)]}),
+        "device": P("cpu", (none, is_text, a(torch.device), is_count)), "drop_last": flag(False),
+        "generator": P(New(torch.Generator), (none, a(torch.Generator))), "num_workers": count(0, none),
+        "verbose": flag(False)},
     "digits": {"batch_size": count()},
     "split_batch": {"batch": P((1, 2), (anything,))},
     "Metrics": {"metrics": P(New(lambda: [accuracy]), (is_iterable, is_function), says=("metric",), code=True),
@@ -522,6 +536,7 @@ ALSO = {
     "Learner.fit_flat_cos": ("n_epoch",), "Learner.lr_find": ("start_lr", "end_lr", "num_it"),
     "Learner.race": ("steps",), "Learner.overfit": ("steps",), "Learner.trace": ("n",), "Learner.profile": ("n",),
     "Learner.tta": ("dl", "transform"), "Learner.export": ("inputs",), "TensorLoader": ("tensors",),
+    "DataLoaders.in_memory": ("train", "verbose"),
     "load_exported": ("model",), "Schedule": ("shape",), "EMA": ("decay",), "GradientClip": ("norm",),
     "SnapshotEnsemble.get_preds": ("dl",), "plot_runs": ("runs",), "suggest.slide": ("lr_diff",),
 }  # fmt: skip
@@ -551,6 +566,7 @@ LEFT_OUT = {
     **dict.fromkeys(["Checkpoint.begin", "Checkpoint.finish", "Checkpoint.take_up", "FiniteLoss.check",
                      "FiniteLoss.check_gradient", "TensorLoader.iter_from"], LOOP),
     "Metrics.names": LOOP, "_Service.by_step": LOOP, "_Service.of_epoch": LOOP, "LRFinder.ramps": LOOP,
+    "Progress.say": LOOP,
 }  # fmt: skip
 BY_STATE = "load_state_dict"  # of whatever class: takes what its state_dict gave, out of a file that was checked
 
@@ -567,7 +583,8 @@ def members():
         if inspect.isclass(thing):
             for key in dir(thing):
                 member = inspect.getattr_static(thing, key)
-                if inspect.isfunction(member) and key not in EVENTS and not key.startswith("_"):
+                member = member.__get__(None, thing) if isinstance(member, classmethod) else member
+                if isinstance(member, (FunctionType, MethodType)) and key not in EVENTS and not key.startswith("_"):
                     module = member.__module__.startswith("minifast")
                     if module and len(inspect.signature(member).parameters) > 1 and key != BY_STATE:
                         yield inspect.unwrap(member).__qualname__, member
@@ -611,6 +628,7 @@ OWNERS = {
     "ActivationStats": watched("ActivationStats"), "GradientStats": watched("GradientStats"),
     "ProgressiveResizing": minifast.ProgressiveResizing, "WeightAverage": averaged, "SnapshotEnsemble": ensemble,
     "Unfreeze": lambda: minifast.Unfreeze({"model": 0.5}),
+    "TensorLoader": lambda: TensorLoader(torch.ones(4, 2)), "DataLoaders": lambda: DataLoaders,
 }
 
 
@@ -626,6 +644,9 @@ def call(owner, name, arguments):
     """Call it, and use what it gave."""
     arguments = dict(arguments)
     thing = PUBLIC[name] if owner is None else getattr(owner, name.partition(".")[2])
+    if name == "DataLoaders.in_memory":
+        dls = thing(**arguments)
+        return [list(loader) for loader in (dls.train, *(loader for _, loader in valid_sets(dls.valid)))]
     if name == "TensorLoader":
         tensors = arguments.pop("tensors")
         return list(thing(tensors, **arguments))

@@ -158,6 +158,11 @@ class Dicts(Images):
         return {"input": x, "labels": y}
 
 
+def dict_noise(batch):
+    x, y = noise((batch["input"], batch["labels"]))
+    return {"input": x, "labels": y}
+
+
 class OwnNoise(Images):
     """Augmentation from generators of the data set's own."""
 
@@ -199,6 +204,13 @@ EXACT = {
     "tensors in order": lambda: data(shuffle=False).train,
     "tensors, own generator": lambda: data(generator=generator()).train,
     "tensors, transform with a generator": lambda: data(transform=Jitter()).train,
+    "tensors, a shard": lambda: TensorLoader(*tensors(48), batch_size=4, shuffle=True, transform=noise,
+                                             generator=generator()).shard(1, 2),
+    "data set in memory": lambda: DataLoaders.in_memory(Images(N, is_random=False), batch_size=4, transform=noise,
+                                                        verbose=False).train,
+    "data set in memory, of dicts": lambda: DataLoaders.in_memory(
+        [{"input": x, "labels": y} for x, y in zip(*tensors(N), strict=True)], batch_size=4, verbose=False,
+        transform=dict_noise, generator=generator()).train,
     "list": lambda: list(DataLoader(PLAIN, batch_size=4)),
     "tuple": lambda: tuple(DataLoader(PLAIN, batch_size=4)),
     "in the main process": lambda: loader(shuffle=True),

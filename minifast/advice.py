@@ -1,0 +1,59 @@
+"""What to do where training waits for its data."""
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+from .datasets import is_stream, n_cpus
+from .tensor_loader import TensorLoader
+from .waiting import SECONDS, SHARE, Waiting
+
+IN_MEMORY = "DataLoaders.in_memory(dataset), if the data fits, reads it once"
+
+
+def notice(waiting: Waiting, loader: Any, device: torch.device) -> str:
+    """A line for a person whose training waits too long for `loader`; "" if it does not, or nothing can be done.
+
+    >>> notice(Waiting(waited=4.0, worked=6.0), [1, 2], torch.device("cpu")).partition(":")[0]
+    'training waits for its data 40 % of the time'
+    """
+    if waiting.is_long:
+        remedy = remedies(loader, device)
+        return remedy and f"training waits for its data {100 * waiting.share:.0f} % of the time: {remedy}"
+    seconds = waiting.began + waiting.waited + waiting.worked
+    if seconds >= SECONDS and waiting.share_of_beginnings >= SHARE and _starts_workers(loader):
+        return (f"{100 * waiting.share_of_beginnings:.0f} % of the time goes by until epochs have their first batch: "
+                "persistent_workers=True keeps the workers over epochs (a killed fit that is resumed then has other "
+                "random augmentation)")
+    return ""
+
+
+def remedies(loader: Any, device: torch.device) -> str:
+    """What would make batches of `loader` come sooner, in words; "" if there is nothing to say."""
+    if isinstance(loader, TensorLoader):
+        if loader.tensors[0].device.type != device.type:
+            return f"TensorLoader(..., device={device.type!r}) keeps the data there and makes the batches there"
+        return "its transform is called in this process, once a batch" if loader.transform is not None else ""
+    if not isinstance(loader, DataLoader):
+        return (f"the loader ({type(loader).__name__}) makes its batches in this process. A torch DataLoader with "
+                "num_workers=, or a TensorLoader, makes them sooner")
+    if isinstance(loader.dataset, TensorDataset):
+        return "TensorLoader(*dataset.tensors) makes whole batches at once"
+    found = [_about_workers(loader), "" if is_stream(loader.dataset) else IN_MEMORY]
+    if device.type == "cuda" and not loader.pin_memory:
+        found.append("pin_memory=True lets batches be copied while the GPU computes")
+    return "; ".join(filter(None, found))
+
+
+def _about_workers(loader: "DataLoader[Any]") -> str:
+    workers, cpus = loader.num_workers, n_cpus()
+    if workers == 0 and cpus > 1:
+        return "it makes its batches in this process. num_workers= has other processes make them"
+    if 0 < workers < cpus:
+        return (f"num_workers={workers} may be too few for {cpus} CPUs; with a larger batch_size they hand over less "
+                "often")
+    return "make its samples cheaper: smaller files, less to decode, augmentation of whole batches on the device"
+
+
+def _starts_workers(loader: Any) -> bool:
+    return bool(getattr(loader, "num_workers", 0)) and not getattr(loader, "persistent_workers", False)
