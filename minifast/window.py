@@ -122,6 +122,7 @@ class Window:
         self.is_open = saved["is_open"]
 
     def _back(self, loss: Tensor, gradient: Tensor | None) -> None:
+        """`loss.backward(gradient)`, by the shortest way."""
         if loss.ndim:  # one number in another shape
             loss.backward(gradient)
             return

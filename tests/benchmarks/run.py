@@ -1,7 +1,7 @@
 """What minifast costs, and what it saves, beside the loop one would write by hand.
 
 All rows of a table are measured in turn, round by round, in one process; ratios are paired. Without names every suite
-runs, which takes about half an hour; --list says what there is. Usage: `make bench ARGS="steps --rounds 5"`.
+runs; --list says what there is. Usage: `make bench ARGS="steps --rounds 5"`.
 """
 import argparse
 import sys
