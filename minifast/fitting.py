@@ -15,7 +15,7 @@ from .dataloaders import as_dataloaders
 from .errors import check_flag, check_int, check_number, check_path, quoted
 from .finite import FiniteLoss
 from .fused import updater
-from .hypers import fill_momentum, keep_hypers, label_groups, norms_in_eval, set_weight_decay, spread_lrs
+from .hypers import fill_momentum, forget_unmade, keep_hypers, label_groups, norms_in_eval, set_weight_decay, spread_lrs
 from .lr import ConstantLR
 from .lr_find import LRFinder
 from .metrics import Metrics
@@ -240,8 +240,10 @@ def fitting(learn: "Learner", state: State, wd: float | None) -> Iterator[None]:
             from .graph import graphed  # not before it is used: so `import minifast` takes no longer for it
         with graphed(state) if learn.graph else nullcontext():
             yield
-    except RuntimeError as error:
-        explain(error)
+    except BaseException as error:
+        forget_unmade(learn.opt)
+        if isinstance(error, RuntimeError):
+            explain(error)
         raise
     finally:
         learn.is_fitting = False

@@ -5,7 +5,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import nn, optim
 from torch.optim import Optimizer
 
 from .errors import check_device, check_number, quoted
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from .groups import LayerGroup, LayerGroups
 
 LARGEST_LR = 1e30  # what a schedule multiplies it by is at most 1e8: a float32 holds that
+_MAKE_STATE_AS_THEY_GO = (optim.Adadelta, optim.Adafactor, optim.Adam, optim.Adamax, optim.ASGD, optim.NAdam,
+                          optim.RAdam, optim.RMSprop, optim.Rprop, optim.SparseAdam)
 LR = float | slice | Sequence[float]  # slices hold floats
 
 
@@ -146,6 +148,18 @@ def fill_momentum(opt: Optimizer, is_scheduled: bool) -> None:
         for p in (p for group in groups for p in group["params"] if p.requires_grad):
             if opt.state[p].get("momentum_buffer") is None:
                 opt.state[p]["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+
+
+def forget_unmade(opt: Optimizer) -> None:
+    """Empty the states that an update has begun to make and never used, so that the next one makes them whole.
+
+    Torch makes them part by part and takes for whole what is not empty: after an update that was cut in there, by lack
+    of memory or a second Ctrl-C, every later one would fail with a KeyError.
+    """
+    if isinstance(opt, _MAKE_STATE_AS_THEY_GO):
+        for p, state in list(opt.state.items()):
+            if float(state.get("step", 1)) == 0:
+                del opt.state[p]
 
 
 def label_groups(opt: Optimizer, n_groups: int) -> None:

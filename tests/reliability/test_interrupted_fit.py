@@ -1,6 +1,8 @@
 """A fit that a signal ends: it is saved where it stopped, and goes on from there."""
 import os
 import signal
+import sys
+from functools import partial
 
 import pytest
 import torch
@@ -120,3 +122,29 @@ def test_it_says_where_it_was_saved_and_where_it_goes_on(tmp_path, capsys):
     fit(learner(verbose=True), tmp_path)
     file = tmp_path / "fit-1" / "step-00000009.ckpt"
     assert capsys.readouterr().out.splitlines()[0] == f"{file}: resumed in epoch 1, 3 batches and 9 of 18 updates"
+
+
+@pytest.mark.case("I2", "I14")
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, KeyboardInterrupt])
+@pytest.mark.parametrize("nth", range(5))
+@pytest.mark.parametrize("opt_func", [
+    torch.optim.AdamW, partial(torch.optim.Adam, amsgrad=True), partial(torch.optim.AdamW, foreach=False),
+    torch.optim.NAdam, torch.optim.Adamax, partial(torch.optim.RMSprop, momentum=0.9)])  # fmt: skip
+def test_an_update_that_is_cut_while_it_makes_its_state_does_not_spoil_the_next(opt_func, nth, error, monkeypatch):
+    make, calls = torch.zeros_like, []
+
+    def zeros_like(*args, **options):
+        if f"{os.sep}optim{os.sep}" in sys._getframe(1).f_code.co_filename:
+            calls.append(1)
+            if len(calls) == nth + 1:
+                raise error("made up")
+        return make(*args, **options)
+    learn = learner()
+    learn.opt_func = opt_func
+    learn.opt = opt_func(learn.model.parameters(), lr=0.01)
+    monkeypatch.setattr(torch, "zeros_like", zeros_like)
+    with pytest.raises(error, match="made up"):
+        learn.fit(0.01, 1)
+    learn.fit(0.01, 1)
+    assert len(learn.recorder.losses) == 6
+    assert all(float(learn.opt.state[p]["step"]) >= 6 for p in learn.model.parameters())
