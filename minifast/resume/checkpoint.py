@@ -206,6 +206,7 @@ class Checkpoint(Callback):
         in_pass = kind != "state" and self._n_done and not self._is_epoch_end
         return {"is_first_pass": self._is_first_pass, "first": self._first_batch,
                 "last": digest(state.loaded) if in_pass else None,
+                "validating": [name for name, loader in state.valid_sets if getattr(loader, "_iterator", None)],
                 "state": loader.state_dict() if kind == "state" else None}
 
     def _validated(self, state: State, monitor: str) -> dict[str, Any] | None:

@@ -45,6 +45,9 @@ class WayBack:
         if not is_epoch_end:
             state.entry = state.entry or Entry(self._n_done, limit=self._n_done)
             state.entry.window = None if state.entry.is_cut else self._window
+        for name, loader in state.valid_sets:
+            if name in self._noted["validating"] and getattr(loader, "persistent_workers", False):
+                begin(loader)  # as in `_start_workers`
         rng.restore(self._now, self._own)
         of = "" if state.n_epochs is None else f" of {state.n_steps}"
         if is_epoch_end:

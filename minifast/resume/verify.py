@@ -72,6 +72,7 @@ def _check_form(saved: Mapping[str, Any], state: State) -> None:
         and all(isinstance(part, dict) for part in (position["metrics"], saved["rng"], *saved["callbacks"].values()))
         and (isinstance(saved["epoch_rng"], dict) or saved["finished"])
         and all(isinstance(loader[name], (str, type(None))) for name in ("first", "last"))
+        and isinstance(loader["validating"], list)
         and all(isinstance(saved[name], dict) for name in ("loss", "texts"))
         and isinstance(saved["run"], str) and isinstance(saved["window"], (dict, type(None))))
     if not is_right:

@@ -369,6 +369,21 @@ def test_persistent_workers_are_exact_in_every_pass_where_the_data_is_not_random
         same(learn, reference)
 
 
+@pytest.mark.slow
+def test_persistent_workers_of_the_validation_set_are_where_they_were(tmp_path):
+    """Their first pass draws a number more than later ones, from the generator that shuffles the training data."""
+    def both():
+        valid = DataLoader(Images(8, is_random=False), 4, num_workers=1, persistent_workers=True)
+        return DataLoaders(TensorLoader(*tensors(24), batch_size=4, shuffle=True), valid)
+
+    reference = uninterrupted(fit, learner(both()))
+    files = checkpoints(tmp_path, learner(both()))
+    for n in (5, 8):
+        learn = learner(both())
+        assert resumed(learn, files[n - 1]) == []
+        same(learn, reference)
+
+
 def persistent():
     return loader(shuffle=True, num_workers=2, persistent_workers=True)
 
