@@ -161,7 +161,7 @@ print(*sorted(new - sys.stdlib_module_names - {"minifast", "numpy"}))
 @pytest.mark.slow
 def test_importing_minifast_loads_none_of_the_toolbox():
     """So `import minifast` and `python -m minifast` take no longer for it."""
-    toolbox = "('callbacks', 'studies', 'loggers', 'whole_set', 'hooks', 'resume')"
+    toolbox = "('callbacks', 'studies', 'loggers', 'whole_set', 'hooks', 'resume', 'interpret', 'outcomes', 'pictures')"
     code = f"""
 import sys, minifast
 print(*(name for name in sys.modules if name.split(".")[1:2] and name.split(".")[1] in {toolbox}
