@@ -97,7 +97,8 @@ class Interpretation:
         """Draw the confusion matrix; gives the axes.
 
         Coloured by the share of the row, so that small classes are seen too. In the cells stand the counts, or with
-        `normalize` the shares, as long as there is room; the row of a class without samples is grey.
+        `normalize` the shares, as long as there is room; the row of a class without samples is grey. A figure of your
+        own wants `layout="constrained"`, or long names are cut.
         """
         return confusion.plot(self.confusion_matrix(), self.classes, check_flag("normalize", normalize), ax)
 

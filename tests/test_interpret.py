@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import everything, rngs
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.pyplot import close, get_fignums
 from torch import nn
@@ -397,6 +398,19 @@ def test_pictures_of_the_largest_losses(channels):
     assert get_fignums() == []
 
 
+def test_pictures_beside_samples_that_do_not_count():
+    """The inputs that are kept are those of the row: where the loss ignores some, and where one is NaN."""
+    learn, x, y = on_pictures()
+    learn.loss_func = nn.CrossEntropyLoss(ignore_index=0)
+    x = x.clone()
+    x[7, 0, 0, 0] = torch.nan
+    found = Interpretation.from_learner(learn, [(x[:5], y[:5]), (x[5:], y[5:])], keep=3)
+    assert found.top_losses(1)[0]["index"] == 7
+    for ax, row in zip(found.plot_top_losses(3).axes, found.top_losses(3), strict=True):
+        picture = (x[row["index"], 0].nan_to_num() * 255).round().numpy()
+        assert np.array_equal(ax.images[0].get_array(), picture)
+
+
 def test_show_results():
     learn, x, _ = on_pictures(n=40)
     found = Interpretation.from_learner(learn)
@@ -453,7 +467,7 @@ def overlapping(texts, figure):
 
 @pytest.mark.parametrize(("k", "length"), [(2, 3), (2, 60), (10, 60), (30, 25), (100, 20)])
 def test_the_matrix_can_be_read(k, length):
-    names = [f"{i}$_".ljust(length, "n") for i in range(k)]
+    names = [f"{i}$_$".ljust(length, "n") for i in range(k)]  # would fail if it was read as mathematics
     ax = confusion.plot(matrix(k), names, normalize=k == 10)
     ax.figure.canvas.draw()
     assert (ax.get_xlabel(), ax.get_ylabel()) == ("predicted", "actual")
@@ -463,6 +477,15 @@ def test_the_matrix_can_be_read(k, length):
     assert max(ax.figure.get_size_inches()) < 14
     assert (len(ax.texts) > 0) == (k < 100), "numbers where there is room"
     assert len(ax.figure.axes) == 1 + (k == 100), "else a colour bar"
+
+
+def test_of_many_names_in_a_small_place_some_are_left_out():
+    figure = Figure(figsize=(4, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    ax = confusion.plot(matrix(60), [f"class {i}" for i in range(60)], ax=figure.subplots())
+    figure.canvas.draw()
+    assert overlapping(ax.get_yticklabels(), figure) == []
+    assert ax.get_yticklabels()[1].get_text() == f"class {ax.get_yticks()[1]}" != "class 1"
 
 
 def test_cells_show_counts_or_shares():
