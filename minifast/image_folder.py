@@ -41,9 +41,8 @@ def image_folder(folder: Path, batch_size: int = 64, device: torch.device | str 
     if len(classes) < 2:
         raise ValueError(f"{folder / 'train'} has one class only ({classes[0]}): nothing to tell apart")
     size, mode = _common_form([path for path, _ in (*train, *valid)])
-    loaders = [_loader(samples, classes, size, mode, batch_size, device, is_train)
-               for samples, is_train in ((train, True), (valid, False))]
-    return DataLoaders(*loaders)
+    return DataLoaders(_loader(train, classes, size, mode, batch_size, device, is_train=True),
+                       _loader(valid, classes, size, mode, batch_size, device, is_train=False), classes)
 
 
 def _samples(folder: Path) -> tuple[list[tuple[Path, str]], list[str]]:
