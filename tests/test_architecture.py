@@ -31,7 +31,7 @@ FLOORS = {
     8: {"fitting", "image_folder"},
     9: {"callbacks", "studies"},
     10: {"learner"},
-    11: {"__init__", "demo"},
+    11: {"__init__", "demo", "vision"},
     12: {"__main__"},
 }  # fmt: skip
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules}
