@@ -72,7 +72,7 @@ class ImageForm:
             return self._fitted(from_pixels(picture))
         with opened(picture) as image:
             enough = 2 * max(self.size)  # a JPEG much larger than needed is decoded at 1/2, 1/4 or 1/8 of its size
-            image.draft(None, (enough, enough))  # type: ignore[arg-type]
+            image.draft(None, (enough, enough))
             return self._fitted(image)
 
     def _fitted(self, image: "Image") -> Tensor:
