@@ -128,6 +128,12 @@ def test_a_large_photo_is_decoded_small_and_looks_the_same(tmp_path):
     path = saved(Image.fromarray(gradient), tmp_path / "a.jpg")
     read = ImageForm((30, 40), 1).read(path)[0].float()
     assert (read - torch.linspace(3, 252, 40)).abs().max() < 3
+    for factor in (2, 3, 9):  # decoded at full size, at full size, at a quarter
+        fine = noise((5 * 40, 5 * 30), seed=factor).resize((40 * factor, 30 * factor), Image.Resampling.BICUBIC)
+        path = saved(fine, tmp_path / "b.jpg", quality=95)
+        with Image.open(path) as image:
+            whole = ImageForm((30, 40)).read(image)
+        assert (ImageForm((30, 40)).read(path).float() - whole.float()).abs().mean() < 2
 
 
 def test_pictures_that_cannot_be_read_are_named(tmp_path):
@@ -417,16 +423,17 @@ def test_small_pictures_are_moved_and_mirrored():
 
 
 def test_symbols_are_turned_as_they_should():
-    picture = torch.zeros(1, 1, 33, 65)
-    picture[..., 16, 4:60] = 1  # a level line through the middle
-    assert torch.allclose(SmallTurns(0, 0, 0)(picture), picture, atol=1e-5)
-    angles = []
-    for turned in SmallTurns(degrees=20, shift=0, zoom=0)(picture.expand(200, 1, 33, 65)):
-        rows, columns = (turned[0] > 0.3).nonzero().T.numpy()
-        angles.append(np.degrees(np.arctan(np.polyfit(columns, rows, 1)[0])))
-    assert min(angles) < -15
-    assert max(angles) > 15
-    assert max(map(abs, angles)) < 21, "degrees are those of the picture, however wide it is"
+    level, upright = torch.zeros(2, 1, 33, 65)
+    level[0, 16, 4:60] = upright[0, 2:30, 32] = 1  # lines through the middle
+    for line, is_level in ((level, True), (upright, False)):
+        assert torch.allclose(SmallTurns(0, 0, 0)(line[None])[0], line, atol=1e-5)
+        angles = []
+        for turned in SmallTurns(degrees=20, shift=0, zoom=0)(line.expand(200, 1, 33, 65)):
+            along, across = (turned[0] > 0.3).nonzero().T.numpy()[::-1 if is_level else 1]
+            angles.append(np.degrees(np.arctan(np.polyfit(along, across, 1)[0])))
+        assert min(angles) < -15
+        assert max(angles) > 15
+        assert max(map(abs, angles)) < 21, "degrees are those of the picture, however wide it is"
     moved = SmallTurns(degrees=0, shift=0.25, zoom=0)(torch.ones(50, 1, 8, 8))
     torch.testing.assert_close(moved, torch.ones(50, 1, 8, 8))  # what is missing has the colour of the edge
 
@@ -537,3 +544,36 @@ def test_tta_augments_with_the_training_loaders_transform():
     assert learn.tta(read.valid, beta=1)[0].shape == (6, 3)
     with pytest.raises(ValueError, match=r"the data of tta \(list\) has none: its batches are of another kind"):
         learn.tta([(torch.zeros(2, 3, 8, 8), torch.zeros(2))])
+
+
+# ---- looking at them
+
+
+def drawn(figure):
+    """(title, pixels) of each picture."""
+    return [(ax.get_title(), ax.images[0].get_array()) for ax in figure.axes]
+
+
+def test_a_batch_is_shown_with_the_names_of_its_classes():
+    data = Photos()
+    dls = quiet(data, 0.2)
+    shown = drawn(dls.show_batch(4, train=False))
+    raw, rows = dls.valid.tensors[0].permute(0, 2, 3, 1), (0, 1, 3, 4)  # of six, evenly spaced
+    for i, (title, pixels) in zip(rows, shown, strict=True):
+        assert title == data.classes[dls.valid.tensors[1][i]]
+        assert np.abs(pixels.astype(int) - raw[i].numpy()).max() <= 1, "without the normalisation"
+    assert len(drawn(dls.show_batch(100, train=False))) == 6
+    assert len(drawn(dls.show_batch(100))) == 8, "no more than a batch"
+    bright = quiet(data, augment=lambda batch: batch * 0 + 1)
+    assert all(pixels.min() == 255 for _, pixels in drawn(bright.show_batch(3))), "augmented, as it is trained on"
+    with pytest.raises(ValueError, match="n must be an int >= 1, got 0"):
+        dls.show_batch(0)
+    with pytest.raises(ValueError, match="there is no validation data"):
+        bright.show_batch(train=False)
+
+
+def test_it_is_drawn_on_a_figure_that_is_given():
+    from matplotlib.figure import Figure
+    figure = Figure()
+    assert from_arrays(*arrays(channels=1)).show_batch(2, figure=figure) is figure
+    assert [title for title, _ in drawn(figure)] != []

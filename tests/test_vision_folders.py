@@ -77,6 +77,8 @@ def test_one_tree_is_split_by_class_the_same_way_each_time(root):
     np.random.seed(99)
     assert levels(quiet(root).valid) == held, "no global generator has a part in it"
     assert levels(quiet(root, seed=1).valid) != held
+    several = [levels(quiet(root, seed=seed).valid) for seed in range(4)]
+    assert any(held[:2] != [level - 40 for level in held[2:]] for held in several), "each class by itself"
     assert len(levels(quiet(root, valid=0.5).valid)) == 10
     save(root / "emu" / "1.png", level=200)
     save(root / "emu" / "2.png", level=201)
@@ -320,8 +322,11 @@ def test_broken_files_are_left_out_and_said(root, in_memory, capsys):
     assert len(dls.one_batch()[0]) == 8
 
 
-def test_a_class_of_broken_files_only(root):
-    save(root / "emu" / "a.png").write_text("no picture")
+@pytest.mark.parametrize("spoil", [a_text, cut_off])
+def test_a_class_of_broken_files_only(spoil, root):
+    spoil(root)
+    (root / "emu").mkdir()
+    (root / ("dog/03.png" if spoil is a_text else "cat/04.png")).rename(root / "emu" / "a.png")
     with pytest.raises(ValueError, match="no picture of the class 'emu' that it could be trained on can be read"):
         quiet(root, skip_broken=True)
 
