@@ -115,8 +115,27 @@ def smallest_batch(loader: Iterable[Batch]) -> int | None:
 def in_order(loader: Iterable[Batch]) -> Iterable[Batch]:
     """The same samples in the order of the data set, all of them: without torch's shuffling, without drop_last.
 
-    A loader with a sampler of its own is returned as it is.
+    Without random augmentation too, where the loader's `batch_transform` does that. A loader with a sampler of its own
+    gives its own order.
     """
+    return plain(_ordered(loader))
+
+
+def plain(loader: Iterable[Batch]) -> Iterable[Batch]:
+    """A loader whose `batch_transform`, if it has one, augments nothing: the same transform's `plain`.
+
+    A `batch_transform` without that attribute stays as it is. The running workers of `loader` are left alone.
+    """
+    transform = getattr(loader, "batch_transform", None)
+    without = getattr(transform, "plain", transform)
+    if without is transform:
+        return loader
+    twin: Any = second_copy(loader) if isinstance(loader, DataLoader) else copy.copy(loader)
+    twin.batch_transform = without
+    return twin  # type: ignore[no-any-return]
+
+
+def _ordered(loader: Iterable[Batch]) -> Iterable[Batch]:
     if isinstance(loader, TensorLoader) and (loader.shuffle or loader.drop_last):
         ordered = copy.copy(loader)
         ordered.shuffle = ordered.drop_last = False
@@ -129,10 +148,13 @@ def in_order(loader: Iterable[Batch]) -> Iterable[Batch]:
 
 
 def _rebuilt(loader: "DataLoader[Any]") -> "DataLoader[Any]":
-    return DataLoader(loader.dataset, batch_size=loader.batch_size, num_workers=loader.num_workers,
-                      collate_fn=loader.collate_fn, pin_memory=loader.pin_memory, timeout=loader.timeout,
-                      worker_init_fn=loader.worker_init_fn, multiprocessing_context=loader.multiprocessing_context,
-                      generator=loader.generator)
+    ordered: Any = DataLoader(
+        loader.dataset, batch_size=loader.batch_size, num_workers=loader.num_workers, collate_fn=loader.collate_fn,
+        pin_memory=loader.pin_memory, timeout=loader.timeout, worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context, generator=loader.generator)
+    if hasattr(loader, "batch_transform"):
+        ordered.batch_transform = loader.batch_transform
+    return ordered  # type: ignore[no-any-return]
 
 
 def second_copy(loader: Iterable[Batch]) -> Iterable[Batch]:

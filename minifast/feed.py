@@ -1,11 +1,12 @@
 """One pass over a loader: its batches on the device, its errors explained, its workers ended."""
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
+from functools import partial
 from time import perf_counter
 
 import torch
 
-from .batches import Batch, to_device
+from .batches import Batch, describe, to_device
 from .overlap import SideStream
 from .signals import DeferredInterrupt
 from .waiting import Waiting
@@ -17,35 +18,55 @@ END = object()
 
 def feed(loader: Iterable[Batch], device: torch.device, limit: int | None, interrupt: DeferredInterrupt,
          what: str = "the data", first: int = 0, iterator: Iterator[Batch] | None = None,
-         waiting: Waiting | None = None) -> Generator[Batch, None, None]:
+         waiting: Waiting | None = None, noted: Callable[[Batch], None] | None = None) -> Generator[Batch, None, None]:
     """The batches of one pass over `loader`, up to batch `limit`, on `device`. Close it: that ends its workers.
 
+    A loader may have a `batch_transform`, e.g. augmentation: a function that gives a new batch for each batch, called
+    once it is on the device. It runs in this process, when the batch is asked for, so that its random numbers come in
+    one order too, and a resumed fit goes on with the same ones.
+
     first: how many batches of the pass are behind already, of which `iterator` is the rest. waiting: is told how long
-    each batch was waited for.
+    each batch was waited for. noted: is given each batch as it came from the loader.
 
     A batch is drawn when it is asked for, and none behind `limit`: what loader and model draw from the random
     generators comes in one order on every device. An error of the loader gains a note that counts the batch. One that
     comes after SIGINT or SIGTERM is the interrupt itself: worker processes get the signal too and die of it.
     """
     waiting = Waiting() if waiting is None else waiting
-    if device.type == "cpu":  # batches come from loaders on the CPU: nothing to walk through
-        return _drawn(loader, limit, interrupt, what, first, iterator, waiting)
-    if device.type == "cuda":
-        side = SideStream(device)
-        return _moved(_drawn(loader, limit, interrupt, what, first, iterator, waiting, side.has_work), side)
-    batches = _drawn(loader, limit, interrupt, what, first, iterator, waiting)
-    return _moved(batches, lambda batch: to_device(batch, device))
+    side = SideStream(device) if device.type == "cuda" else None
+    has_work = None if side is None else side.has_work
+    batches = _drawn(loader, limit, interrupt, what, first, iterator, waiting, noted, has_work)
+    if side is not None:
+        batches = _each(batches, side)
+    elif device.type != "cpu":  # batches come from loaders on the CPU: nothing to walk through
+        batches = _each(batches, lambda batch: to_device(batch, device))
+    transform = getattr(loader, "batch_transform", None)
+    return batches if transform is None else _each(batches, partial(_transformed, transform, what))
 
 
-def _moved(batches: Generator[Batch, None, None], move: Callable[[Batch], Batch]) -> Generator[Batch, None, None]:
+def first_batch(loader: Iterable[Batch], device: torch.device) -> Batch:
+    """The first batch of a pass over `loader`, as `feed` gives it; None if there is none. Its workers are ended."""
+    with closing(feed(loader, device, 1, DeferredInterrupt())) as batches:
+        return next(batches, None)
+
+
+def _each(batches: Generator[Batch, None, None], change: Callable[[Batch], Batch]) -> Generator[Batch, None, None]:
     with closing(batches):
         for batch in batches:
-            yield move(batch)
+            yield change(batch)
+
+
+def _transformed(transform: Callable[[Batch], Batch], what: str, batch: Batch) -> Batch:
+    try:
+        return transform(batch)
+    except Exception as error:
+        error.add_note(f"in the batch_transform of {what}, called with {describe(batch)}")
+        raise
 
 
 def _drawn(loader: Iterable[Batch], limit: int | None, interrupt: DeferredInterrupt, what: str, first: int,
-           iterator: Iterator[Batch] | None, waiting: Waiting, has_work: Callable[[], bool] | None = None
-           ) -> Generator[Batch, None, None]:
+           iterator: Iterator[Batch] | None, waiting: Waiting, noted: Callable[[Batch], None] | None,
+           has_work: Callable[[], bool] | None) -> Generator[Batch, None, None]:
     """The batches as the loader gives them.
 
     has_work: whether the device still computes. While it does, nobody waits for a batch, however long the host takes
@@ -69,6 +90,8 @@ def _drawn(loader: Iterable[Batch], limit: int | None, interrupt: DeferredInterr
                 waiting.waited += came - asked
             else:
                 waiting.worked += came - asked
+            if noted is not None:
+                noted(batch)
             yield batch
             count += 1
             asked = perf_counter()

@@ -10,6 +10,7 @@ Deliberately absent, because every batch would pay for it:
 """
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing, suppress
+from functools import partial
 from itertools import count
 
 import torch
@@ -18,6 +19,7 @@ from . import snapshot
 from .batches import Batch, call_model, describe, n_samples
 from .callback import Callback, CancelBatch, CancelEpoch, CancelFit, Emitter
 from .checks import check_loss, check_passes, check_target
+from .data import plain
 from .feed import feed
 from .losses import mean_and_weight
 from .state import Entry, State
@@ -62,10 +64,11 @@ def train(state: State, emit: Emitter) -> None:
     if entry.window is not None:
         window.load_state_dict(entry.window)
     batches = feed(state.train_dl, state.device, entry.limit, state.interrupt,
-                   f"epoch {state.epoch}, training data", entry.n_done, entry.iterator, state.waiting)
+                   f"epoch {state.epoch}, training data", entry.n_done, entry.iterator, state.waiting,
+                   noted=partial(setattr, state, "loaded"))
     with closing(batches):
         for index, batch in enumerate(batches, entry.n_done):
-            state.batch_index, state.batch, state.loaded = index, batch, batch
+            state.batch_index, state.batch = index, batch
             try:
                 if not window.admits(state.batch_index):
                     raise CancelBatch
@@ -152,7 +155,8 @@ def look(state: State, emit: Emitter, loader: Iterable[Batch]) -> None:
     """One pass over one validation set."""
     state.batch_index = -1
     what = f"{state.valid_set} validation data".lstrip()
-    with closing(feed(loader, state.device, None, state.interrupt, f"epoch {state.epoch}, {what}")) as batches:
+    batches = feed(plain(loader), state.device, None, state.interrupt, f"epoch {state.epoch}, {what}")
+    with closing(batches):
         for index, batch in enumerate(batches):
             state.batch_index, state.batch = index, batch
             emit(Callback.before_valid_batch)

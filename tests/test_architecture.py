@@ -28,10 +28,10 @@ FLOORS = {
         "loggers", "outcomes"},
     6: {"lr", "composed", "resume", "graph", "in_memory"},
     7: {"cycles", "dataloaders"},
-    8: {"fitting", "image_folder"},
+    8: {"fitting"},
     9: {"callbacks", "studies", "interpret"},
     10: {"learner"},
-    11: {"__init__", "demo"},
+    11: {"__init__", "demo", "vision"},
     12: {"__main__"},
 }  # fmt: skip
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules}

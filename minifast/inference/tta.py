@@ -5,10 +5,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from .. import snapshot
 from ..batches import Batch, call_model, describe, scores
-from ..data import generators, in_order
+from ..data import generators, in_order, second_copy
 from ..errors import check_flag, check_int, check_number
 from ..feed import feed
 from ..signals import DeferredInterrupt
@@ -33,9 +34,9 @@ def tta(learn: "Learner", dl: Iterable[Batch] | str | None = None, *, transform:
     logits.
 
     transform: called n times on the inputs of each batch, a copy, on the device, without gradients; gives the inputs
-    of one pass. None: the training loader's own, if that is a `TensorLoader` with one. It is called with the whole
-    batch, as there, so of a `dl` that is a `TensorLoader` it gets the tensors before that one's own transform; the
-    plain pass and the targets come after it.
+    of one pass. None: the training loader's own, its `batch_transform` or that of a `TensorLoader`. It is called with
+    the whole batch, as there, so it gets the batches of `dl` before that one's own; the plain pass and the targets come
+    after it, without augmentation.
 
     The samples are in the order of the data set. Passes differ as far as `transform` draws random numbers; all
     generators are put back, so that the result is a function of the global seed. Outputs are averaged batch by batch:
@@ -55,12 +56,10 @@ def tta(learn: "Learner", dl: Iterable[Batch] | str | None = None, *, transform:
     if transform is not None and not callable(transform):
         raise TypeError(f"transform must be a function of the inputs, got {transform!r:.80}.")
     data = learn._data(dl)
-    on_batch = _loader_transform(learn.dls.train) if transform is None else None
-    own = None  # the transform of the plain pass, where the loader is read without it
-    if on_batch is not None and isinstance(data, TensorLoader):
-        own, bare = data.transform, copy.copy(data)
-        bare.transform = None
-        data = bare
+    on_batch = own = None  # own: the transform of the plain pass, where the loader is read without it
+    if transform is None:
+        name, on_batch = _loader_transform(learn.dls.train)
+        data, own = _without(name, in_order(data))
 
     def augmented(batch: Batch) -> Any:
         batch = _clone(batch)  # a transform that writes in place must reach neither the next pass nor the data
@@ -93,13 +92,30 @@ def tta(learn: "Learner", dl: Iterable[Batch] | str | None = None, *, transform:
     return preds, targets
 
 
-def _loader_transform(loader: Iterable[Batch]) -> Transform:
-    transform = loader.transform if isinstance(loader, TensorLoader) else None
-    if transform is None:
-        raise ValueError(f"tta needs a transform, and the training data ({type(loader).__name__}) is no TensorLoader "
-                         "with one of its own. Pass a function of the inputs, e.g. "
-                         "tta(transform=lambda x: x + 0.1 * torch.randn_like(x)).")
-    return transform
+def _loader_transform(loader: Iterable[Batch]) -> tuple[str, Transform]:
+    """The transform that augments the training batches, and the name under which the loader keeps it."""
+    names = ("batch_transform", "transform") if isinstance(loader, TensorLoader) else ("batch_transform",)
+    for name in names:
+        transform = getattr(loader, name, None)
+        if transform is not None:
+            return name, transform
+    raise ValueError(f"tta needs a transform, and the training data ({type(loader).__name__}) is no TensorLoader "
+                     "with one of its own. Pass a function of the inputs, e.g. "
+                     "tta(transform=lambda x: x + 0.1 * torch.randn_like(x)).")
+
+
+def _without(name: str, loader: Iterable[Batch]) -> tuple[Iterable[Batch], Transform | None]:
+    """`loader` without its own transform called `name`, and that transform."""
+    own = getattr(loader, name, None) if name == "batch_transform" or isinstance(loader, TensorLoader) else None
+    if own is None:
+        if name == "batch_transform":
+            raise ValueError(f"the training data augments raw batches (by its batch_transform), and the data of tta "
+                             f"({type(loader).__name__}) has none: its batches are of another kind. Pass data made in "
+                             "the same way, or transform=, a function of the inputs.")
+        return loader, None
+    bare: Any = second_copy(loader) if isinstance(loader, DataLoader) else copy.copy(loader)
+    setattr(bare, name, None)
+    return bare, own
 
 
 def _clone(nest: Any) -> Any:

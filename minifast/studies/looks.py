@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from .. import fitting, loop
-from ..batches import call_model, describe, map_tensors, n_samples, scores, tensors, to_device
+from ..batches import call_model, describe, map_tensors, n_samples, scores, tensors
 from ..callback import Callback, CancelFit, Order
 from ..checks import check_loss, check_target, check_trainable
-from ..data import n_batches, valid_sets
+from ..data import n_batches, plain, valid_sets
+from ..feed import first_batch
 from ..losses import is_cross_entropy, is_loss, mean_and_weight
 from ..state import State
 from ..tables import listed
@@ -221,10 +222,10 @@ class Looks:
         self.learn.model.eval()
         for name, loader in sets:
             what = f"validation {name}".rstrip()
-            batch = next(iter(loader), None)
+            batch = first_batch(plain(loader), self.learn.device)
             if batch is None:
                 raise ValueError(f"the {what} data yields 0 batches.")
-            inputs, target = self.learn.unpack(to_device(batch, self.learn.device))
+            inputs, target = self.learn.unpack(batch)
             pred = call_model(self.learn.model, inputs)
             check_target(pred, target, self.learn.loss_func)
             loss, _ = mean_and_weight(fitting.loss_func(self.learn)(pred, target), n_samples(target, inputs))

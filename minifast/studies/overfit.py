@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 from .. import fitting
 from ..dataloaders import DataLoaders
 from ..errors import check_int
+from ..feed import first_batch
 from ..finite import Unchecked
 from ..hypers import check_lr
 
@@ -17,7 +18,10 @@ def overfit(learn: "Learner", steps: int = 100, lr: Any = None) -> list[float]:
     lr = learn.lr if lr is None else check_lr("lr", lr)
     fitting.check_assigned(learn)
     with learn.sandbox():
-        return overfit_batch(learn, next(iter(learn.dls.train)), steps, lr)
+        batch = first_batch(learn.dls.train, learn.device)
+        if batch is None:
+            raise ValueError("the training data yielded 0 batches: there is none to learn by heart.")
+        return overfit_batch(learn, batch, steps, lr)
 
 
 def overfit_batch(learn: "Learner", batch: Any, steps: int, lr: Any) -> list[float]:

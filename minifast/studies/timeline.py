@@ -139,6 +139,7 @@ class _First:
 
     def __init__(self, loader: Iterable[Any], n: int) -> None:
         self.loader, self.n = loader, n
+        self.batch_transform = getattr(loader, "batch_transform", None)
 
     def __iter__(self) -> Iterator[Any]:
         for _, batch in zip(range(self.n), self.loader, strict=False):
