@@ -40,7 +40,7 @@ def pictures(n=8, channels=3, side=32, classes=("cat", "dog", "owl"), size=None)
     """Noise, as `ImageDataLoaders` without augmentation."""
     x = torch.randint(0, 256, (n, channels, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     y = torch.arange(n) % len(classes)
-    return from_arrays((x, y), (x, y), classes=list(classes), batch_size=4, augment=None)
+    return from_arrays(x, y, (x, y), classes=list(classes), batch_size=4, augment=None)
 
 
 def learner(arch, pretrained=False, channels=3, side=32, **options):
@@ -225,6 +225,13 @@ def test_a_model_of_ones_own():
     assert caught.value.__notes__ == ["in arch, called with the number of classes, 3"]
 
 
+@pytest.mark.slow
+def test_the_seed_is_that_of_the_new_layers_too():
+    first, second, other = (learner("shufflenet_v2_x0_5", seed=seed).model.fc.weight for seed in (0, 0, 1))
+    assert torch.equal(first, second)
+    assert not torch.equal(first, other)
+
+
 # ---- what is refused
 
 
@@ -328,7 +335,7 @@ def test_weights_that_cannot_be_had(cache):
         learner("shufflenet_v2_x0_5", pretrained=True)
     assert f"put it into {cache}, with the name {name}." in str(caught.value)
     (cache / name).write_bytes(b"no weights")
-    with pytest.raises(ValueError, match=r"does not hold the weights .* \(UnpicklingError: .*Delete the file") as caught:
+    with pytest.raises(ValueError, match=r"does not hold the weights .* \(UnpicklingError.*Delete the file") as caught:
         learner("shufflenet_v2_x0_5", pretrained=True)
     assert str(caught.value).startswith(str(cache / name))
     put(cache, WEIGHTS.DEFAULT, num_classes=7)

@@ -27,7 +27,7 @@ def painted(n, side=16, seed=0):
 
 def dataloaders(channels=3):
     (x, y), (valid_x, valid_y) = painted(48), painted(12, seed=1)
-    return from_arrays((x[:, :channels], y), (valid_x[:, :channels], valid_y), classes=list(COLOURS), batch_size=12,
+    return from_arrays(x[:, :channels], y, (valid_x[:, :channels], valid_y), classes=list(COLOURS), batch_size=12,
                        augment=None)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import snapshot
 from ..errors import check_flag
 from ..groups import Splitter
 from ..learner import Learner
@@ -74,7 +75,8 @@ def vision_learner(dls: ImageDataLoaders, arch: Any, pretrained: bool = True, *,
     the sum of its weights over red, green and blue, and mean and std are the means of theirs.
 
     head: a function (n_features, n_classes) -> module, in place of a new linear layer. splitter: None for
-    `layer_groups`: stem, stages, head. loss_func: None for cross entropy. options: those of `Learner`.
+    `layer_groups`: stem, stages, head. loss_func: None for cross entropy. options: those of `Learner`; `seed` seeds the
+    new layers, too.
 
     Nothing is frozen: `fine_tune` trains the head first, or call `freeze()`. GoogLeNet and Inception v3 come without
     their auxiliary heads.
@@ -88,6 +90,8 @@ def vision_learner(dls: ImageDataLoaders, arch: Any, pretrained: bool = True, *,
         raise TypeError(f"vision_learner has no option {', '.join(sorted(unknown))}: it takes its own and those of "
                         "Learner.")
     verbose = check_flag("verbose", options.get("verbose", True))
+    if options.get("seed") is not None:
+        snapshot.seed_all(options["seed"])  # the Learner does that, too, when the new layers are made already
     form, classes = dls.form, list(dls.classes or ())
     made = image_model(arch, len(classes), channels=form.channels, pretrained=pretrained, weights=weights, head=head,
                        progress=verbose)
