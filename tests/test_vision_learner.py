@@ -25,10 +25,10 @@ def painted(n, side=16, seed=0):
     return (plain + noise).clamp(0, 255).to(torch.uint8), y
 
 
-def dataloaders(channels=3):
+def dataloaders(channels=3, augment=None):
     (x, y), (valid_x, valid_y) = painted(48), painted(12, seed=1)
     return from_arrays(x[:, :channels], y, (valid_x[:, :channels], valid_y), classes=list(COLOURS), batch_size=12,
-                       augment=None)
+                       augment=augment)
 
 
 def net(n_classes, channels=3):
@@ -197,8 +197,24 @@ def test_metadata_of_ones_own(learn, tmp_path):
 # ---- with the rest
 
 
-def test_tta_and_check_take_pictures(learn):
-    preds, targets = learn.tta(transform=lambda x: x.flip(3), n=1)
-    assert (preds.argmax(1) == targets).all()
-    assert learn.check().exit_code in (0, 1)
+def test_tta_augments_as_training_does():
+    learn = make_learner(dataloaders(augment="small"), net, seed=0, device="cpu", verbose=False)
+    learn.fit_one_cycle(3, 2e-2)
+    plain, targets = learn.get_preds()
+    preds, same = learn.tta(n=2)
+    assert torch.equal(targets, same)
+    assert not torch.equal(preds, plain)
+    assert (preds - plain).abs().max() < 1  # the same pictures, moved by two pixels at most
+
+
+def test_a_look_over_everything_finds_nothing(learn):
     assert learn.form == ImageForm((16, 16), 3, (0.4, 0.3, 0.4), (0.3, 0.2, 0.3))
+    report = learn.check()
+    assert report.exit_code == 0, str(report)
+
+
+def test_one_class_is_nothing_to_learn():
+    x, _ = painted(12)
+    dls = from_arrays(x, torch.zeros(12, dtype=torch.int64), valid=None)
+    with pytest.raises(ValueError, match=r"dls must have at least two classes, to be told apart, got \['0'\]"):
+        make_learner(dls, net)

@@ -54,7 +54,7 @@ def load_classifier(path: str | os.PathLike[str], model: nn.Module | None = None
     path = check_path("path", path)
     described = export_info(path)
     labels, image = described.get("labels"), (described.get("metadata") or {}).get("image")
-    if not labels or not image:
+    if not isinstance(labels, list) or not isinstance(image, dict):
         missing = " and no ".join(name for name, value in (("labels", labels), ("'image'", image)) if not value)
         raise ValueError(f"{path} holds no {missing}, so it is a model but no classifier of pictures. Export it from a "
                          "vision_learner, or call load_exported(path) for the model itself.")

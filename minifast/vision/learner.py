@@ -83,6 +83,15 @@ def vision_learner(dls: ImageDataLoaders, arch: Any, pretrained: bool = True, *,
 
     Raises ValueError or TypeError for what cannot work, before anything is downloaded where that can be told; OSError
     for weights that cannot be had, with what to do.
+
+    >>> from minifast.vision import from_arrays
+    >>> pictures = torch.randint(256, (20, 3, 32, 32), dtype=torch.uint8)
+    >>> dls = from_arrays(pictures, torch.arange(20) % 2, classes=["no", "yes"])
+    >>> learn = vision_learner(dls, "squeezenet1_1", pretrained=False, verbose=False)
+    >>> learn.groups.names
+    ('stem', 'stage 1', 'stage 2', 'stage 3', 'head')
+    >>> learn.predict(pictures[0]).label in dls.classes
+    True
     """
     _check_dls(dls)
     unknown = set(options) - set(inspect.signature(Learner).parameters)
@@ -115,3 +124,5 @@ def _check_dls(dls: Any) -> None:
     if not isinstance(dls, ImageDataLoaders):
         raise TypeError(f"dls must be ImageDataLoaders, got a {type(dls).__name__}. Make them with "
                         "image_folders(path), from_dataset(train, valid) or from_arrays(...).")
+    if len(dls.classes or ()) < 2:
+        raise ValueError(f"dls must have at least two classes, to be told apart, got {dls.classes!r:.60}.")
