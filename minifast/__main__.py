@@ -13,10 +13,10 @@ import torch
 from . import demo
 from .dataloaders import digits
 from .errors import NonFiniteLoss
-from .image_folder import image_folder
 
 OUT = Path("minifast-demo")
-BATCH_SIZE = {"digits": 16, "folder": 64}  # 1,437 digits are few: small batches make more steps of them
+BATCH_SIZE = 16  # 1,437 digits are few: small batches make more steps of them
+LARGEST = 64  # pixels of a side: larger images take minutes on a CPU
 
 
 class Parser(argparse.ArgumentParser):
@@ -61,13 +61,15 @@ def _run(options: argparse.Namespace, parser: Parser) -> None:
     _check_device(options.device, parser)
     _check_out(options.out, parser)
     if options.data is None:
-        dls = digits(BATCH_SIZE["digits"])
+        dls = digits(BATCH_SIZE)
         torch.set_num_threads(1)  # with images this small, threads wait for each other longer than they compute
     else:
+        from .vision import image_folders  # not before it is used: so the digits take no longer for it
         print(f"reading the images of {options.data}", flush=True)
         try:
-            dls = image_folder(options.data, BATCH_SIZE["folder"], options.device)
-        except (ImportError, OSError, ValueError) as error:
+            dls = image_folders(options.data, valid="valid", max_size=LARGEST, augment=None, in_memory=True,
+                                device=options.device, verbose=False)
+        except (ImportError, MemoryError, OSError, ValueError) as error:
             parser.refuse(f"--data: {error}")
     options.out.mkdir(parents=True, exist_ok=True)
     demo.run(dls, options.out, lr=options.lr, epochs=options.epochs, device=options.device, seed=options.seed)

@@ -28,7 +28,7 @@ FLOORS = {
         "loggers"},
     6: {"lr", "composed", "resume", "graph", "in_memory"},
     7: {"cycles", "dataloaders"},
-    8: {"fitting", "image_folder"},
+    8: {"fitting"},
     9: {"callbacks", "studies"},
     10: {"learner"},
     11: {"__init__", "demo", "vision"},

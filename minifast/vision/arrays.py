@@ -1,0 +1,90 @@
+"""Pictures that are in memory already."""
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import check_number, quoted
+from .folders import held_back
+from .form import ImageForm
+from .loaders import ImageDataLoaders, Pictures, of_pictures
+from .options import Options, class_names
+
+
+def from_arrays(images: Any, labels: Any, valid: Any = 0.2, *, size: int | Sequence[int] | None = None,
+                batch_size: int | None = None, classes: Sequence[str] | None = None, augment: Any = "auto",
+                resize: str = "crop", channels: int | None = None, mean: Sequence[float] | None = None,
+                std: Sequence[float] | None = None, device: torch.device | str | None = None, seed: int = 0
+                ) -> ImageDataLoaders:
+    """Loaders of pictures that are in memory.
+
+    images: uint8, a numpy array (n, height, width) or (n, height, width, channels) or a tensor (n, height, width) or
+    (n, channels, height, width), of 1, 3 or 4 channels (the fourth is dropped). labels: (n,) class numbers from 0.
+    valid: (images, labels) for validation; or a share in 0..1 of each class that is held back, drawn with `seed`; None:
+    no validation. classes: the names; None: the numbers. size: None is that of the pictures. device: where they are
+    kept, None: where a Learner trains. The other arguments are those of `image_folders`.
+
+    Raises TypeError or ValueError for what are no such arrays.
+
+    >>> images, labels = np.zeros((10, 8, 8), dtype=np.uint8), np.arange(10) % 2
+    >>> dls = from_arrays(images, labels, classes=["even", "odd"])
+    >>> dls
+    8 training and 2 validation pictures of 2 classes (even, odd), 8x8 pixels, grey
+    >>> x, y = dls.one_batch()
+    >>> x.shape, x.dtype, y.dtype
+    (torch.Size([8, 1, 8, 8]), torch.float32, torch.int64)
+    """
+    parts = [_arrays("images", images, "labels", labels)]
+    height, width = parts[0].images.shape[2:]
+    options = Options(size=(height, width) if size is None else size, batch_size=batch_size, augment=augment,
+                      resize=resize, channels=channels, mean=mean, std=std, device=device, seed=seed)
+    names = class_names(classes)
+    if isinstance(valid, (tuple, list)) and len(valid) == 2:
+        parts.append(_arrays("valid[0]", valid[0], "valid[1]", valid[1]))
+    elif isinstance(valid, (int, float)):
+        share = check_number("valid", valid, above=0, below=1, example="valid=0.2, or (images, labels)")
+        held = held_back(parts[0].labels.tolist(), len(parts[0].labels), share, seed)
+        parts = [Pictures(parts[0].images[rows], parts[0].labels[rows]) for rows in (~held, held)]
+    elif valid is not None:
+        raise TypeError(f"valid must be (images, labels), a share in 0..1 or None, got {quoted(valid)}.")
+    form = options.form(Counter({(width, height): 1}), is_grey=parts[0].images.shape[1] == 1)
+    place = options.place(sum(len(part.labels) for part in parts), form) or torch.device("cpu")
+    parts = [Pictures(_in_form(part.images, form).to(place), part.labels.to(place)) for part in parts]
+    return of_pictures(parts, names, options.normalized(form, lambda: parts[0].images), options)
+
+
+def _arrays(name: str, images: Any, name_of_labels: str, labels: Any) -> Pictures:
+    """`images` as uint8 (n, channels, height, width), `labels` as int64 (n,); or what is wrong with them."""
+    if not isinstance(images, (np.ndarray, Tensor)):
+        raise TypeError(f"{name} must be a uint8 array or tensor of pictures, got {quoted(images)}.")
+    pixels, wanted = images, "(n, height, width) or (n, channels, height, width)"
+    if isinstance(images, np.ndarray):
+        wanted = "(n, height, width) or (n, height, width, channels)"
+        pixels = images.transpose(0, 3, 1, 2) if images.ndim == 4 else images
+    if pixels.ndim == 3:
+        pixels = pixels[:, None]
+    is_uint8 = str(images.dtype).removeprefix("torch.") == "uint8"
+    if not is_uint8 or pixels.ndim != 4 or pixels.shape[1] not in (1, 3, 4) or 0 in pixels.shape:
+        raise ValueError(f"{name} must be uint8 of shape {wanted} with 1, 3 or 4 channels, got "
+                         f"{str(images.dtype).removeprefix('torch.')} {tuple(images.shape)}. Floats in 0..1: pass "
+                         "(255 * x).round() as uint8.")
+    if isinstance(pixels, np.ndarray):
+        pixels = torch.from_numpy(np.ascontiguousarray(pixels))
+    try:
+        numbers = torch.as_tensor(labels)
+    except (TypeError, ValueError, RuntimeError):  # texts, objects, lists of different lengths
+        numbers = torch.empty(0)
+    if numbers.is_floating_point() or numbers.is_complex() or tuple(numbers.shape) != (len(pixels),):
+        raise ValueError(f"{name_of_labels} must be {len(pixels)} class numbers, one for each picture, got "
+                         f"{quoted(labels)}.")
+    return Pictures(pixels.detach(), numbers.long())
+
+
+def _in_form(images: Tensor, form: ImageForm) -> Tensor:
+    """uint8 pictures (n, channels, height, width) in the size and with the channels of `form`."""
+    if images.shape[1:] == (form.channels, *form.size):
+        return images.contiguous()
+    return torch.stack([form.read(image) for image in images])

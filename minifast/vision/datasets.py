@@ -1,0 +1,153 @@
+"""Pictures in data sets such as torchvision's."""
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Subset
+
+from ..errors import check_number, quoted
+from ..progress import say
+from ..samples import check_data_set
+from .decode import GREY
+from .folders import held_back
+from .form import ImageForm
+from .loaders import ImageDataLoaders, of_data_sets, of_pictures, read, some
+from .options import MAX_SIZE, Options, class_names
+
+PROBES = 100  # samples of a data set that are looked at to choose size and channels
+
+
+@dataclass(frozen=True)
+class Formed(Dataset[tuple[Tensor, int]]):
+    """The samples of a data set, (picture, class number), in the form that a model takes."""
+
+    data: Any
+    form: ImageForm
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        picture, label = self.data[i]
+        return self.form.read(picture), int(label)
+
+
+def from_dataset(train: Any, valid: Any = None, *, size: int | Sequence[int] | None = None,
+                 batch_size: int | None = None, classes: Sequence[str] | None = None, augment: Any = "auto",
+                 resize: str = "crop", channels: int | None = None, mean: Sequence[float] | None = None,
+                 std: Sequence[float] | None = None, max_size: int = MAX_SIZE, in_memory: bool | None = None,
+                 num_workers: int | None = None, device: torch.device | str | None = None, seed: int = 0,
+                 verbose: bool = True) -> ImageDataLoaders:
+    """Loaders of data sets such as torchvision's: samples (picture, class number), with len() and [i].
+
+    A picture is what `ImageForm.read` takes: an image of Pillow's, a uint8 tensor or array. So the data set is made
+    without `transform=`, or with one that gives such pictures: floats (of `ToTensor`, `Normalize`) are refused, as
+    augmentation and normalisation come after. A transform of its own that is random takes in_memory=False.
+
+    valid: the validation data, or a share in 0..1 of `train` that is held back: of each class where the data set has
+    `.targets`, else of all. None: no validation. classes: the names; None: the data set's `.classes`, also of a Subset,
+    else the numbers. size, channels: None looks at up to 100 of the samples. The other arguments are those of
+    `image_folders`.
+
+    Raises TypeError for what is no such data set, ValueError for samples or labels that cannot be used.
+
+    >>> picture = np.zeros((8, 8), dtype=np.uint8)
+    >>> from_dataset([(picture, 0), (picture, 1)] * 5, 0.2, classes=["no", "yes"], verbose=False)
+    8 training and 2 validation pictures of 2 classes (no, yes), 8x8 pixels, grey
+    """
+    options = Options(size=size, batch_size=batch_size, augment=augment, resize=resize, channels=channels, mean=mean,
+                      std=std, max_size=max_size, in_memory=in_memory, num_workers=num_workers, device=device,
+                      seed=seed, verbose=verbose)
+    names = class_names(classes)
+    check_data_set("train", train)
+    if isinstance(valid, (int, float)):
+        share = check_number("valid", valid, above=0, below=1, example="valid=0.2, or a data set")
+        held = held_back(_targets(train), len(train), share, seed)
+        parts = [Subset(train, rows.nonzero().flatten().tolist()) for rows in (~held, held)]
+    else:
+        parts = [train] if valid is None else [train, valid]
+    sizes, is_grey = _looked_at(parts)
+    form = options.form(sizes, is_grey)
+    place = options.place(sum(map(len, parts)), form)
+    data_sets = [Formed(part, form) for part in parts]
+    names = names or class_names(_inner(train, "classes"))
+    if place is not None:
+        pictures = read(data_sets, place, options)
+        form = options.normalized(form, lambda: pictures[0].images)
+        dls = of_pictures(pictures, names, form, options)
+    else:
+        form = options.normalized(form, lambda: some(data_sets[0]))
+        dls = of_data_sets(data_sets, names or _numbered(parts), form, options)
+    if verbose:
+        say(repr(dls))
+    return dls
+
+
+def _looked_at(parts: Sequence[Any]) -> tuple[Counter[tuple[int, int]], bool]:
+    """How often each (width, height) comes among some samples of the first part, and whether all of them are grey.
+
+    Raises TypeError or ValueError for samples of any part that cannot be used.
+    """
+    sizes, is_grey = Counter[tuple[int, int]](), True
+    for name, data in zip(("train", "valid"), parts, strict=False):
+        n = check_data_set(name, data)
+        for i in range(0, n, -(-n // PROBES)):
+            size, grey = _look(f"sample {i} of {name}", data[i])
+            if name == "train":
+                sizes[size] += 1
+                is_grey = is_grey and grey
+    return sizes, is_grey
+
+
+def _look(what: str, sample: Any) -> tuple[tuple[int, int], bool]:
+    """The (width, height) of the picture of a sample, and whether it is grey."""
+    if not isinstance(sample, (tuple, list)) or len(sample) != 2:
+        raise TypeError(f"{what} must be (picture, class number), got {quoted(sample)}.")
+    picture, label = sample
+    try:
+        is_number = float(label) >= 0 and int(label) == float(label)
+    except (TypeError, ValueError, RuntimeError):
+        is_number = False
+    if not is_number:
+        raise ValueError(f"{what} must have a class number from 0, got {quoted(label)}.")
+    if hasattr(picture, "getbands"):  # an image of Pillow's
+        return picture.size, picture.mode in GREY
+    if not isinstance(picture, (Tensor, np.ndarray)):
+        raise TypeError(f"{what} must be (picture, class number), its picture is {quoted(picture)}. Pass an image of "
+                        "Pillow's, or uint8 pixels.")
+    dtype = str(picture.dtype).removeprefix("torch.")
+    if dtype != "uint8" or picture.ndim not in (2, 3):
+        raise ValueError(f"{what} holds {dtype} {tuple(picture.shape)} and no uint8 picture: where a transform of the "
+                         "data set has made floats, make it without ToTensor, ToDtype and Normalize. Augmentation and "
+                         "normalisation come after, on whole batches.")
+    channels_first = tuple(picture.shape) if isinstance(picture, Tensor) else (
+        *picture.shape[2:], *picture.shape[:2])
+    return (channels_first[-1], channels_first[-2]), picture.ndim == 2 or channels_first[0] == 1
+
+
+def _targets(data: Any) -> list[int] | None:
+    """The class numbers of a data set that are there without reading it: its `.targets`, also of a Subset."""
+    if isinstance(data, Subset):
+        inner = _targets(data.dataset)
+        return None if inner is None else [inner[i] for i in data.indices]
+    targets = getattr(data, "targets", None)
+    return None if targets is None or len(targets) != len(data) else [int(label) for label in targets]
+
+
+def _inner(data: Any, name: str) -> Any:
+    """An attribute of a data set, or of the one that it is a part of."""
+    while isinstance(data, Subset):
+        data = data.dataset
+    return getattr(data, name, None)
+
+
+def _numbered(parts: Sequence[Any]) -> list[str]:
+    labels = [label for part in parts for label in _targets(part) or ()]
+    if not labels:
+        raise ValueError("the data set has neither .classes nor .targets, and is not read before training: pass "
+                         "classes=, the names of the classes.")
+    return [str(i) for i in range(max(labels) + 1)]

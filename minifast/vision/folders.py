@@ -1,0 +1,204 @@
+"""Which files of a folder belong to which class, for training and for validation; and what is wrong with the folder."""
+import os
+import random
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..tables import listed
+from .decode import FOREIGN, GREY, opened
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif", ".jfif")
+PASSED_OVER = {"__macosx", "thumbs.db", "desktop.ini"}  # what systems leave behind, beside whatever begins with a dot
+PARTS = {"train", "training", "valid", "validation", "val", "test", "testing"}  # names of no classes
+VALID_NAMES = ("valid", "val", "validation")
+SHARE = 0.2  # of each class, held back where there is no folder for validation
+
+
+class Sample(NamedTuple):
+    """A file and the number of its class."""
+
+    path: Path
+    label: int
+
+
+@dataclass
+class Found:
+    """What a folder holds: the samples of both parts, the names of the classes, and files that are no pictures."""
+
+    train: list[Sample]
+    valid: list[Sample]
+    classes: list[str]
+    validation: str  # where the validation pictures come from, in words
+    others: list[Path]
+
+
+def find(root: Path, train: str = "train", valid: str | float | None = None, seed: int = 0,
+         skip_broken: bool = False) -> Found:
+    """The pictures below `root`, by class, each list in the order of the file names.
+
+    Of `root/train/<class>/...` and `root/valid/<class>/...`; or of `root/<class>/...`, of which the share `valid` of
+    each class is held back, drawn with `seed` for each class by itself. valid: the name of a folder, a share in 0..1,
+    or None for the folder that is there, else a fifth. Pictures in a format that Pillow cannot read are among the
+    other files with `skip_broken`. Raises ValueError with one line that names the folder or file.
+    """
+    if not root.is_dir():
+        raise ValueError(f"there is no folder {root}")
+    has_train = (root / train).is_dir()
+    if valid is None:
+        valid = next((name for name in VALID_NAMES if has_train and (root / name).is_dir()), SHARE)
+    if isinstance(valid, str):
+        return _two_folders(root / train, root / valid, skip_broken)
+    folder = root / train if has_train else root
+    if not has_train:
+        _check_classes(root, train)
+    by_class, others = _by_class(folder, skip_broken)
+    kept, held_back = _split(by_class, valid, seed)
+    return Found(_samples(kept), _samples(held_back), list(by_class), f"{valid:.0%} of each class", others)
+
+
+def _two_folders(train: Path, valid: Path, skip_broken: bool) -> Found:
+    by_class, others = _by_class(train, skip_broken)
+    of_valid, others_of_valid = _by_class(valid, skip_broken, is_train=False)
+    for name in of_valid:
+        if name not in by_class:
+            raise ValueError(f"the class {name!r} is in {valid} only: {train} has {listed(by_class)}")
+    ordered = {name: of_valid.get(name, []) for name in by_class}  # a class may be missing in validation
+    return Found(_samples(by_class), _samples(ordered), list(by_class), str(valid), others + others_of_valid)
+
+
+def _check_classes(root: Path, train: str) -> None:
+    """Raise ValueError if the folders of `root` are parts of the data, under other names than those looked for."""
+    parts = [folder.name for folder in _folders(root) if folder.name.lower() in PARTS]
+    if parts:
+        raise ValueError(f"{root} holds {listed(parts)}, which looks like a part of the data and not like a class, but "
+                         f"no folder {train}. Pass the names of the parts, e.g. train='training', valid='test'")
+
+
+def _by_class(folder: Path, skip_broken: bool, is_train: bool = True
+              ) -> tuple[dict[str, list[Path]], list[Path]]:
+    """The pictures of each class, and the other files. Raises ValueError if these are no classes to tell apart."""
+    expected = f"expected {folder}/<class>/<image>"
+    if not folder.is_dir():
+        raise ValueError(f"there is no folder {folder}: {expected}")
+    folders = _folders(folder)
+    if not folders:
+        loose = sum(is_picture(path) or path.suffix.lower() in FOREIGN for path in folder.iterdir())
+        hint = f". Its {loose:,} pictures have to be sorted into one folder for each class" if loose else ""
+        raise ValueError(f"{folder} holds no folder: {expected}{hint}")
+    by_class, others = {}, []
+    for each in folders:
+        files = sorted(_files(each), key=lambda path: path.relative_to(folder).as_posix())
+        foreign = [path for path in files if not is_picture(path) and path.suffix.lower() in FOREIGN]
+        if foreign and not skip_broken:
+            more = f" (and {len(foreign) - 1:,} more files of this class)" if len(foreign) > 1 else ""
+            raise ValueError(f"{foreign[0]}{more} is {FOREIGN[foreign[0].suffix.lower()]}")
+        by_class[each.name] = [path for path in files if is_picture(path)]
+        others += [path for path in files if not is_picture(path)]
+        if not by_class[each.name]:
+            raise ValueError(f"{each} holds no image ({' '.join(SUFFIXES)})")
+    if is_train and len(by_class) < 2:
+        deeper = [inner.name for inner in _folders(folders[0])]
+        hint = f". It holds the folders {listed(deeper)}: did you mean {folders[0]}?" if deeper else ""
+        raise ValueError(f"{folder} has one class only ({folders[0].name}): nothing to tell apart{hint}")
+    return by_class, others
+
+
+def _folders(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_dir() and not _is_passed_over(path.name))
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """All files below `folder`, through links too, each folder once."""
+    seen = set[str]()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:  # a link to a folder that it lies in
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = [name for name in folders if not _is_passed_over(name)]
+        yield from (Path(place, name) for name in names if not _is_passed_over(name))
+
+
+def _is_passed_over(name: str) -> bool:
+    return name.startswith(".") or name.lower() in PASSED_OVER
+
+
+def is_picture(path: Path) -> bool:
+    """Whether a file has the name of a picture that Pillow can read."""
+    suffix = path.suffix.lower()
+    if suffix not in FOREIGN:
+        return suffix in SUFFIXES
+    from PIL import Image  # a plugin may have taught it more
+    return suffix in Image.registered_extensions()
+
+
+def _split(by_class: dict[str, list[Path]], share: float, seed: int
+           ) -> tuple[dict[str, list[Path]], dict[str, list[Path]]]:
+    kept, held_back = {}, {}
+    for name, paths in by_class.items():
+        chosen = _chosen(len(paths), share, f"{seed} {name}")
+        held_back[name] = [path for i, path in enumerate(paths) if i in chosen]
+        kept[name] = [path for i, path in enumerate(paths) if i not in chosen]
+    return kept, held_back
+
+
+def _chosen(n: int, share: float, seed: str) -> set[int]:
+    """Which of `n` samples of a class are for validation: the share, at least one, but never all."""
+    return set(random.Random(seed).sample(range(n), min(max(1, round(share * n)), n - 1)))
+
+
+def held_back(labels: Sequence[int] | None, n: int, share: float, seed: int) -> Tensor:
+    """Which of `n` samples are for validation, (n,) bool: the share of each class, or of all if nobody knows these.
+
+    Of a class at least one, but never all. Raises ValueError if there is none.
+
+    >>> held_back([0, 0, 1, 1, 1, 1, 2], 7, 0.5, seed=0).sum()
+    tensor(3)
+    """
+    held = torch.zeros(n, dtype=torch.bool)
+    rows: dict[int, list[int]] = {}
+    for i in range(n):
+        rows.setdefault(0 if labels is None else labels[i], []).append(i)
+    for label, own in rows.items():
+        held[[own[k] for k in _chosen(len(own), share, f"{seed} {label}")]] = True
+    if not held.any():
+        raise ValueError(f"of {n} samples none can be held back for validation, as each class has one only. Pass "
+                         "validation data, or valid=None.")
+    return held
+
+
+def _samples(by_class: dict[str, list[Path]]) -> list[Sample]:
+    return [Sample(path, i) for i, paths in enumerate(by_class.values()) for path in paths]
+
+
+# ---- what the files say of themselves
+
+
+class Headers(NamedTuple):
+    """What the beginnings of files say: how often each (width, height), whether all are grey, and the broken files."""
+
+    sizes: Counter[tuple[int, int]]
+    is_grey: bool
+    broken: list[Path]
+
+
+def read_headers(paths: Sequence[Path], skip_broken: bool) -> Headers:
+    """Read only how each picture begins. Raises ValueError that names the first that is none, or notes them."""
+    sizes, is_grey, broken = Counter[tuple[int, int]](), True, []
+    for path in paths:
+        try:
+            with opened(path) as image:
+                sizes[image.size] += 1
+                is_grey = is_grey and image.mode in GREY
+        except ValueError:
+            if not skip_broken:
+                raise
+            broken.append(path)
+    return Headers(sizes, is_grey, broken)

@@ -1,0 +1,153 @@
+"""What can be said of pictures wherever they come from, checked before anything is read."""
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import check_device, check_flag, check_int, quoted
+from ..memory import available
+from .augment import Augment, augmentation, check_augment
+from .form import MOST_PIXELS, ImageForm
+
+MAX_SIZE = 224  # pixels of a side, where nobody says more: what the classical architectures were made for
+SMALLEST = 8  # pixels: of smaller sides nothing is left after the first layers of a convnet
+SHARE_OF_MEMORY = 0.5  # that pictures may take: model and batches want some too
+MEASURED = 512  # pictures, at most, whose mean and spread stand for all
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The arguments that `image_folders`, `from_dataset` and `from_arrays` share; there they are described."""
+
+    size: int | Sequence[int] | None = None
+    batch_size: int | None = None
+    augment: Any = "auto"
+    resize: str = "crop"
+    channels: int | None = None
+    mean: Sequence[float] | None = None
+    std: Sequence[float] | None = None
+    max_size: int = MAX_SIZE
+    in_memory: bool | None = None
+    num_workers: int | None = None
+    device: torch.device | str | None = None
+    seed: int = 0
+    verbose: bool = False
+
+    def __post_init__(self) -> None:
+        check_int("max_size", self.max_size, SMALLEST, MOST_PIXELS)
+        check_int("seed", self.seed, 0)
+        check_flag("verbose", self.verbose)
+        for name, least in (("batch_size", 1), ("num_workers", 0)):
+            if getattr(self, name) is not None:
+                check_int(name, getattr(self, name), least)
+        if self.in_memory is not None:
+            check_flag("in_memory", self.in_memory)
+        if self.device is not None:
+            check_device(self.device)
+        check_augment(self.augment)
+        if (self.mean is None) != (self.std is None):
+            raise ValueError("mean and std belong together: pass both, or none of them.")
+        self._normalized(self.form(Counter({(SMALLEST, SMALLEST): 1}), is_grey=False))
+
+    def form(self, sizes: Counter[tuple[int, int]], is_grey: bool) -> ImageForm:
+        """The form, yet without normalisation, of pictures of these (width, height), all grey or not."""
+        if self.size is None:
+            size = common_size(sizes, self.max_size)
+        elif isinstance(self.size, int):
+            size = (self.size, self.size)
+        else:
+            size = self.size  # type: ignore[assignment]  # the form says what is wrong with it
+        channels = self.channels if self.channels is not None else len(self.mean or ()) or (1 if is_grey else 3)
+        return ImageForm(size, channels, resize=self.resize)
+
+    def normalized(self, form: ImageForm, pictures: Callable[[], Tensor]) -> ImageForm:
+        """`form` with the normalisation that is given, or with that of `pictures`, which are made only then."""
+        if self.mean is not None:
+            return self._normalized(form)
+        mean, std = measured(pictures())
+        return replace(form, mean=mean, std=std)
+
+    def _normalized(self, form: ImageForm) -> ImageForm:
+        return form if self.mean is None else replace(form, mean=self.mean, std=self.std)  # type: ignore[arg-type]
+
+    def augmentation(self, form: ImageForm) -> Augment | None:
+        """What changes the training batches."""
+        return augmentation(self.augment, form)
+
+    def steps_of(self, n: int) -> int:
+        """The batch size for `n` training pictures. If none is given: 64, or less where that makes few steps an epoch.
+
+        >>> Options().steps_of(1000), Options().steps_of(100), Options().steps_of(9), Options(batch_size=32).steps_of(9)
+        (64, 12, 8, 32)
+        """
+        return min(64, max(8, n // 8)) if self.batch_size is None else self.batch_size
+
+    def place(self, n: int, form: ImageForm) -> torch.device | None:
+        """Where `n` pictures are kept: the device, else the CPU, as they fit; None: in no memory.
+
+        Raises MemoryError if they have to fit and do not.
+        """
+        if self.in_memory is False:
+            return None
+        n_bytes = n * form.channels * form.size[0] * form.size[1]
+        for place in (accelerator() if self.device is None else check_device(self.device), torch.device("cpu")):
+            free = available(place)
+            if free is not None and n_bytes <= SHARE_OF_MEMORY * free:
+                return place
+            if free is None and (self.in_memory or place.type == "cpu"):  # nobody says what is free
+                return place
+        if self.in_memory is None:
+            return None
+        raise MemoryError(f"{n:,} pictures of {n_bytes // n:,} bytes are {n_bytes / 1e6:,.0f} MB, more than "
+                          f"{SHARE_OF_MEMORY:.0%} of the memory that is free. Pass in_memory=False, which reads them "
+                          "as you train, or a smaller size.")
+
+
+def common_size(sizes: Counter[tuple[int, int]], max_size: int) -> tuple[int, int]:
+    """The (height, width) that pictures of these (width, height) are brought to if nobody says.
+
+    Their own where all have the same and both sides are 8..`max_size`; else a square as long as the shorter side of
+    most of them, within these bounds.
+
+    >>> common_size(Counter({(28, 20): 5}), 224), common_size(Counter({(4032, 3024): 9, (640, 480): 1}), 224)
+    ((20, 28), (224, 224))
+    """
+    width, height = next(iter(sizes))
+    if len(sizes) == 1 and min(width, height) >= SMALLEST and max(width, height) <= max_size:
+        return height, width
+    shorter = Counter[int]()
+    for size, n in sizes.items():
+        shorter[min(size)] += n
+    side = max(SMALLEST, min(max_size, shorter.most_common(1)[0][0]))
+    return side, side
+
+
+def measured(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """The mean and the standard deviation of each channel of uint8 pictures, in 0..1, of up to 512 of them.
+
+    >>> measured(torch.tensor([0, 255], dtype=torch.uint8).reshape(2, 1, 1, 1))
+    ((0.5,), (0.5,))
+    """
+    some = images[::-(-len(images) // MEASURED)].cpu().double() / 255
+    mean, std = some.mean((0, 2, 3)).tolist(), some.std((0, 2, 3), correction=0).tolist()
+    # pictures of one colour have no spread
+    return tuple(round(value, 4) for value in mean), tuple(max(0.01, round(value, 4)) for value in std)
+
+
+def accelerator() -> torch.device:
+    """Where a Learner trains if nobody says."""
+    cpu = torch.device("cpu")
+    return (torch.accelerator.current_accelerator() or cpu) if torch.accelerator.is_available() else cpu
+
+
+def class_names(classes: Any) -> list[str] | None:
+    """`classes` as a list of names; raises TypeError for anything else but None."""
+    if classes is None:
+        return None
+    names = [] if isinstance(classes, str) or not hasattr(classes, "__iter__") else list(classes)
+    if not names or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"classes must be a list of names, got {quoted(classes)}.")
+    return names
