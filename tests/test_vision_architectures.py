@@ -103,6 +103,16 @@ def test_a_transformer_is_cut_into_four_and_its_tokens_go_with_the_stem():
         assert blocks == {f"encoder_layer_{k}" for k in range(3 * i, 3 * i + 3)}
 
 
+@pytest.mark.slow
+def test_a_stage_of_swin_begins_where_patches_are_merged():
+    with torch.device("meta"):
+        model = models.swin_t()
+    names = {id(p): name for name, p in model.named_parameters()}
+    first = [names[id(group[0])] for group in layer_groups(model).values()]
+    assert first == ["features.0.0.weight", "features.1.0.norm1.weight", "features.2.reduction.weight",
+                     "features.4.reduction.weight", "features.6.reduction.weight", "head.weight"]
+
+
 def test_groups_of_a_model_of_ones_own_leave_it_as_it_was():
     model = nn.ModuleDict({"net": tiny(3)})["net"]
     model[3].eval()
@@ -127,7 +137,7 @@ def test_a_wrapped_model_is_opened_and_a_model_without_a_linear_layer_is_one_gro
     class Body(nn.Module):
         def __init__(self):
             super().__init__()
-            self.one, self.two = nn.Conv2d(3, 8, 3, stride=2), nn.Conv2d(8, 8, 3, stride=2)
+            self.two, self.one = nn.Conv2d(8, 8, 3, stride=2), nn.Conv2d(3, 8, 3, stride=2)  # the last one first
 
         def forward(self, x):
             return self.two(self.one(x))
@@ -143,13 +153,16 @@ def test_a_model_that_takes_one_size_only_or_looks_at_values():
     class Looks(nn.Module):
         def __init__(self):
             super().__init__()
-            self.conv, self.out = nn.Conv2d(1, 2, 3), nn.Linear(2 * 36, 3)
+            self.conv, self.norm, self.out = nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Linear(2 * 36, 3)
 
         def forward(self, x):
-            x = self.conv(x)
+            x = self.norm(self.conv(x))
             return self.out(x.flatten(1)) if float(x.sum()) < 1e9 else x
 
-    assert list(layer_groups(Looks(), 1, (8, 8))) == ["stem", "head"]
+    model = Looks()
+    assert list(layer_groups(model, 1, (8, 8))) == ["stem", "head"]
+    assert model.norm.num_batches_tracked == 0
+    assert model.norm.running_mean.tolist() == [0, 0]
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         layer_groups(Looks(), 1, (9, 9))
 
