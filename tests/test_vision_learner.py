@@ -96,6 +96,12 @@ def test_more_pictures_than_fit_in_a_batch(learn):
     x, y = painted(150, seed=3)
     labels = [prediction.label for prediction in learn.predict(x)]
     assert labels == [list(COLOURS)[i] for i in y]
+    sizes = []
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 3))
+    model.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
+    Classifier(model, learn.form, learn.classes)(x)
+    assert sum(sizes) == 150
+    assert max(sizes) <= 64
 
 
 def test_what_is_no_picture(learn, tmp_path):
@@ -173,6 +179,10 @@ def test_a_file_that_says_nothing_of_pictures(learn, tmp_path):
         load_classifier(path, net(3))
     path = Learner.export(learn, tmp_path / "labelled", inputs=torch.zeros(2, 3, 16, 16), labels=list(COLOURS))
     with pytest.raises(ValueError, match=r"labelled holds no 'image', so"):
+        load_classifier(path, net(3))
+    path = Learner.export(learn, tmp_path / "bare", inputs=torch.zeros(2, 3, 16, 16),
+                          metadata={"image": learn.form.as_dict()})
+    with pytest.raises(ValueError, match=r"bare holds no labels, so"):
         load_classifier(path, net(3))
     path = learn.export(tmp_path / "whole")
     described = json.loads((path / "model.json").read_text())
