@@ -21,7 +21,7 @@ FLOORS = {
     1: {"signals", "suggest", "schedules", "fused", "plots", "tables", "batches", "losses", "scalars", "trees",
         "pickles", "rng", "workers", "waiting", "datasets", "cuda_graph", "tensor_loader", "memory"},
     2: {"groups", "hypers", "data", "snapshot", "window", "record", "plan", "files", "hooks", "verdict", "overlap",
-        "samples"},
+        "samples", "pictures"},
     3: {"state", "checks", "meters", "weights", "feed", "advice"},
     4: {"callback", "whole_set", "inference", "graph_forms"},
     5: {"loop", "scheduler", "lr_find", "recorder", "progress", "metrics", "finite", "ownership", "budget",

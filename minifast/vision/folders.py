@@ -17,6 +17,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".
 PASSED_OVER = {"__macosx", "thumbs.db", "desktop.ini"}  # what systems leave behind, beside whatever begins with a dot
 PARTS = {"train", "training", "valid", "validation", "val", "test", "testing"}  # names of no classes
 VALID_NAMES = ("valid", "val", "validation")
+WAY_OUT = "skip_broken=True leaves out the files that cannot be read"  # a note: a command line has no such argument
 SHARE = 0.2  # of each class, held back where there is no folder for validation
 
 
@@ -97,7 +98,9 @@ def _by_class(folder: Path, skip_broken: bool, is_train: bool = True
         foreign = [path for path in files if not is_picture(path) and path.suffix.lower() in FOREIGN]
         if foreign and not skip_broken:
             more = f" (and {len(foreign) - 1:,} more files of this class)" if len(foreign) > 1 else ""
-            raise ValueError(f"{foreign[0]}{more} is {FOREIGN[foreign[0].suffix.lower()]}")
+            error = ValueError(f"{foreign[0]}{more} is {FOREIGN[foreign[0].suffix.lower()]}")
+            error.add_note(WAY_OUT)
+            raise error
         by_class[each.name] = [path for path in files if is_picture(path)]
         others += [path for path in files if not is_picture(path)]
         if not by_class[each.name]:
@@ -197,8 +200,9 @@ def read_headers(paths: Sequence[Path], skip_broken: bool) -> Headers:
             with opened(path) as image:
                 sizes[image.size] += 1
                 is_grey = is_grey and image.mode in GREY
-        except ValueError:
+        except ValueError as error:
             if not skip_broken:
+                error.add_note(WAY_OUT)
                 raise
             broken.append(path)
     return Headers(sizes, is_grey, broken)

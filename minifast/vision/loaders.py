@@ -22,7 +22,7 @@ from .form import ImageForm
 from .options import Options
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure, SubFigure
+    from matplotlib.figure import Figure
 
 STREAMED = 32  # pictures, not kept in memory, whose mean and spread stand for all
 
@@ -55,12 +55,11 @@ class ImageDataLoaders(DataLoaders):
             restore()
         return x, y
 
-    def show_batch(self, n: int = 9, *, train: bool = True, figure: "Figure | SubFigure | None" = None
-                   ) -> "Figure | SubFigure":
-        """Draw `n` pictures of `one_batch`, as the model gets them but for the normalisation, under their classes.
+    def show_batch(self, n: int = 9, *, train: bool = True, figure: "Figure | None" = None) -> "Figure":
+        """Draw `n` pictures as the model gets them, but for the normalisation, under their classes.
 
-        train: of the training data, augmented; False: of the validation data. figure: an empty one to draw on. At most
-        one batch is shown.
+        train: the first of `one_batch`, augmented, so no more than a batch; False: of the validation data, evenly
+        spaced. figure: an empty one to draw on. Random generators are left as they were.
         """
         from .show import show_batch
         return show_batch(self, n, train=train, figure=figure)

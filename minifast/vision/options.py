@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import check_device, check_flag, check_int, quoted
+from ..errors import check_device, check_flag, check_int, check_items, quoted
 from ..memory import available
 from .augment import Augment, augmentation, check_augment
 from .form import MOST_PIXELS, ImageForm
@@ -48,6 +48,9 @@ class Options:
         if self.device is not None:
             check_device(self.device)
         check_augment(self.augment)
+        for name in ("mean", "std"):
+            if getattr(self, name) is not None:
+                check_items(name, getattr(self, name), "a number for each channel", f"{name}=(0.5, 0.5, 0.5)")
         if (self.mean is None) != (self.std is None):
             raise ValueError("mean and std belong together: pass both, or none of them.")
         self._normalized(self.form(Counter({(SMALLEST, SMALLEST): 1}), is_grey=False))

@@ -2,6 +2,7 @@
 import os
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ..datasets import valid_loader
 from ..errors import check_flag, check_number, check_path, check_text
+from ..feed import feed
 from ..progress import say
+from ..signals import DeferredInterrupt
 from ..tables import listed
 from . import folders
 from .folders import Sample
@@ -67,8 +71,9 @@ def image_folders(path: str | os.PathLike[str], size: int | Sequence[int] | None
 
     in_memory: True decodes all pictures once, now, and keeps them on `device` (None: where a Learner trains) if they
     fit, else on the CPU; False decodes them in each epoch; None: as they fit. num_workers: processes that decode; None
-    chooses. skip_broken: leave out files that cannot be read, and say so, instead of an error that names the first (of
-    pictures that are not kept in memory only the beginning is looked at). verbose: say what was found.
+    chooses. skip_broken: leave out files that cannot be read, and say so, instead of an error that names the first. It
+    takes reading all of them once; without it, of pictures that are not kept in memory, a file that is damaged behind
+    its beginning is an error only when it is trained on. verbose: say what was found.
 
     Raises ValueError with one line that names the folder or file for whatever cannot be used, MemoryError for
     `in_memory=True` that does not fit.
@@ -87,6 +92,9 @@ def image_folders(path: str | os.PathLike[str], size: int | Sequence[int] | None
     form = options.form(headers.sizes, headers.is_grey)
     place = options.place(sum(map(len, parts)), form)
     if place is None:
+        if skip_broken:
+            broken.update(path for part in parts for path in _unreadable(Files(part, form, marks=True), options))
+            parts = _without(found, broken)
         data_sets = [Files(part, form) for part in parts]
         form = options.normalized(form, lambda: some(data_sets[0]))
         dls = of_data_sets(data_sets, found.classes, form, options)
@@ -119,6 +127,16 @@ def _without(found: folders.Found, broken: set[Path]) -> list[list[Sample]]:
     return [part for part in (train, valid) if part]
 
 
+def _unreadable(files: Files, options: Options) -> list[Path]:
+    """The files that cannot be read, found by reading all."""
+    if options.verbose:
+        say(f"reading {len(files):,} pictures, to leave out those that cannot be read")
+    loader = valid_loader(files, 64, options.num_workers)
+    with closing(feed(loader, torch.device("cpu"), None, DeferredInterrupt(), "the pictures")) as batches:
+        labels = [label for _, part in batches for label in part.tolist()]
+    return [path for (path, _), label in zip(files.samples, labels, strict=True) if label == BROKEN]
+
+
 def _readable(pictures: Pictures, samples: Sequence[Sample], form: ImageForm, skip_broken: bool, broken: set[Path]
               ) -> Pictures:
     """The pictures that could be read. The paths of the others go to `broken`, or the first raises its error again."""
@@ -127,7 +145,11 @@ def _readable(pictures: Pictures, samples: Sequence[Sample], form: ImageForm, sk
         return pictures
     paths = [samples[i].path for i in is_broken.nonzero().flatten().tolist()]
     if not skip_broken:
-        form.read(paths[0])
+        try:
+            form.read(paths[0])
+        except ValueError as error:
+            error.add_note(folders.WAY_OUT)
+            raise
         raise ValueError(f"cannot read the image {paths[0]}: only at the second attempt it could be")
     broken.update(paths)
     rows = (~is_broken).to(pictures.labels.device)
