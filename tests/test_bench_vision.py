@@ -1,8 +1,6 @@
 """The benchmark of pictures: the Learner and the loop by hand make the same updates, and the program says what it sees.
 """
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,17 +23,11 @@ def data(program, folder):  # noqa: F811
     return program.load(folder / FILE, program.SIZES["quick"], CPU)
 
 
-def run(*arguments):
-    return subprocess.run([sys.executable, "-W", "error", BENCHMARKS / "vision.py", *arguments],
-                          capture_output=True, text=True, check=False)
-
-
 @pytest.mark.slow
-def test_the_program_prints_its_tables_and_writes_its_figures(folder, tmp_path):  # noqa: F811
-    done = run("--data", folder, "--quick", "--seeds", "1", "--device", "cpu", "--json", tmp_path / "out.json",
-               "--plot", tmp_path / "out.png")
-    assert (done.returncode, done.stderr) == (0, "")
-    lines = done.stdout.splitlines()
+def test_the_program_prints_its_tables_and_writes_its_figures(program, folder, tmp_path, capsys):  # noqa: F811
+    program.main(["--data", str(folder), "--quick", "--seeds", "1", "--device", "cpu",
+                  "--json", str(tmp_path / "out.json"), "--plot", str(tmp_path / "out.png")])
+    lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("CIFAR-10 quick: 400 pictures, batch 50, a ResNet")
     assert [line.split("  ")[0] for line in lines[-3:]] == ["head first, then slice", "one rate for all",
                                                             "from scratch"]
@@ -81,7 +73,6 @@ def test_some_pictures_of_some_classes(program):
     assert len(some(x, y, [3])[0]) == 2
 
 
-def test_without_the_file_a_sentence_says_so(tmp_path):
-    done = run("--data", tmp_path)
-    assert done.returncode == 1
-    assert done.stderr == f"{FILE} is not in {tmp_path}: pass --data, the folder that holds CIFAR-10 as JPEGs.\n"
+def test_without_the_file_a_sentence_says_so(program, tmp_path):
+    with pytest.raises(SystemExit, match=r"^cifar10_jpeg.npz is not in .*: pass --data, the folder that holds"):
+        program.main(["--data", str(tmp_path)])

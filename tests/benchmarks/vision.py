@@ -199,8 +199,11 @@ def main(arguments=None):
           f"weights of the two are {apart:.1g} of the way apart that they have moved", flush=True)
     turns, _ = twice(data, size, device, options.seed)
     print(shown_epochs(turns), flush=True)
-    seeds = range(options.seed, options.seed + options.seeds)
-    known, runs = zip(*(transfer(data, size, device, seed) for seed in seeds), strict=True)
+    known, runs = [], []
+    for seed in range(options.seed, options.seed + options.seeds):
+        for column, value in zip((known, runs), transfer(data, size, device, seed), strict=True):
+            column.append(value)
+        print(f"seed {seed}: done", file=sys.stderr, flush=True)
     print(f"\n{size.n_target} pictures of five new classes, {size.target_epochs} epochs, {len(runs)} seed(s): mean "
           f"(min-max); on the five that it knew the network has {100 * statistics.mean(known):.1f} %\n"
           f"{shown_transfer(runs)}")
