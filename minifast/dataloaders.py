@@ -1,5 +1,6 @@
 """The pair of loaders that a Learner trains on, and where it comes from."""
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from typing import TYPE_CHECKING, Any
@@ -7,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 
 from .batches import Batch
+from .errors import quoted
 from .tensor_loader import TensorLoader
 
 if TYPE_CHECKING:
@@ -24,6 +26,8 @@ class DataLoaders:
     validation sets are a dict of name -> loader: then the columns of the epoch rows begin with the name. A worker
     process that hangs is waited for until the `timeout` of its DataLoader, which torch leaves at 0: for ever.
 
+    classes: the name of each class, class 0 first, where targets are class indices; tables and plots write them.
+
     >>> dls = DataLoaders([(torch.zeros(2, 3), torch.zeros(2))])
     >>> dls.valid is None
     True
@@ -31,8 +35,10 @@ class DataLoaders:
 
     train: Iterable[Batch]
     valid: Iterable[Batch] | Mapping[str, Iterable[Batch]] | None = None
+    classes: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
+        self.classes = None if self.classes is None else check_classes(self.classes)
         sets = self.valid if isinstance(self.valid, Mapping) and self.valid else {"valid": self.valid}
         if not all(isinstance(name, str) and name for name in sets):
             raise ValueError(f"valid must name each of its loaders, got {list(sets)}. "
@@ -71,7 +77,8 @@ class DataLoaders:
         device: where they are kept; None: in the memory of the CPU. num_workers: processes that read; None: none if
         reading takes a few seconds, else one per core, 8 at most. batch_size, drop_last (of training), generator (of
         the order): as in `TensorLoader`. verbose: a bar while it reads, where there is a screen, and a line when done.
-        No random generator is advanced, and none of a data set's own that is found.
+        No random generator is advanced, and none of a data set's own that is found. `classes` are those of `train`, as
+        in `from_datasets`.
 
         Raises MemoryError if it does not fit, before all is read; TypeError for what is no map-style data set or
         cannot be kept; ValueError for samples that differ, an empty set, and random augmentation.
@@ -82,9 +89,10 @@ class DataLoaders:
         (torch.Size([4]), torch.int64)
         """
         from . import in_memory  # not before it is used: so `import minifast` takes no longer for it
+        classes = _common_classes(train, valid)
         return cls(*in_memory.loaders(train, valid, batch_size=batch_size, transform=transform,
                                       valid_transform=valid_transform, device=device, drop_last=drop_last,
-                                      generator=generator, num_workers=num_workers, verbose=verbose))
+                                      generator=generator, num_workers=num_workers, verbose=verbose), classes)
 
     @classmethod
     def from_datasets(cls, train: Any, valid: Any = None, *, batch_size: int = 64, num_workers: int | None = None,
@@ -100,8 +108,12 @@ class DataLoaders:
         What torch leaves off and is on here: `pin_memory` where there is a CUDA device; `drop_last` for training where
         the last batch would have one sample, of which BatchNorm cannot take statistics. `persistent_workers` stays
         off: workers that persist save their start in each epoch, but their random generators cannot be saved, so a
-        resumed fit would go on with other augmentation. Raises TypeError or ValueError for what is no data set or no
-        option.
+        resumed fit would go on with other augmentation.
+
+        `classes` are those of the training set, or of the one that it is a `Subset` of, if it has `.classes`, as
+        torchvision's have, and no `target_transform`. Raises TypeError or ValueError for what is no data set or no
+        option, ValueError for a validation set that gives another class the same number: two `ImageFolder`s do that
+        if one of them lacks a class.
 
         >>> dls = DataLoaders.from_datasets([(torch.zeros(3), 0)] * 65, batch_size=32)
         >>> len(dls.train), dls.train.num_workers, dls.valid
@@ -114,10 +126,55 @@ class DataLoaders:
         def make(dataset: Any) -> Iterable[Batch]:
             return datasets.valid_loader(dataset, batch_size, num_workers, **options)
 
+        classes = _common_classes(train, valid)
         if isinstance(valid, Mapping):
             valid = {name: make(dataset) for name, dataset in valid.items()}
         return cls(datasets.train_loader(train, batch_size, num_workers, **options),
-                   valid if valid is None or isinstance(valid, Mapping) else make(valid))
+                   valid if valid is None or isinstance(valid, Mapping) else make(valid), classes)
+
+
+def check_classes(classes: Any) -> list[str]:
+    """The names of the classes, as a new list. Raises TypeError or ValueError for what is no list of different texts.
+
+    >>> check_classes(("cat", "dog"))
+    ['cat', 'dog']
+    """
+    is_list = isinstance(classes, Sequence) and not isinstance(classes, (str, bytes, bytearray))
+    if not is_list or not all(isinstance(name, str) for name in classes):
+        raise TypeError(f"classes must be a list of names, got {quoted(classes)}. Pass e.g. ['cat', 'dog'].")
+    names = [str(name) for name in classes]
+    if not names:
+        raise ValueError(f"classes must name at least one class, got {quoted(classes)}.")
+    twice = next((name for name, count in Counter(names).items() if count > 1), None)
+    if twice is not None:
+        raise ValueError(f"classes must have names of their own, got {quoted(classes)}, with {twice!r} more than once.")
+    return names
+
+
+def _common_classes(train: Any, valid: Any) -> list[str] | None:
+    """The names of the training set's classes, if it has any. Raises ValueError if a validation set disagrees."""
+    names = _own_classes(train)
+    if names is None:
+        return None
+    for where, data in valid.items() if isinstance(valid, Mapping) else [("valid", valid)]:
+        for i, (name, other) in enumerate(zip(names, _own_classes(data) or [], strict=False)):
+            if name != other:
+                raise ValueError(f"class {i} is {name!r} in train and {other!r} in {where}: the same number means "
+                                 "another class there. Give both the same classes (a folder may be empty: "
+                                 "ImageFolder(..., allow_empty=True)), or map them with target_transform=.")
+    return names
+
+
+def _own_classes(data: Any) -> list[str] | None:
+    """The names of a data set's classes, if it has them and its targets are still their numbers."""
+    while isinstance(data, Subset):
+        data = data.dataset
+    if getattr(data, "target_transform", None) is not None:
+        return None
+    try:
+        return check_classes(getattr(data, "classes", None))
+    except (TypeError, ValueError):  # whatever a data set may call by that name
+        return None
 
 
 def as_dataloaders(model: Any, dls: Any) -> DataLoaders:
@@ -138,8 +195,9 @@ def as_dataloaders(model: Any, dls: Any) -> DataLoaders:
 def digits(batch_size: int = 64) -> DataLoaders:
     """1,797 real handwritten digits, 8x8, embedded in the package: a first data set that needs no download.
 
-    Images float32 (n, 1, 8, 8) in 0..1, labels int64 (n,) in 0..9. Every fifth image is held back for validation
-    (360), the other 1,437 are the shuffled training data. Source: UCI, Alpaydin and Kaynak 1998, CC BY 4.0.
+    Images float32 (n, 1, 8, 8) in 0..1, labels int64 (n,) in 0..9, `classes` "0" to "9". Every fifth image is held back
+    for validation (360), the other 1,437 are the shuffled training data. Source: UCI, Alpaydin and Kaynak 1998,
+    CC BY 4.0.
 
     >>> x, y = next(iter(digits().valid))
     >>> x.shape, y.shape
@@ -150,4 +208,5 @@ def digits(batch_size: int = 64) -> DataLoaders:
         labels = torch.from_numpy(data["labels"]).long()
     held_back = torch.arange(len(labels)) % 5 == 0
     return DataLoaders(TensorLoader(images[~held_back], labels[~held_back], batch_size=batch_size, shuffle=True),
-                       TensorLoader(images[held_back], labels[held_back], batch_size=batch_size))
+                       TensorLoader(images[held_back], labels[held_back], batch_size=batch_size),
+                       [str(digit) for digit in range(10)])

@@ -1,4 +1,5 @@
 """The Learner: owns model, data and optimizer, and makes the `State` of each fit."""
+import copy
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -34,6 +35,8 @@ from .signals import DeferredInterrupt
 from .tables import shown
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from .resume.place import Resume
     from .studies.race import Race
     from .studies.report import Report
@@ -292,7 +295,8 @@ class Learner:
         """
         train, valid = self.dls.train, self.dls.valid
         copies = {name: second_copy(loader) for name, loader in valid_sets(valid)}
-        twins = DataLoaders(second_copy(train), copies if isinstance(valid, Mapping) else copies.get(""))
+        twins = copy.copy(self.dls)  # whatever else it holds, such as the classes
+        twins.train, twins.valid = second_copy(train), copies if isinstance(valid, Mapping) else copies.get("")
         callbacks = check_callbacks(callbacks, "callbacks")
         watched = [(cb, cb.state_dict()) for cb in (*self.callbacks, *callbacks)]
         attributes = dict(vars(self))
@@ -471,6 +475,17 @@ class Learner:
         """
         from .inference.tta import tta
         return tta(self, dl, transform=transform, n=n, beta=beta, use_max=use_max)
+
+    def show_results(self, n: int = 9, dl: Iterable[Batch] | str | None = None, *, figure: "Figure | None" = None
+                     ) -> "Figure":
+        """Pictures of `n` samples drawn from all of `dl` (None: the validation data), with actual and predicted class.
+
+        For classifiers of images; one pass over the data. More of what a model gets wrong: `minifast.interpret`.
+        Random generators are left as they were. Raises as `minifast.interpret.Interpretation.from_learner` does.
+        """
+        from .interpret import Interpretation
+        n = check_int("n", n)
+        return Interpretation.from_learner(self, dl, keep=n).show_results(n, figure=figure)
 
     def export(self, path: str | os.PathLike[str], *, inputs: Any = None, labels: Sequence[str] | None = None,
                metadata: Mapping[str, Any] | None = None) -> Path:

@@ -2,6 +2,7 @@
 import math
 import textwrap
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -140,10 +141,24 @@ def _wrapped(title: str, width: float) -> str:
 
 
 def _new_figure(size: tuple[float, float]) -> "Figure":
+    import matplotlib
+
     figure: Figure = axes(figsize=size).figure  # type: ignore[assignment]  # new axes are on no part of a figure
     figure.clear()
     figure.set_layout_engine("none")  # the constrained one takes seconds for 64 pictures
+    if "inline" in matplotlib.get_backend():
+        figure._ipython_display_ = partial(_close, figure.number)  # type: ignore[attr-defined]
     return figure
+
+
+def _close(number: int | str) -> None:
+    """Called by IPython before it shows a figure: it would come twice, as a cell's value and from pyplot at its end.
+
+    NotImplementedError tells IPython to show it as it shows any other.
+    """
+    import matplotlib.pyplot as plt
+    plt.close(number)
+    raise NotImplementedError
 
 
 def _places(figure: "Figure", rows: int, above: float) -> dict[str, float]:

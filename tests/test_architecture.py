@@ -21,15 +21,15 @@ FLOORS = {
     1: {"signals", "suggest", "schedules", "fused", "plots", "tables", "batches", "losses", "scalars", "trees",
         "pickles", "rng", "workers", "waiting", "datasets", "cuda_graph", "tensor_loader", "memory"},
     2: {"groups", "hypers", "data", "snapshot", "window", "record", "plan", "files", "hooks", "verdict", "overlap",
-        "samples", "pictures"},
+        "samples", "pictures", "confusion"},
     3: {"state", "checks", "meters", "weights", "feed", "advice"},
     4: {"callback", "whole_set", "inference", "graph_forms"},
     5: {"loop", "scheduler", "lr_find", "recorder", "progress", "metrics", "finite", "ownership", "budget",
-        "loggers"},
+        "loggers", "outcomes"},
     6: {"lr", "composed", "resume", "graph", "in_memory"},
     7: {"cycles", "dataloaders"},
     8: {"fitting"},
-    9: {"callbacks", "studies"},
+    9: {"callbacks", "studies", "interpret"},
     10: {"learner"},
     11: {"__init__", "demo", "vision"},
     12: {"__main__"},
@@ -161,7 +161,7 @@ print(*sorted(new - sys.stdlib_module_names - {"minifast", "numpy"}))
 @pytest.mark.slow
 def test_importing_minifast_loads_none_of_the_toolbox():
     """So `import minifast` and `python -m minifast` take no longer for it."""
-    toolbox = "('callbacks', 'studies', 'loggers', 'whole_set', 'hooks', 'resume')"
+    toolbox = "('callbacks', 'studies', 'loggers', 'whole_set', 'hooks', 'resume', 'interpret', 'outcomes', 'pictures')"
     code = f"""
 import sys, minifast
 print(*(name for name in sys.modules if name.split(".")[1:2] and name.split(".")[1] in {toolbox}

@@ -1,4 +1,6 @@
 """Batches of images as pictures, and grids of them."""
+import pickle
+
 import matplotlib
 import numpy as np
 import pytest
@@ -161,6 +163,19 @@ def test_where_pyplot_shows_figures_it_is_one_of_them(backend, monkeypatch):
     figure = drawn(2)
     assert [plt.figure(number) for number in get_fignums()] == [figure]
     plt.close(figure)
+
+
+def test_a_notebook_shows_a_figure_once(monkeypatch):
+    """As the value of the cell, or by pyplot at its end, if it is assigned; and again whenever it is asked for."""
+    formatters = pytest.importorskip("IPython.core.formatters")
+    import matplotlib.pyplot as plt
+    monkeypatch.setattr(matplotlib, "get_backend", lambda: "inline")
+    figure, formatter = drawn(1), formatters.DisplayFormatter()
+    assert plt.fignum_exists(figure.number)
+    for _ in range(2):
+        assert "text/plain" in formatter.format(figure)[0]
+        assert get_fignums() == []
+    assert len(pickle.loads(pickle.dumps(figure)).axes) == 1
 
 
 @pytest.mark.parametrize(("call", "kind", "message"), [

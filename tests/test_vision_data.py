@@ -336,6 +336,15 @@ def test_a_data_set_of_tensors_and_of_mixed_sizes():
     assert quiet(data).form.channels == 1
 
 
+def test_data_sets_that_disagree_about_their_classes():
+    other = Photos(6)
+    other.classes = ("bee", "ant", "cow")
+    with pytest.raises(ValueError, match="class 0 is 'ant' in train and 'bee' in valid"):
+        quiet(Photos(), other)
+    other.classes = None
+    assert quiet(Photos(), other).classes == ["ant", "bee", "cow"]
+
+
 def random_flip(picture):
     return picture.transpose(0) if random.random() < 0.5 else picture
 

@@ -94,6 +94,11 @@ def test_a_training_folder_without_validation_is_split(tmp_path):
     assert max(levels(quiet(tmp_path, valid="test").valid)) == 149
 
 
+def test_train_may_be_a_class(tmp_path):
+    fill(tmp_path, classes=("bus", "train"))
+    assert quiet(tmp_path).classes == ["bus", "train"]
+
+
 def test_a_class_of_one_picture_is_trained_on(root):
     save(root / "emu" / "1.png", level=200)
     dls = quiet(root)

@@ -7,11 +7,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..dataloaders import check_classes
 from ..errors import check_number, quoted
 from .folders import held_back
 from .form import ImageForm
 from .loaders import ImageDataLoaders, Pictures, of_pictures
-from .options import Options, class_names
+from .options import Options
 
 
 def from_arrays(images: Any, labels: Any, valid: Any = 0.2, *, size: int | Sequence[int] | None = None,
@@ -41,7 +42,7 @@ def from_arrays(images: Any, labels: Any, valid: Any = 0.2, *, size: int | Seque
     height, width = parts[0].images.shape[2:]
     options = Options(size=(height, width) if size is None else size, batch_size=batch_size, augment=augment,
                       resize=resize, channels=channels, mean=mean, std=std, device=device, seed=seed)
-    names = class_names(classes)
+    names = None if classes is None else check_classes(classes)
     if isinstance(valid, (tuple, list)) and len(valid) == 2:
         parts.append(_arrays("valid[0]", valid[0], "valid[1]", valid[1]))
     elif isinstance(valid, (int, float)):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
+from ..dataloaders import DataLoaders, check_classes
 from ..errors import check_number, quoted
 from ..progress import say
 from ..samples import check_data_set
@@ -16,7 +17,7 @@ from .decode import GREY
 from .folders import held_back
 from .form import ImageForm
 from .loaders import ImageDataLoaders, of_data_sets, of_pictures, read, some
-from .options import MAX_SIZE, Options, class_names
+from .options import MAX_SIZE, Options
 
 PROBES = 100  # samples of a data set that are looked at to choose size and channels
 
@@ -48,10 +49,10 @@ def from_dataset(train: Any, valid: Any = None, *, size: int | Sequence[int] | N
     without `transform=`, or with one that gives such pictures: floats (of `ToTensor`, `Normalize`) are refused, as
     augmentation and normalisation come after. A transform of its own that is random takes in_memory=False.
 
-    valid: the validation data, or a share in 0..1 of `train` that is held back: of each class where the data set has
-    `.targets`, else of all. None: no validation. classes: the names; None: the data set's `.classes`, also of a Subset,
-    else the numbers. size, channels: None looks at up to 100 of the samples. The other arguments are those of
-    `image_folders`.
+    valid: the validation data, with the same classes, or a share in 0..1 of `train` that is held back: of each class
+    where the data set has `.targets`, else of all. None: no validation. classes: the names; None: the data set's
+    `.classes`, also of a Subset, else the numbers. size, channels: None looks at up to 100 of the samples. The other
+    arguments are those of `image_folders`.
 
     Raises TypeError for what is no such data set, ValueError for samples or labels that cannot be used.
 
@@ -62,7 +63,7 @@ def from_dataset(train: Any, valid: Any = None, *, size: int | Sequence[int] | N
     options = Options(size=size, batch_size=batch_size, augment=augment, resize=resize, channels=channels, mean=mean,
                       std=std, max_size=max_size, in_memory=in_memory, num_workers=num_workers, device=device,
                       seed=seed, verbose=verbose)
-    names = class_names(classes)
+    names = None if classes is None else check_classes(classes)
     check_data_set("train", train)
     if isinstance(valid, (int, float)):
         share = check_number("valid", valid, above=0, below=1, example="valid=0.2, or a data set")
@@ -74,7 +75,8 @@ def from_dataset(train: Any, valid: Any = None, *, size: int | Sequence[int] | N
     form = options.form(sizes, is_grey)
     place = options.place(sum(map(len, parts)), form)
     data_sets = [Formed(part, form) for part in parts]
-    names = names or class_names(_inner(train, "classes"))
+    own = DataLoaders.from_datasets(*parts, num_workers=0).classes  # of both data sets, if they agree
+    names = names or (None if own is None else list(own))
     if place is not None:
         pictures = read(data_sets, place, options)
         form = options.normalized(form, lambda: pictures[0].images)
@@ -136,13 +138,6 @@ def _targets(data: Any) -> list[int] | None:
         return None if inner is None else [inner[i] for i in data.indices]
     targets = getattr(data, "targets", None)
     return None if targets is None or len(targets) != len(data) else [int(label) for label in targets]
-
-
-def _inner(data: Any, name: str) -> Any:
-    """An attribute of a data set, or of the one that it is a part of."""
-    while isinstance(data, Subset):
-        data = data.dataset
-    return getattr(data, name, None)
 
 
 def _numbered(parts: Sequence[Any]) -> list[str]:

@@ -50,7 +50,7 @@ def find(root: Path, train: str = "train", valid: str | float | None = None, see
     """
     if not root.is_dir():
         raise ValueError(f"there is no folder {root}")
-    has_train = (root / train).is_dir()
+    has_train = _is_part(root, train)
     if valid is None:
         valid = next((name for name in VALID_NAMES if has_train and (root / name).is_dir()), SHARE)
     if isinstance(valid, str):
@@ -73,9 +73,15 @@ def _two_folders(train: Path, valid: Path, skip_broken: bool) -> Found:
     return Found(_samples(by_class), _samples(ordered), list(by_class), str(valid), others + others_of_valid)
 
 
+def _is_part(root: Path, train: str) -> bool:
+    """Whether `root/train` holds the training data, and is not itself a class, of the railway kind."""
+    others = {folder.name.lower() for folder in _folders(root) if folder.name != train}
+    return (root / train).is_dir() and (bool(_folders(root / train)) or others <= PARTS)
+
+
 def _check_classes(root: Path, train: str) -> None:
     """Raise ValueError if the folders of `root` are parts of the data, under other names than those looked for."""
-    parts = [folder.name for folder in _folders(root) if folder.name.lower() in PARTS]
+    parts = [folder.name for folder in _folders(root) if folder.name.lower() in PARTS and folder.name != train]
     if parts:
         raise ValueError(f"{root} holds {listed(parts)}, which looks like a part of the data and not like a class, but "
                          f"no folder {train}. Pass the names of the parts, e.g. train='training', valid='test'")

@@ -36,7 +36,6 @@ class ImageDataLoaders(DataLoaders):
     size, channels and normalisation.
     """
 
-    classes: Sequence[str] | None = None
     form: ImageForm = field(kw_only=True)
 
     def one_batch(self, *, train: bool = True) -> tuple[Tensor, Tensor]:

@@ -2,12 +2,13 @@
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import check_device, check_flag, check_int, check_items, quoted
+from ..errors import check_device, check_flag, check_int, check_items
 from ..memory import available
 from .augment import Augment, augmentation, check_augment
 from .form import MOST_PIXELS, ImageForm
@@ -59,8 +60,8 @@ class Options:
         """The form, yet without normalisation, of pictures of these (width, height), all grey or not."""
         if self.size is None:
             size = common_size(sizes, self.max_size)
-        elif isinstance(self.size, int):
-            size = (self.size, self.size)
+        elif isinstance(self.size, Integral):  # of numpy's too
+            size = (self.size, self.size)  # type: ignore[assignment]
         else:
             size = self.size  # type: ignore[assignment]  # the form says what is wrong with it
         channels = self.channels if self.channels is not None else len(self.mean or ()) or (1 if is_grey else 3)
@@ -144,13 +145,3 @@ def accelerator() -> torch.device:
     """Where a Learner trains if nobody says."""
     cpu = torch.device("cpu")
     return (torch.accelerator.current_accelerator() or cpu) if torch.accelerator.is_available() else cpu
-
-
-def class_names(classes: Any) -> list[str] | None:
-    """`classes` as a list of names; raises TypeError for anything else but None."""
-    if classes is None:
-        return None
-    names = [] if isinstance(classes, str) or not hasattr(classes, "__iter__") else list(classes)
-    if not names or not all(isinstance(name, str) for name in names):
-        raise TypeError(f"classes must be a list of names, got {quoted(classes)}.")
-    return names

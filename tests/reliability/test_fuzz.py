@@ -414,6 +414,9 @@ TABLE: dict[str, dict[str, P]] = {
     "Learner.predict": {"x": P(torch.zeros(2, 3), (anything,), says=("input", "forward"),
                                raises=(RuntimeError,))},  # the model's own
     "Learner.tta": {"dl": DL, "transform": function(also={}), "n": count(), "beta": number(), "use_max": flag()},
+    "Learner.show_results": {
+        "n": count(), "dl": P(New(lambda: images().dls.valid), DL.forms, says=DL.says),
+        "figure": P(New(lambda: minifast.plots.axes().figure), (none, lambda value: hasattr(value, "subplots")))},
     "Learner.export": {"path": path("exported"),
                        "inputs": P(New(lambda: torch.zeros(2, 3)), (anything,), says=("inputs", "model"),
                                    raises=(NotImplementedError,)),  # torch's word for a tensor without values
@@ -438,7 +441,8 @@ TABLE: dict[str, dict[str, P]] = {
     "Plan.plot": {"ax": AX},
     "Profile.share": {"what": text("forward", raises=(KeyError,))},
     "DataLoaders": {"train": P(New(batches), (is_iterable,), says=("training", "batch", "inputs")),
-                    "valid": P(New(batches), (none, is_iterable), says=("validation", "batch", "inputs"))},
+                    "valid": P(New(batches), (none, is_iterable), says=("validation", "batch", "inputs")),
+                    "classes": P(["a", "b"], (none, is_sequence))},
     "TensorLoader": {"tensors": P(torch.ones(4, 2), (a(torch.Tensor),)), "batch_size": count(), "shuffle": flag(),
                      "transform": function(_same, none), "device": P("cpu", (none, is_text, a(torch.device), is_count)),
                      "drop_last": flag(False), "generator": P(New(torch.Generator), (none, a(torch.Generator)))},
@@ -625,6 +629,7 @@ def test_the_table_is_complete():
 # ---- calling
 
 OWNERS = {
+    "Learner.show_results": images,
     "Learner": lambda: make_learner(valid=batches(1), metrics=[minifast.rmse]),
     "Recorder": lambda: a_record().recorder, "FitRecord": lambda: a_record().recorder.newest, "LRFind": found,
     "Race": raced, "Plan": lambda: make_learner().plan(2), "Profile": lambda: make_learner().profile(2),
@@ -712,7 +717,9 @@ def folder(tmp_path, monkeypatch, wandb):
 
 
 def owner_of(name):
-    return OWNERS[name.partition(".")[0]]() if "." in name and not name.startswith("suggest") else None
+    if "." not in name or name.startswith("suggest"):
+        return None
+    return OWNERS[name if name in OWNERS else name.partition(".")[0]]()
 
 
 @each
