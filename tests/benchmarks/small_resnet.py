@@ -24,7 +24,7 @@ class Size:
 SIZES = {
     "quick": Size(400, 100, epochs=2, width=8, blocks=1, lr=0.1, source_epochs=1, target_epochs=4, n_target=50,
                   batch_size=50),
-    "small": Size(10_000, 5_000, epochs=6, width=32, blocks=1, lr=0.2, source_epochs=4, target_epochs=8),
+    "small": Size(10_000, 5_000, epochs=6, width=32, blocks=1, lr=0.2, source_epochs=8, target_epochs=8),
     "full": Size(50_000, 10_000, epochs=20, width=64, blocks=2, lr=0.4, source_epochs=15, target_epochs=20),
 }
 
