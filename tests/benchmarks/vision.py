@@ -165,7 +165,8 @@ def draw(turns, runs, path):
                        label=name if k == 0 else None)
     right.set_xticks(range(len(RATES)), [f"{rate:g}" for rate in RATES])
     right.set(xlabel="peak learning rate, one dot a seed", ylabel="accuracy on five new classes, %")
-    right.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False)  # inside, it would hide dots
+    right.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, fontsize="small", columnspacing=1,
+                 handletextpad=0.2)  # above: inside, it would hide dots
     figure.savefig(path, dpi=110)
 
 
