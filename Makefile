@@ -1,6 +1,6 @@
 # Everything runs in .venv, which the first target that needs it creates: with uv where that works, else with venv and pip.
-# Options: ARGS="..." goes to the command of demo, test, fast, bench, bench-cifar and crash; PYTHON=... is the Python that
-# .venv is made from.
+# Options: ARGS="..." goes to the command of demo, test, fast, crash and those that begin with bench; PYTHON=... is the
+# Python that .venv is made from.
 
 # Emptied, so that settings of another environment do not leak into this one.
 RUN = PYTHONPATH= PYTHONHOME= .venv/bin/python
@@ -9,11 +9,11 @@ PEERS_READY = .venv-peers/.installed
 ARGS =
 PYTHON ?=
 
-.PHONY: help demo test fast check nbs bench bench-peers bench-cifar crash clean
+.PHONY: help demo test fast check nbs bench bench-peers bench-cifar bench-vision crash clean
 
 help:
 	@echo "minifast: make <target>"
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-11s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' Makefile
 
 demo: $(READY) ## train on real digits, print the results and write the plots (ARGS="--help": options)
 	@$(RUN) -m minifast $(ARGS)
@@ -52,6 +52,9 @@ bench-peers: $(PEERS_READY) ## compare with other frameworks, in an environment 
 
 bench-cifar: $(READY) ## a CIFAR-10 speed run: Learner and plain script (ARGS="--data DIR": where cifar10_jpeg.npz is)
 	@$(RUN) tests/benchmarks/cifar10.py $(ARGS)
+
+bench-vision: $(READY) ## train on CIFAR-10 beside a loop by hand; fine-tune (ARGS="--data DIR --seeds 5"; --quick)
+	@$(RUN) tests/benchmarks/vision.py $(ARGS)
 
 # Memory of 100,000 steps, 150 kills of trainers with workers, 200 kinds of junk for each argument.
 FULL = $(addprefix tests/reliability/test_,resources.py workers.py signals.py fuzz.py)

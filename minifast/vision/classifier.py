@@ -1,0 +1,91 @@
+"""From a picture, as a file or in memory, to the name of its class; by a learner, or by a model in a file."""
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..errors import check_path
+from ..inference.export import export_info, load_exported
+from .form import ImageForm
+
+BATCH = 64  # pictures that go through the model together
+
+
+class Prediction(NamedTuple):
+    """What a model says of one picture: the likeliest class, its probability, and class -> probability for all, 0..1.
+
+    >>> Prediction("cat", 0.75, {"cat": 0.75, "dog": 0.25}).label
+    'cat'
+    """
+
+    label: str
+    probability: float
+    probabilities: dict[str, float]
+
+
+class Classifier:
+    """A model that was exported, called with a picture, or a list of them, like `VisionLearner.predict`.
+
+    classes: the names of the outputs. form: how a picture becomes an input.
+    """
+
+    def __init__(self, model: nn.Module, form: ImageForm, classes: Sequence[str]) -> None:
+        self.model, self.form, self.classes = model, form, list(classes)
+
+    @torch.no_grad()
+    def __call__(self, picture: Any) -> Any:
+        """A `Prediction`, or for a list of pictures a list of them."""
+        return classify(self.model, picture, self.form, self.classes)
+
+    def __repr__(self) -> str:
+        height, width = self.form.size
+        return f"Classifier of {len(self.classes)} classes, pictures of {height} x {width} pixels"
+
+
+def load_classifier(path: str | os.PathLike[str], model: nn.Module | None = None) -> Classifier:
+    """What `VisionLearner.export` wrote, as a `Classifier` on the CPU.
+
+    A program (.pt2) needs nothing else; a folder of weights needs `model`, of the class that was exported. Raises
+    FileNotFoundError without the file, ValueError for one that is damaged or says nothing of classes or pictures.
+    """
+    path = check_path("path", path)
+    described = export_info(path)
+    labels, image = described.get("labels"), (described.get("metadata") or {}).get("image")
+    if not isinstance(labels, list) or not isinstance(image, dict):
+        missing = " and no ".join(name for name, value in (("labels", labels), ("'image'", image)) if not value)
+        raise ValueError(f"{path} holds no {missing}, so it is a model but no classifier of pictures. Export it from a "
+                         "vision_learner, or call load_exported(path) for the model itself.")
+    return Classifier(load_exported(path, model), ImageForm.from_dict(image), labels)
+
+
+def classify(outputs: Callable[[Tensor], Tensor], pictures: Any, form: ImageForm, classes: Sequence[str]) -> Any:
+    """The `Prediction` for one picture, or a list of them for several; outputs: a batch -> logits, (n, classes)."""
+    if not _is_several(pictures):
+        return next(_predictions(outputs, [pictures], form, classes))
+    return list(_predictions(outputs, pictures, form, classes))
+
+
+def _is_several(pictures: Any) -> bool:
+    return isinstance(pictures, (list, tuple)) or (isinstance(pictures, (Tensor, np.ndarray)) and pictures.ndim == 4)
+
+
+def _predictions(outputs: Callable[[Tensor], Tensor], pictures: Sequence[Any], form: ImageForm,
+                 classes: Sequence[str]) -> Iterator[Prediction]:
+    for start in range(0, len(pictures), BATCH):
+        images = torch.stack([_read(picture, form) for picture in pictures[start:start + BATCH]])
+        logits = outputs(form.normalize(images))
+        if logits.shape != (len(images), len(classes)):
+            raise ValueError(f"the model gives {tuple(logits.shape)} for {len(images)} picture(s), and there are "
+                             f"{len(classes)} classes: it does not give one output for each class.")
+        for row in logits.float().softmax(1):
+            best = int(row.argmax())
+            yield Prediction(classes[best], float(row[best]), dict(zip(classes, row.tolist(), strict=True)))
+
+
+def _read(picture: Any, form: ImageForm) -> Tensor:
+    if isinstance(picture, (str, os.PathLike)) and not os.path.exists(check_path("picture", picture)):
+        raise FileNotFoundError(f"there is no picture {os.fspath(picture)}")
+    return form.read(picture)

@@ -1,0 +1,128 @@
+"""`vision_learner`: pictures and the name of an architecture become a Learner."""
+import inspect
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import snapshot
+from ..errors import check_flag
+from ..groups import Splitter
+from ..learner import Learner
+from ..metrics import accuracy
+from ..progress import say
+from .architectures import check_takes, image_model
+from .classifier import classify
+from .loaders import ImageDataLoaders
+from .stages import layer_groups
+
+
+class VisionLearner(Learner):
+    """A `Learner` of pictures: `predict` takes a picture, and `export` writes down classes and preprocessing.
+
+    Made by `vision_learner`, or from any model that gives (n, classes): the arguments are those of `Learner`. classes,
+    form: those of `dls`; they stay the model's own when `dls` is replaced.
+    """
+
+    def __init__(self, model: nn.Module, dls: ImageDataLoaders, *args: Any, **options: Any) -> None:
+        _check_dls(dls)
+        super().__init__(model, dls, *args, **options)
+        self.classes, self.form = list(dls.classes or ()), dls.form
+
+    def predict(self, x: Any) -> Any:
+        """The `Prediction` for a picture: a path, a PIL image, a uint8 array (height, width[, 3]) or tensor (c, h, w).
+
+        A list of pictures gives a list. A tensor of floats is a batch of inputs, as `Learner.predict` takes it, and
+        gives the raw outputs. Raises FileNotFoundError for a missing file, ValueError for what is no picture.
+        """
+        if isinstance(x, Tensor) and x.is_floating_point():
+            return super().predict(x)
+        return classify(super().predict, x, self.form, self.classes)
+
+    def export(self, path: str | os.PathLike[str], *, inputs: Any = None, labels: Sequence[str] | None = None,
+               metadata: Mapping[str, Any] | None = None) -> Path:
+        """Write the model for inference, as `Learner.export` does, so that `load_classifier(path)` can read pictures.
+
+        labels: None for the classes. To `metadata` comes "image", the form of a picture.
+        """
+        if isinstance(metadata, Mapping) and "image" in metadata:
+            raise ValueError("metadata['image'] is where the form of a picture goes. Take another key.")
+        if inputs is None:  # blank ones will do: they are described and traced, not written
+            inputs = self.form.normalize(torch.zeros(2, self.form.channels, *self.form.size, dtype=torch.uint8))
+        if metadata is None or isinstance(metadata, Mapping):
+            metadata = {**(metadata or {}), "image": self.form.as_dict()}
+        return super().export(path, inputs=inputs, labels=self.classes if labels is None else labels,
+                              metadata=metadata)
+
+
+def vision_learner(dls: ImageDataLoaders, arch: Any, pretrained: bool = True, *, weights: Any = None,
+                   head: Callable[[int, int], nn.Module] | None = None, splitter: Splitter = None,
+                   loss_func: Callable[[Any, Any], Any] | None = None, metrics: Iterable[Any] = (accuracy,),
+                   **options: Any) -> VisionLearner:
+    """A `VisionLearner` with an architecture of torchvision, its last layer replaced by a new one for the classes.
+
+    dls: pictures and their classes, from `image_folders`, `from_dataset` or `from_arrays`. arch: a function of
+    `torchvision.models` that makes a classifier (resnet18), its name ("resnet18"), or a function of your own,
+    n_classes -> module, which then decides about weights and normalisation.
+
+    pretrained: whether to begin with torchvision's default weights, downloaded unless they are in torch's cache.
+    weights: other ones, a member of torchvision's enum or its name, such as "IMAGENET1K_V2". With weights the pictures
+    are normalised as those were that they were trained on. Grey pictures: the first convolution gets one channel, with
+    the sum of its weights over red, green and blue, and mean and std are the means of theirs.
+
+    head: a function (n_features, n_classes) -> module, in place of a new linear layer. splitter: None for
+    `layer_groups`: stem, stages, head. loss_func: None for cross entropy. options: those of `Learner`; `seed` seeds the
+    new layers, too.
+
+    Nothing is frozen: `fine_tune` trains the head first, or call `freeze()`. GoogLeNet and Inception v3 come without
+    their auxiliary heads.
+
+    Raises ValueError or TypeError for what cannot work, before anything is downloaded where that can be told; OSError
+    for weights that cannot be had, with what to do.
+
+    >>> from minifast.vision import from_arrays
+    >>> pictures = torch.randint(256, (20, 3, 32, 32), dtype=torch.uint8)
+    >>> dls = from_arrays(pictures, torch.arange(20) % 2, classes=["no", "yes"])
+    >>> learn = vision_learner(dls, "squeezenet1_1", pretrained=False, verbose=False)
+    >>> learn.groups.names
+    ('stem', 'stage 1', 'stage 2', 'stage 3', 'head')
+    >>> learn.predict(pictures[0]).label in dls.classes
+    True
+    """
+    _check_dls(dls)
+    unknown = set(options) - set(inspect.signature(Learner).parameters)
+    if unknown:
+        raise TypeError(f"vision_learner has no option {', '.join(sorted(unknown))}: it takes its own and those of "
+                        "Learner.")
+    verbose = check_flag("verbose", options.get("verbose", True))
+    if options.get("seed") is not None:
+        snapshot.seed_all(options["seed"])  # the Learner does that, too, when the new layers are made already
+    form, classes = dls.form, list(dls.classes or ())
+    made = image_model(arch, len(classes), channels=form.channels, pretrained=pretrained, weights=weights, head=head,
+                       progress=verbose)
+    check_takes(made.model, form.channels, form.size, len(classes))
+    if made.weights is not None:
+        preset = made.weights.transforms()
+        mean, std = tuple(preset.mean), tuple(preset.std)
+        if form.channels == 1:
+            mean, std = (sum(mean) / len(mean),), (sum(std) / len(std),)
+            if verbose:
+                say(f"grey pictures: the first convolution has the sum of its weights over red, green and blue "
+                    f"({made.weights})")
+        dls = dls.normalized(mean, std)
+    if splitter is None:
+        splitter = partial(layer_groups, channels=form.channels, size=form.size, head=made.head)
+    return VisionLearner(made.model, dls, nn.CrossEntropyLoss() if loss_func is None else loss_func,
+                         splitter=splitter, metrics=metrics, **options)
+
+
+def _check_dls(dls: Any) -> None:
+    if not isinstance(dls, ImageDataLoaders):
+        raise TypeError(f"dls must be ImageDataLoaders, got a {type(dls).__name__}. Make them with "
+                        "image_folders(path), from_dataset(train, valid) or from_arrays(...).")
+    if len(dls.classes or ()) < 2:
+        raise ValueError(f"dls must have at least two classes, to be told apart, got {dls.classes!r:.60}.")
