@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 from torchvision import models
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,24 +40,16 @@ def missing_targets(path):
 
 
 @pytest.fixture
-def pictures(tmp_path, monkeypatch):
-    """What the example of pictures takes: a folder of them, and weights in torchvision's cache, both made here."""
-    generator = torch.Generator().manual_seed(0)
-    for name, colour in (("cat", (200, 120, 40)), ("dog", (40, 90, 200))):
-        (tmp_path / "pictures" / name).mkdir(parents=True)
-        for i in range(20):
-            noise = torch.randint(-40, 41, (40, 60, 3), generator=generator)
-            pixels = (torch.tensor(colour) + noise).clamp(0, 255).to(torch.uint8)
-            Image.fromarray(pixels.numpy()).save(tmp_path / "pictures" / name / f"{i}.jpg")
-    weights = models.ResNet18_Weights.DEFAULT
+def weights(tmp_path, monkeypatch):
+    """Pretrained weights in torchvision's cache, made here: nothing is downloaded."""
     cache = tmp_path / "cache" / "hub" / "checkpoints"
     cache.mkdir(parents=True)
-    torch.save(models.resnet18().state_dict(), cache / Path(weights.url).name)
+    torch.save(models.resnet18().state_dict(), cache / Path(models.ResNet18_Weights.DEFAULT.url).name)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("pictures")
+@pytest.mark.usefixtures("weights")
 # Under Agg there is no window that plt.show() could open; in a reader's notebook there is.
 @pytest.mark.filterwarnings("ignore:FigureCanvasAgg is non-interactive:UserWarning")
 def test_every_python_block_runs(tmp_path, monkeypatch, capsys):
