@@ -36,7 +36,7 @@ def test_the_program_prints_its_tables_and_writes_its_figures(program, folder, t
     mine, by_hand = figures["accuracies"].values()
     assert mine == pytest.approx(by_hand, abs=0.011)  # a picture that is on the edge of two classes
     assert len(figures["transfer"]) == 1
-    assert len(figures["transfer"][0]) == 12
+    assert len(figures["transfer"][0]) == 3 * 6  # methods and rates
     assert Path(tmp_path / "out.png").stat().st_size > 10_000
 
 

@@ -1,7 +1,7 @@
 """What a network that knows five classes is worth when it is to learn five others from 500 pictures.
 
 It is fine-tuned (the head first, then all, early layers at lower rates), or trained with one learning rate for all
-layers, or one is trained from scratch: each for as many epochs, with each of four peak learning rates.
+layers, or one is trained from scratch: each for as many epochs, with each of six peak learning rates.
 """
 import copy
 import statistics
@@ -18,8 +18,7 @@ from minifast.vision import from_arrays, vision_learner
 N_SOURCE = 5  # classes that the network knows already; the others are to be learned
 FINE_TUNED, ONE_RATE, SCRATCH = "head first, then slice", "one rate for all", "from scratch"
 METHODS = (FINE_TUNED, ONE_RATE, SCRATCH)
-RATES = (1e-3, 3e-3, 1e-2, 3e-2)  # peaks
-
+RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)  # peaks, from too low to too high for each method
 
 
 def some(x, y, classes, n=None, generator=None):

@@ -6,7 +6,7 @@ checked that they make the same updates.
 
 Then a network is trained on five of the ten classes, and with 500 pictures of the other five it is either fine-tuned
 (the head first, then all, early layers at lower rates), or trained with one learning rate for all layers, or one is
-trained from scratch: each for as many epochs, with each of four peak learning rates, once for each seed.
+trained from scratch: each for as many epochs, with each of six peak learning rates, once for each seed.
 
 The pictures are those of `cifar10_jpeg.npz`: CIFAR-10 as JPEGs, on which accuracies are a little below those on the
 original pixels. Usage: `make bench-vision`, or `python tests/benchmarks/vision.py --help`.
