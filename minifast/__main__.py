@@ -67,7 +67,7 @@ def _run(options: argparse.Namespace, parser: Parser) -> None:
         from .vision import image_folders  # not before it is used: so the digits take no longer for it
         print(f"reading the images of {options.data}", flush=True)
         try:
-            dls = image_folders(options.data, valid="valid", max_size=LARGEST, augment=None, in_memory=True,
+            dls = image_folders(options.data, max_size=LARGEST, augment=None, in_memory=True,
                                 device=options.device, verbose=False)
         except (ImportError, MemoryError, OSError, ValueError) as error:
             parser.refuse(f"--data: {error}")
@@ -95,7 +95,8 @@ def _parser() -> Parser:
         "Find a learning rate, train a small convnet by one cycle and again by a circular one, and draw the curves: "
         "on 1,797 embedded handwritten digits, or on the images of a folder."))
     one, circular = demo.EPOCHS.values()
-    parser.add_argument("--data", type=Path, metavar="DIR", help="images: DIR/train/<class>/* and DIR/valid/<class>/*")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="images: DIR/<class>/*, of which a "
+                        "fifth is held back, or DIR/train/<class>/* and DIR/valid/<class>/*")
     parser.add_argument("--epochs", type=_number(int, lambda n: n >= 1, "an int >= 1"), metavar="N",
                         help=f"epochs of each run (default: {one} for one cycle, {circular} for the circular one)")
     parser.add_argument("--lr", type=_number(float, lambda lr: 0 < lr < math.inf, "a number > 0"),

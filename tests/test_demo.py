@@ -108,6 +108,15 @@ def test_on_a_folder_of_mixed_images(folder, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:a cycle of")
+def test_without_validation_pictures_a_fifth_is_held_back(folder, tmp_path, capsys):
+    for one_tree in (folder, folder / "train"):
+        shutil.rmtree(folder / "valid", ignore_errors=True)
+        assert main(["--data", str(one_tree), "--epochs", "1", "--lr", "0.01", "--out", str(tmp_path / "out")]) == 0
+        assert "20 training and 4 validation images of 2 classes, 20x20 pixels, grey" in capsys.readouterr().out
+
+
+@pytest.mark.slow
 @pytest.mark.filterwarnings("default:a cycle of")
 def test_a_schedule_that_is_cut_short_is_one_line_of_warning(folder, tmp_path, capsys):
     assert main(["--data", str(folder), "--epochs", "1", "--out", str(tmp_path / "out")]) == 0
@@ -298,11 +307,6 @@ def no_folder(folder):
     return f"there is no folder {folder}"
 
 
-def no_valid(folder):
-    shutil.rmtree(folder / "valid")
-    return f"there is no folder {folder}/valid: expected {folder}/valid/<class>/<image>"
-
-
 def no_class(folder):
     shutil.rmtree(folder / "train")
     save(folder / "train" / "1.png", (20, 20))
@@ -339,7 +343,7 @@ def cut_off(folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "spoil", [no_folder, no_valid, no_class, one_class, only_in_valid, empty_class, no_image, cut_off]
+    "spoil", [no_folder, no_class, one_class, only_in_valid, empty_class, no_image, cut_off]
 )
 def test_folders_that_cannot_be_used(spoil, folder, tmp_path, capsys):
     line = spoil(folder)
