@@ -148,6 +148,19 @@ def test_pictures_that_replace_dls_are_normalised_as_the_models_were(array):
     torch.testing.assert_close(shares, preds.softmax(1))
 
 
+def test_a_test_set_is_normalised_as_the_models_pictures_were(learn):
+    x, y = painted(12, seed=5)
+    other = from_arrays(x // 4, y, (x // 4, y), classes=list(COLOURS), augment=None)
+    own = other.valid.batch_transform
+    preds, _ = learn.get_preds(other.valid)
+    torch.testing.assert_close(preds, Learner.predict(learn, learn.form.normalize(x // 4)))
+    loss = nn.functional.cross_entropy(preds, y).item()
+    assert learn.validate(other.valid)["valid_loss"] == pytest.approx(loss, rel=1e-4)
+    several = learn.validate({"dark": other.valid, "own": learn.dls.valid})
+    assert several["dark_valid_loss"] == pytest.approx(loss, rel=1e-4)
+    assert other.valid.batch_transform is own
+
+
 def test_pictures_of_other_classes_do_not_replace_dls(learn):
     (x, y), before = painted(12), learn.dls
     with pytest.raises(ValueError, match=r"^the model is one of blue, green, red, and dls has the classes red, green,"):

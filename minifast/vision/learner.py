@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import snapshot
+from ..batches import Batch
 from ..dataloaders import DataLoaders
 from ..errors import check_flag
 from ..groups import Splitter
@@ -19,7 +20,7 @@ from ..progress import say
 from ..tables import listed
 from .architectures import check_takes, image_model
 from .classifier import classify
-from .loaders import ImageDataLoaders
+from .loaders import ImageDataLoaders, normalized_as
 from .stages import layer_groups
 
 
@@ -28,7 +29,7 @@ class VisionLearner(Learner):
 
     Made by `vision_learner`, or from any model that gives (n, classes): the arguments are those of `Learner`. classes,
     form: those of `dls`. Pictures that replace `dls` must be of the same classes, and are normalised as the model's
-    were, whatever they came with; their size may be another, which becomes that of `form`.
+    were, whatever they came with, as are those of a test set; their size may be another, which becomes that of `form`.
     """
 
     def __init__(self, model: nn.Module, dls: ImageDataLoaders, *args: Any, **options: Any) -> None:
@@ -54,6 +55,12 @@ class VisionLearner(Learner):
                 dls = dls.normalized(self.form.mean, self.form.std)
             self.form = dls.form
         self._dls = dls
+
+    def _data(self, dl: Iterable[Batch] | str | None) -> Iterable[Batch]:
+        data = super()._data(dl)  # may be a test set, with the mean and std of its own pictures
+        if isinstance(data, Mapping):
+            return {name: normalized_as(self.form, loader) for name, loader in data.items()}
+        return normalized_as(self.form, data)
 
     def predict(self, x: Any) -> Any:
         """The `Prediction` for a picture: a path, a PIL image, a uint8 array (height, width[, 3]) or tensor (c, h, w).
