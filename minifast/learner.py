@@ -566,6 +566,8 @@ class Learner:
                              "DataLoaders(train, valid).")
         if isinstance(data, Mapping) and not data:
             raise ValueError("dl must hold at least one validation set, got none.")
+        if isinstance(data, DataLoaders):
+            raise TypeError(f"dl must be one loader, got a {type(data).__name__} with two. Pass dl.valid or dl.train.")
         if not isinstance(data, Iterable):
             raise TypeError(f"dl must be an iterable of batches, got {dl!r:.80}.")
         return data

@@ -244,8 +244,9 @@ def test_metadata_of_ones_own(learn, tmp_path):
         learn.export(tmp_path / "weights", metadata={"image": 1})
     with pytest.raises(TypeError, match="metadata must be a dict"):
         learn.export(tmp_path / "weights", metadata=[1])
-    with pytest.raises(ValueError, match=r"^labels must be 3 names, one for each class \(blue, green, red\), got 2"):
-        learn.export(tmp_path / "weights", labels=["b", "g"])
+    for labels in (["b", "g"], ["b", "g", "g"]):
+        with pytest.raises(ValueError, match=r"^labels must be 3 different names, one for each class \(blue, gr"):
+            learn.export(tmp_path / "weights", labels=labels)
     assert not Path(tmp_path / "weights").exists()
 
 

@@ -78,9 +78,9 @@ class VisionLearner(Learner):
 
         labels: None for the classes, or as many other names. To `metadata` comes "image", the form of a picture.
         """
-        if isinstance(labels, (list, tuple)) and len(labels) != len(self.classes):
-            raise ValueError(f"labels must be {len(self.classes)} names, one for each class ({listed(self.classes)}), "
-                             f"got {len(labels)}.")
+        if isinstance(labels, (list, tuple)) and not len(set(map(str, labels))) == len(labels) == len(self.classes):
+            raise ValueError(f"labels must be {len(self.classes)} different names, one for each class "
+                             f"({listed(self.classes)}), got {labels!r:.80}.")
         if isinstance(metadata, Mapping) and "image" in metadata:
             raise ValueError("metadata['image'] is where the form of a picture goes. Take another key.")
         if inputs is None:  # blank ones will do: they are described and traced, not written
