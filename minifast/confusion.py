@@ -30,7 +30,7 @@ class MostConfused(list[Confused]):
     """A list of `Confused`, most frequent first, that prints as a table."""
 
     def __repr__(self) -> str:
-        return table(Confused._fields, self) if self else "(no confusion)"
+        return table(Confused._fields, self) if self else "(none)"
 
     __str__ = __repr__
 

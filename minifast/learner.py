@@ -32,7 +32,7 @@ from .progress import say
 from .recorder import Recorder
 from .scheduler import Scheduler
 from .signals import DeferredInterrupt
-from .tables import shown
+from .tables import listed, shown
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -115,6 +115,11 @@ class Learner:
         self.fits_ended: dict[str, int] = {}  # of each run's folder: how many fits were saved in it
         if seed is not None:
             snapshot.seed_all(seed)
+
+    def __repr__(self) -> str:
+        n = sum(p.numel() for p in self.model.parameters())
+        return (f"{type(self).__name__}: {type(self.model).__name__}, {n:,} parameters in {len(self._groups)} layer "
+                f"group{'s' * (len(self._groups) != 1)} ({listed(self._groups.names)}), on {self.device}")
 
     @property
     def groups(self) -> LayerGroups:
@@ -552,14 +557,17 @@ class Learner:
         if isinstance(data, str):  # the name of a validation set
             sets = self.dls.valid if isinstance(self.dls.valid, Mapping) else {}
             if data not in sets:
-                raise ValueError(f"there is no validation set {data!r}: the names are {', '.join(sets) or 'none'}. "
-                                 "Pass one of them, or a loader.")
+                raise ValueError(f"there is no validation set {data!r}: " +
+                                 (f"the names are {', '.join(sets)}. Pass one of them, or a loader." if sets else
+                                  "there are no names. Pass a loader, or no dl for the validation data."))
             data = sets[data]
         if data is None:
             raise ValueError("there is no validation data. Pass a loader, or make the Learner with "
                              "DataLoaders(train, valid).")
         if isinstance(data, Mapping) and not data:
             raise ValueError("dl must hold at least one validation set, got none.")
+        if isinstance(data, DataLoaders):
+            raise TypeError(f"dl must be one loader, got a {type(data).__name__} with two. Pass dl.valid or dl.train.")
         if not isinstance(data, Iterable):
             raise TypeError(f"dl must be an iterable of batches, got {dl!r:.80}.")
         return data

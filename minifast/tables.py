@@ -1,4 +1,5 @@
 """Plain text tables: aligned columns, numbers to the right."""
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -26,12 +27,25 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     head  0.0100
     """
     body = [list(row) for row in rows]
-    lines = [list(header), *([shown(cell) for cell in row] for row in body)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    lines = [[" ".join(shown(cell).splitlines()) for cell in row] for row in (header, *body)]
+    widths = [max(map(width, column)) for column in zip(*lines, strict=True)]
     is_text = [all(isinstance(row[i], str) for row in body) for i in range(len(header))]
-    return "\n".join("  ".join(cell.ljust(width) if left else cell.rjust(width)
-                               for cell, width, left in zip(line, widths, is_text, strict=True)).rstrip()
-                     for line in lines)
+    return "\n".join("  ".join(map(_filled, line, widths, is_text)).rstrip() for line in lines)
+
+
+def _filled(cell: str, columns: int, is_left: bool) -> str:
+    gap = " " * (columns - width(cell))
+    return cell + gap if is_left else gap + cell
+
+
+def width(text: str) -> int:
+    """In columns of a terminal: letters of East Asia and most emoji take two, combining marks none.
+
+    >>> [width(text) for text in ("cat", "\u732b", "e\u0301")]
+    [3, 2, 1]
+    """
+    return sum(0 if unicodedata.combining(letter) else 1 + (unicodedata.east_asian_width(letter) in "WF")
+               for letter in text)
 
 
 class Table(list[dict[str, Any]]):

@@ -237,6 +237,7 @@ def test_rates(learn, call, error, message):
     ("learn.plan(1, steps_per_epoch=9)", ValueError, "steps_per_epoch=9 is more than the 3 updates"),
     ("learn.validate(3)", TypeError, "dl must be an iterable of batches, got 3"),
     ("learn.get_preds(3)", TypeError, "dl must be an iterable of batches, got 3"),
+    ("learn.validate(learn.dls)", TypeError, "dl must be one loader, got a DataLoaders with two. Pass dl.valid or"),
     ("learn.validate([])", ValueError, "0 batches"),
     ("learn.get_preds([])", ValueError, "there is nothing to predict: the data yielded 0 batches"),
     ("learn.recorder.plot()", RuntimeError, "there is no LR finder run to plot. Call learn.lr_find() first"),

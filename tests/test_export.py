@@ -463,7 +463,7 @@ def test_a_model_of_another_shape_is_refused_and_not_changed(tmp_path):
 @pytest.mark.case("X6")
 def test_weights_need_a_model(tmp_path):
     export(trained(), tmp_path / "net")
-    with pytest.raises(ValueError, match=r"holds weights, which need a model \(Sequential\). Call load_exported"):
+    with pytest.raises(ValueError, match=r"holds weights, which need a model \(Sequential\). Pass one of that"):
         load_exported(tmp_path / "net")
     with pytest.raises(TypeError, match=r"model must be an nn.Module, got .*\(type\)"):
         load_exported(tmp_path / "net", nn.Linear)

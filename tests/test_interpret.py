@@ -98,7 +98,7 @@ def test_by_hand():
                                           "cat     ant            2\n"
                                           "ant     bee            1\n"
                                           "bee     ant            1")
-    assert str(found.most_confused(3)) == "(no confusion)"
+    assert str(found.most_confused(3)) == "(none)"
     ant, bee, cat, accuracy, macro = found.report()
     assert (ant["class"], ant["support"]) == ("ant", 3)
     assert [ant[key] for key in ("precision", "recall", "f1")] == pytest.approx([2 / 5, 2 / 3, 1 / 2])
@@ -108,6 +108,16 @@ def test_by_hand():
     assert [macro[key] for key in ("precision", "recall", "f1")] == pytest.approx([0.9 / 3, (7 / 6) / 3, 1 / 3])
     assert repr(found) == ("Interpretation: 7 samples, 3 classes, accuracy 0.4286; most confused: cat as ant (2), "
                            "ant as bee (1), bee as ant (1)")
+
+
+def test_tables_stay_aligned_whatever_the_names():
+    found = interpretation(torch.eye(3)[[0, 1, 0]], torch.tensor([0, 1, 2]), names=["\u732b", "new\nline", "dog"])
+    assert str(found.report()).splitlines()[:4] == [
+        "class      precision  recall      f1  support",
+        "\u732b            0.5000  1.0000  0.6667        1",  # takes two columns
+        "new line      1.0000  1.0000  1.0000        1",
+        "dog           0.0000  0.0000  0.0000        1"]
+    assert str(found.most_confused()).splitlines()[1] == "dog     \u732b             1"
 
 
 def test_report_against_torchmetrics():

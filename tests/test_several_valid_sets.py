@@ -249,5 +249,5 @@ def test_a_set_is_looked_at_by_its_name():
     for call in (learn.validate, learn.get_preds):
         with pytest.raises(ValueError, match=r"there is no validation set 'x': the names are clean, noisy\."):
             call("x")
-    with pytest.raises(ValueError, match="the names are none"):
+    with pytest.raises(ValueError, match="there are no names"):
         learner(valid=clean).validate("clean")

@@ -206,6 +206,8 @@ def test_a_head_of_ones_own():
         learner("shufflenet_v2_x0_5", head=lambda n, classes: classes)
     with pytest.raises(ValueError, match=r"gives \(2, 4\) for 2 images, and 3 classes need \(2, 3\)"):
         learner("shufflenet_v2_x0_5", head=lambda n, classes: nn.Linear(n, 4))
+    with pytest.raises(ValueError, match=r"^head\(1024, 3\) gives a module that does not go with 1024 features: mat1"):
+        learner("shufflenet_v2_x0_5", head=lambda n, classes: nn.Linear(n + 1, classes))
 
 
 @pytest.mark.slow

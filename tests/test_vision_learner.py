@@ -134,6 +134,49 @@ def test_classes_and_form_stay_the_models_own(learn, array):
         assert learn.predict(array) == before
 
 
+def test_pictures_that_replace_dls_are_normalised_as_the_models_were(array):
+    learn = make_learner(dataloaders().normalized((0.4, 0.3, 0.4), (0.3, 0.2, 0.3)), net, seed=0, device="cpu",
+                         verbose=False)
+    (x, y), (valid_x, valid_y) = painted(24), painted(12, side=20, seed=1)
+    learn.dls = from_arrays(x, y, (valid_x[..., :16, :16], valid_y), classes=list(COLOURS), augment=None)
+    assert learn.dls.form == learn.form == ImageForm((16, 16), 3, (0.4, 0.3, 0.4), (0.3, 0.2, 0.3))
+    learn.fit(1e-2, 1)
+    learn.dls = from_arrays(valid_x, valid_y, (valid_x, valid_y), classes=list(COLOURS))  # larger ones
+    assert learn.form == ImageForm((20, 20), 3, (0.4, 0.3, 0.4), (0.3, 0.2, 0.3))
+    preds, _ = learn.get_preds()
+    shares = torch.tensor([list(prediction.probabilities.values()) for prediction in learn.predict(valid_x)])
+    torch.testing.assert_close(shares, preds.softmax(1))
+
+
+def test_a_test_set_is_normalised_as_the_models_pictures_were(learn):
+    x, y = painted(12, seed=5)
+    other = from_arrays(x // 4, y, (x // 4, y), classes=list(COLOURS), augment=None)
+    own = other.valid.batch_transform
+    preds, _ = learn.get_preds(other.valid)
+    torch.testing.assert_close(preds, Learner.predict(learn, learn.form.normalize(x // 4)))
+    loss = nn.functional.cross_entropy(preds, y).item()
+    assert learn.validate(other.valid)["valid_loss"] == pytest.approx(loss, rel=1e-4)
+    several = learn.validate({"dark": other.valid, "own": learn.dls.valid})
+    assert several["dark_valid_loss"] == pytest.approx(loss, rel=1e-4)
+    assert other.valid.batch_transform is own
+
+
+def test_pictures_of_other_classes_do_not_replace_dls(learn):
+    (x, y), before = painted(12), learn.dls
+    with pytest.raises(ValueError, match=r"^the model is one of blue, green, red, and dls has the classes red, green,"):
+        learn.dls = from_arrays(x, y, (x, y), classes=["red", "green", "blue"])
+    with pytest.raises(ValueError, match=r"^the model takes pictures of 3 channel\(s\), and dls has 1"):
+        learn.dls = from_arrays(x[:, :1], y, (x[:, :1], y), classes=list(COLOURS))
+    assert learn.dls is before
+
+
+def test_what_is_printed(learn):
+    assert repr(learn) == "VisionLearner: Sequential, 339 parameters in 2 layer groups (stem, head), on cpu"
+    shares = dict(zip("abcdefg", (0.1, 0.3, 0.2, 0.04, 0.06, 0.1, 0.2), strict=True))
+    assert str(Prediction("b", 0.3, shares)) == ("Prediction: b 0.3000, c 0.2000, g 0.2000, a 0.1000, f 0.1000 "
+                                                 "and 2 more")
+
+
 def test_outputs_that_are_not_one_for_each_class(array):
     learn = VisionLearner(net(4), dataloaders(), nn.CrossEntropyLoss(), verbose=False, device="cpu")
     with pytest.raises(ValueError, match=r"the model gives \(1, 4\) for 1 picture\(s\), and there are 3 classes"):
@@ -201,6 +244,9 @@ def test_metadata_of_ones_own(learn, tmp_path):
         learn.export(tmp_path / "weights", metadata={"image": 1})
     with pytest.raises(TypeError, match="metadata must be a dict"):
         learn.export(tmp_path / "weights", metadata=[1])
+    for labels in (["b", "g"], ["b", "g", "g"]):
+        with pytest.raises(ValueError, match=r"^labels must be 3 different names, one for each class \(blue, gr"):
+            learn.export(tmp_path / "weights", labels=labels)
     assert not Path(tmp_path / "weights").exists()
 
 

@@ -95,8 +95,8 @@ def load_exported(path: str | os.PathLike[str], model: nn.Module | None = None) 
     if path.is_dir():
         described = export_info(path)
         if model is None:
-            raise ValueError(f"{path} holds weights, which need a model ({described.get('model')}). Call "
-                             "load_exported(path, model=...) with one.")
+            raise ValueError(f"{path} holds weights, which need a model ({described.get('model')}). Pass "
+                             "one of that class as model=.")
         if described.get("sha256") != _sha256(path / WEIGHTS):
             raise ValueError(f"{path / WEIGHTS} is damaged, or not the file that {DESCRIPTION} describes. Nothing was "
                              "loaded. Export again.")

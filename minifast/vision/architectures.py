@@ -57,9 +57,8 @@ def check_takes(model: nn.Module, channels: int, size: tuple[int, int], n_classe
     try:
         runs = run_on_blank(model, (channels, *size))
     except Exception as error:
-        reason = str(error).strip().partition("\n")[0].rstrip(".!")
         raise ValueError(f"{type(model).__name__} cannot take images of {size[0]} x {size[1]} pixels with {channels} "
-                         f"channel{'s' * (channels > 1)}: {reason:.300}. Load them in another size, e.g. "
+                         f"channel{'s' * (channels > 1)}: {first_line(error)}. Load them in another size, e.g. "
                          f"image_folders(path, size={getattr(model, 'image_size', SIDE)}), or pass another "
                          "architecture.") from error
     module, shape = runs[-1] if runs else (None, ())
@@ -68,6 +67,10 @@ def check_takes(model: nn.Module, channels: int, size: tuple[int, int], n_classe
     if shape != (2, n_classes):
         raise ValueError(f"{type(model).__name__} gives {shape} for 2 images, and {n_classes} classes need "
                          f"{(2, n_classes)}: let its last layer have {n_classes} outputs.")
+
+
+def first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0].rstrip(".!")[:300]
 
 
 # ---- which architecture
@@ -192,6 +195,12 @@ def _replace_head(model: nn.Module, channels: int, n_classes: int,
         if not isinstance(new, nn.Module):
             raise TypeError(f"head must give an nn.Module, and head({n_features}, {n_classes}) gives {quoted(new)}.")
     model.set_submodule(next(name for name, module in model.named_modules() if module is old), new)
+    if make is not None:  # the layer that it replaces took these images, so what goes wrong now is the head's
+        try:
+            run_on_blank(model, (channels, side, side))
+        except Exception as error:
+            raise ValueError(f"head({n_features}, {n_classes}) gives a module that does not go with {n_features} "
+                             f"features: {first_line(error)}.") from error
     return new
 
 

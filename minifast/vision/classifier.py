@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..errors import check_path
 from ..inference.export import export_info, load_exported
+from ..tables import listed, shown
 from .form import ImageForm
 
 BATCH = 64  # pictures that go through the model together
@@ -17,13 +18,21 @@ BATCH = 64  # pictures that go through the model together
 class Prediction(NamedTuple):
     """What a model says of one picture: the likeliest class, its probability, and class -> probability for all, 0..1.
 
-    >>> Prediction("cat", 0.75, {"cat": 0.75, "dog": 0.25}).label
+    It prints its likeliest classes.
+
+    >>> Prediction("cat", 0.75, {"dog": 0.25, "cat": 0.75})
+    Prediction: cat 0.7500, dog 0.2500
+    >>> Prediction("cat", 0.75, {"dog": 0.25, "cat": 0.75}).label
     'cat'
     """
 
     label: str
     probability: float
     probabilities: dict[str, float]
+
+    def __repr__(self) -> str:
+        likeliest = sorted(self.probabilities.items(), key=lambda item: -item[1])
+        return f"Prediction: {listed(f'{name} {shown(share)}' for name, share in likeliest)}"
 
 
 class Classifier:

@@ -10,14 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from .. import snapshot
+from ..batches import Batch
+from ..dataloaders import DataLoaders
 from ..errors import check_flag
 from ..groups import Splitter
 from ..learner import Learner
 from ..metrics import accuracy
 from ..progress import say
+from ..tables import listed
 from .architectures import check_takes, image_model
 from .classifier import classify
-from .loaders import ImageDataLoaders
+from .loaders import ImageDataLoaders, normalized_as
 from .stages import layer_groups
 
 
@@ -25,13 +28,39 @@ class VisionLearner(Learner):
     """A `Learner` of pictures: `predict` takes a picture, and `export` writes down classes and preprocessing.
 
     Made by `vision_learner`, or from any model that gives (n, classes): the arguments are those of `Learner`. classes,
-    form: those of `dls`; they stay the model's own when `dls` is replaced.
+    form: those of `dls`. Pictures that replace `dls` must be of the same classes, and are normalised as the model's
+    were, whatever they came with, as are those of a test set; their size may be another, which becomes that of `form`.
     """
 
     def __init__(self, model: nn.Module, dls: ImageDataLoaders, *args: Any, **options: Any) -> None:
         _check_dls(dls)
-        super().__init__(model, dls, *args, **options)
         self.classes, self.form = list(dls.classes or ()), dls.form
+        super().__init__(model, dls, *args, **options)
+
+    @property
+    def dls(self) -> DataLoaders:
+        """The data; it may be assigned between fits."""
+        return self._dls
+
+    @dls.setter
+    def dls(self, dls: DataLoaders) -> None:
+        if isinstance(dls, ImageDataLoaders):
+            if list(dls.classes or ()) != self.classes:  # else the numbers of the model's classes mean others
+                raise ValueError(f"the model is one of {listed(self.classes)}, and dls has the classes "
+                                 f"{listed(dls.classes or ())}. Make another vision_learner for them.")
+            if dls.form.channels != self.form.channels:
+                raise ValueError(f"the model takes pictures of {self.form.channels} channel(s), and dls has "
+                                 f"{dls.form.channels}. Load them as those were, e.g. with channels=.")
+            if (dls.form.mean, dls.form.std) != (self.form.mean, self.form.std):
+                dls = dls.normalized(self.form.mean, self.form.std)
+            self.form = dls.form
+        self._dls = dls
+
+    def _data(self, dl: Iterable[Batch] | str | None) -> Iterable[Batch]:
+        data = super()._data(dl)  # may be a test set, with the mean and std of its own pictures
+        if isinstance(data, Mapping):
+            return {name: normalized_as(self.form, loader) for name, loader in data.items()}
+        return normalized_as(self.form, data)
 
     def predict(self, x: Any) -> Any:
         """The `Prediction` for a picture: a path, a PIL image, a uint8 array (height, width[, 3]) or tensor (c, h, w).
@@ -47,8 +76,11 @@ class VisionLearner(Learner):
                metadata: Mapping[str, Any] | None = None) -> Path:
         """Write the model for inference, as `Learner.export` does, so that `load_classifier(path)` can read pictures.
 
-        labels: None for the classes. To `metadata` comes "image", the form of a picture.
+        labels: None for the classes, or as many other names. To `metadata` comes "image", the form of a picture.
         """
+        if isinstance(labels, (list, tuple)) and not len(set(map(str, labels))) == len(labels) == len(self.classes):
+            raise ValueError(f"labels must be {len(self.classes)} different names, one for each class "
+                             f"({listed(self.classes)}), got {labels!r:.80}.")
         if isinstance(metadata, Mapping) and "image" in metadata:
             raise ValueError("metadata['image'] is where the form of a picture goes. Take another key.")
         if inputs is None:  # blank ones will do: they are described and traced, not written

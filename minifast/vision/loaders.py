@@ -140,6 +140,15 @@ def some(data: Any) -> Tensor:
     return torch.stack([data[i][0] for i in range(0, len(data), -(-len(data) // STREAMED))])
 
 
+def normalized_as(form: ImageForm, loader: Iterable[Batch]) -> Iterable[Batch]:
+    """The loader itself, or, if it is one of pictures with another mean and std, a copy with those of `form`."""
+    own = getattr(loader, "batch_transform", None)
+    if not isinstance(own, BatchTransform) or own.form.channels != form.channels:
+        return loader
+    wanted = dataclasses.replace(own.form, mean=form.mean, std=form.std)
+    return loader if own.form == wanted else _carrying(loader, dataclasses.replace(own, form=wanted))
+
+
 def _carrying(loader: Iterable[Batch], transform: BatchTransform) -> Any:
     twin: Any = second_copy(loader) if isinstance(loader, DataLoader) else copy.copy(loader)
     twin.batch_transform = transform
