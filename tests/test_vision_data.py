@@ -269,6 +269,9 @@ TWO = np.zeros((2, 8, 8), np.uint8)
         ((TWO, np.array(["b", "a"])), ValueError, r"got <U1 \(2,\)\. Names: classes, labels = np\.unique\("),
         ((np.zeros((2, 3, 8, 8), np.uint8), [0, 1]), ValueError, r"3, 8, 8\)\. Pass x\.transpose\(0, 2, 3, 1\)\.$"),
         ((torch.zeros(2, 8, 8, 3, dtype=torch.uint8), [0, 1]), ValueError, r"\. Pass x\.permute\(0, 3, 1, 2\)\.$"),
+        ((TWO, [1, 2], None), ValueError, r"no training picture has the class number 0, and the highest is 2\. Number"),
+        ((TWO, [0, 10**15], None), ValueError, "no training picture has the class number 1, and the highest is 10000"),
+        ((TWO, [0, 1], (TWO, [0, 2])), ValueError, "no training picture has the class number 2, and the highest is 2"),
         ((TWO, [0, 1]), ValueError, "of 2 samples none can be held back"),
         ((TWO, [0, 1], "valid"), TypeError, r"valid must be \(images, labels\), a share in 0..1 .* got 'valid'"),
         ((TWO, [0, -1], None), ValueError, "labels must be numbers from 0 to 0, .*got -1"),
@@ -277,6 +280,10 @@ TWO = np.zeros((2, 8, 8), np.uint8)
 def test_arrays_that_cannot_be_used(args, kind, says):
     with pytest.raises(kind, match=says):
         from_arrays(*args)
+
+
+def test_names_may_be_of_more_classes_than_there_are_pictures():
+    assert from_arrays(TWO, [2, 2], None, classes=["a", "b", "c", "d"]).classes == ["a", "b", "c", "d"]
 
 
 def test_labels_beyond_the_names():

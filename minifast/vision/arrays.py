@@ -23,7 +23,8 @@ def from_arrays(images: Any, labels: Any, valid: Any = 0.2, *, size: int | Seque
     """Loaders of pictures that are in memory.
 
     images: uint8, a numpy array (n, height, width) or (n, height, width, channels) or a tensor (n, height, width) or
-    (n, channels, height, width), of 1, 3 or 4 channels (the fourth is dropped). labels: (n,) class numbers from 0.
+    (n, channels, height, width), of 1, 3 or 4 channels (the fourth is dropped). labels: (n,) class numbers from 0,
+    without gaps unless `classes` names them all.
     valid: (images, labels) for validation; or a share in 0..1 of each class that is held back, drawn with `seed`; None:
     no validation. classes: the names; None: the numbers. size: None is that of the pictures. device: where they are
     kept, None: where a Learner trains. The other arguments are those of `image_folders`.
@@ -51,6 +52,8 @@ def from_arrays(images: Any, labels: Any, valid: Any = 0.2, *, size: int | Seque
         parts = [Pictures(parts[0].images[rows], parts[0].labels[rows]) for rows in (~held, held)]
     elif valid is not None:
         raise TypeError(f"valid must be (images, labels), a share in 0..1 or None, got {quoted(valid)}.")
+    if names is None:
+        _check_numbers(parts)
     form = options.form(Counter({(width, height): 1}), is_grey=parts[0].images.shape[1] == 1)
     place = options.place(sum(len(part.labels) for part in parts), form) or torch.device("cpu")
     parts = [Pictures(_in_form(part.images, form).to(place), part.labels.to(place)) for part in parts]
@@ -82,6 +85,17 @@ def _arrays(name: str, images: Any, name_of_labels: str, labels: Any) -> Picture
         raise ValueError(f"{name_of_labels} must be {len(pixels)} class numbers, one for each picture, got "
                          f"{_described(labels)}.{hint}")
     return Pictures(pixels.detach(), numbers.long())
+
+
+def _check_numbers(parts: Sequence[Pictures]) -> None:
+    """Raise ValueError for class numbers that leave some out, as those from 1 do."""
+    seen = parts[0].labels.unique().tolist()
+    highest = max(int(part.labels.max()) for part in parts)
+    if seen[0] >= 0 and highest >= len(seen):
+        missing = next(i for i in range(highest + 1) if i >= len(seen) or seen[i] != i)
+        raise ValueError(f"no training picture has the class number {missing}, and the highest is {highest}. Number "
+                         "the classes from 0 without gaps (np.unique(labels, return_inverse=True)), or pass classes=, "
+                         "the names of all.")
 
 
 def _described(values: Any) -> str:
