@@ -1,6 +1,7 @@
 """Errors of their own kind, and checks of what users pass in: what was given, what is expected, what to do."""
 import numbers
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -172,13 +173,16 @@ def check_same_names(what: str, saved: Sequence[str], own: Sequence[str]) -> Non
 
 
 def quoted(value: Any) -> str:
-    """`value` and its type, for messages, in 200 characters at most.
+    """`value` and its type, for messages, on one line, in 200 characters at most.
 
     >>> quoted(0.5)
     '0.5 (float)'
+    >>> quoted(torch.zeros(2, 2))
+    'tensor([[0., 0.], [0., 0.]]) (Tensor)'
     """
     try:
-        return f"{value!r:.200} ({type(value).__name__})"
+        text = re.sub(r"\n\s*", " ", repr(value))  # arrays break their lines
+        return f"{text:.200} ({type(value).__name__})"
     except ValueError:  # Python refuses to write down an int of more than 4,300 digits
         return f"a {type(value).__name__} that is too long to show"
 

@@ -99,9 +99,9 @@ def _check_frozen(name: str, data: Any, n: int) -> None:
     i = samples.changing(name, data, n)
     if i is not None:
         raise ValueError(f"{name}: sample {i} is another one each time it is read: its random augmentation would be "
-                         "frozen, the same in all epochs. Move it to transform=, which is called with each training "
-                         "batch. If one version of each sample is meant, pass a list: [data[i] for i in "
-                         "range(len(data))].")
+                         "frozen, the same in all epochs. Move it to transform= (of minifast.vision: augment=), which "
+                         "is called with each training batch. If one version of each sample is meant, pass a list: "
+                         "[data[i] for i in range(len(data))].")
 
 
 def _columns(name: str, data: Any, first: Any, n: int, device: torch.device, num_workers: int | None, verbose: bool

@@ -265,6 +265,13 @@ TWO = np.zeros((2, 8, 8), np.uint8)
         ((TWO, [0.5, 1]), ValueError, r"labels must be 2 class numbers, .* got \[0.5, 1\]"),
         ((TWO, ["a", "b"]), ValueError, r"labels must be 2 class numbers, .* got \['a', 'b'\]"),
         ((TWO, [0]), ValueError, r"labels must be 2 class numbers, one for each .* got \[0\]"),
+        ((TWO, np.zeros((2, 3))), ValueError, r"labels must be 2 class numbers, .* got float64 \(2, 3\)\.$"),
+        ((TWO, np.array(["b", "a"])), ValueError, r"got <U1 \(2,\)\. Names: classes, labels = np\.unique\("),
+        ((np.zeros((2, 3, 8, 8), np.uint8), [0, 1]), ValueError, r"3, 8, 8\)\. Pass x\.transpose\(0, 2, 3, 1\)\.$"),
+        ((torch.zeros(2, 8, 8, 3, dtype=torch.uint8), [0, 1]), ValueError, r"\. Pass x\.permute\(0, 3, 1, 2\)\.$"),
+        ((TWO, [1, 2], None), ValueError, r"no training picture has the class number 0, and the highest is 2\. Number"),
+        ((TWO, [0, 10**15], None), ValueError, "no training picture has the class number 1, and the highest is 10000"),
+        ((TWO, [0, 1], (TWO, [0, 2])), ValueError, "no training picture has the class number 2, and the highest is 2"),
         ((TWO, [0, 1]), ValueError, "of 2 samples none can be held back"),
         ((TWO, [0, 1], "valid"), TypeError, r"valid must be \(images, labels\), a share in 0..1 .* got 'valid'"),
         ((TWO, [0, -1], None), ValueError, "labels must be numbers from 0 to 0, .*got -1"),
@@ -273,6 +280,10 @@ TWO = np.zeros((2, 8, 8), np.uint8)
 def test_arrays_that_cannot_be_used(args, kind, says):
     with pytest.raises(kind, match=says):
         from_arrays(*args)
+
+
+def test_names_may_be_of_more_classes_than_there_are_pictures():
+    assert from_arrays(TWO, [2, 2], None, classes=["a", "b", "c", "d"]).classes == ["a", "b", "c", "d"]
 
 
 def test_labels_beyond_the_names():
@@ -368,6 +379,20 @@ def test_data_sets_that_cannot_be_used(data, kind, says):
         quiet(data)
 
 
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_the_file_that_a_data_set_cannot_read_is_named(in_memory, tmp_path):
+    from torchvision.datasets import ImageFolder
+
+    for i in range(10):
+        for name in ("cat", "dog"):
+            (tmp_path / name).mkdir(exist_ok=True)
+            Image.new("RGB", (8, 8)).save(tmp_path / name / f"{i}.png")
+    path = tmp_path / "cat" / "7.png"
+    path.write_text("no picture")
+    with pytest.raises(ValueError, match=rf"^cannot read sample \d+ of train \({path}\): "):
+        quiet(ImageFolder(tmp_path), 0.2, in_memory=in_memory)
+
+
 def test_one_batch_leaves_the_random_generators_as_they_were():
     for options in ({}, {"in_memory": False, "num_workers": 0}):
         dls = quiet(Photos(), 0.2, **options)
@@ -391,6 +416,8 @@ def test_another_normalisation_shares_the_pictures():
     assert dls.form.std != other.form.std
     assert other.classes == dls.classes
     assert quiet(Photos()).normalized((), ()).valid is None
+    with pytest.raises(TypeError, match=r"mean must be a list of numbers, got 0\.5"):
+        dls.normalized(0.5, 0.5)
 
 
 # ---- augmentation
@@ -467,6 +494,17 @@ def test_an_augmentation_that_gives_no_batch():
     with pytest.raises(TypeError, match=r"float batch \(8, 3, 8, 8\) .* must give one with .*\(3, 8, 8\)") as error:
         dls.one_batch()
     assert "in the batch_transform of the data, called with (uint8 (8, 3, 8, 8), int64 (8,))" in error.value.__notes__
+
+
+def test_an_augmentation_of_one_picture_is_explained():
+    def to_tensor(picture):
+        raise TypeError(f"pic should be PIL Image or ndarray. Got {type(picture)}")
+
+    dls = from_arrays(*arrays(), augment=to_tensor)
+    with pytest.raises(TypeError, match="pic should be PIL Image") as error:
+        dls.one_batch()
+    assert any("in augment=, which is called with a float batch (8, 3, 8, 8) in 0..1, not with one picture" in note
+               for note in error.value.__notes__)
 
 
 # ---- the batch_transform of a loader

@@ -218,6 +218,16 @@ def no_folder(root):
     return rf"there is no folder {root}$"
 
 
+def a_file(root):
+    shutil.rmtree(root)
+    root.touch()
+    return rf"{root} is a file, not a folder of pictures$"
+
+
+def no_training_folder_of_that_name(root):
+    return rf"there is no folder {root}/photos: {root} holds cat, dog$", {"train": "photos"}
+
+
 def no_training_folder(root):
     return rf"there is no folder {root}/train: expected {root}/train/<class>/<image>$", {"valid": "valid"}
 
@@ -256,13 +266,13 @@ def one_folder_too_high(root):
 
 def an_empty_class(root):
     (root / "emu").mkdir()
-    return rf"{root}/emu holds no image \(\.jpg "
+    return rf"{root}/emu holds no image \(\.jpg .*\.jfif\)\. Fill or delete this folder, or move it elsewhere"
 
 
 def a_class_without_pictures(root):
     (root / "emu").mkdir()
     (root / "emu" / "list.csv").touch()
-    return rf"{root}/emu holds no image \(\.jpg "
+    return rf"{root}/emu holds no image \(\.jpg .*\.jfif\), but list\.csv\. Fill or delete"
 
 
 def a_class_only_in_validation(root):
@@ -274,7 +284,7 @@ def a_class_only_in_validation(root):
 def other_names_of_parts(root):
     fill(root / "training")
     fill(root / "Test")
-    return rf"{root} holds Test, training, which looks like a part of the data .* train='training', valid='test'"
+    return rf"{root} holds Test, training, which looks like a part of the data .* train='training', valid='Test'"
 
 
 def a_text(root):
@@ -300,7 +310,8 @@ def pictures_of_a_phone(root):
     return rf"{root}/cat/IMG_1\.HEIC \(and 1 more files of this class\) is HEIC, which Pillow cannot read: export it"
 
 
-@pytest.mark.parametrize("spoil", [no_folder, no_training_folder, no_validation_folder, loose_pictures, nothing_at_all,
+@pytest.mark.parametrize("spoil", [no_folder, a_file, no_training_folder_of_that_name,
+                                   no_training_folder, no_validation_folder, loose_pictures, nothing_at_all,
                                    one_class, one_folder_too_high, an_empty_class, a_class_without_pictures,
                                    a_class_only_in_validation, other_names_of_parts, a_text, an_empty_file, cut_off,
                                    pictures_of_a_phone])  # fmt: skip
@@ -313,6 +324,37 @@ def test_folders_that_cannot_be_used(spoil, root):
     hints = getattr(caught.value, "__notes__", [])
     is_broken = spoil in (a_text, an_empty_file, cut_off, pictures_of_a_phone)
     assert hints == ["skip_broken=True leaves out the files that cannot be read"] * is_broken
+
+
+def test_a_folder_that_cannot_be_read_is_not_passed_over(root, monkeypatch):
+    save(root / "cat" / "2024" / "a.png")
+    listed = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("2024"):  # root, as whom tests may run, could read it whatever its permissions
+            raise PermissionError(13, "Permission denied", str(path))
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(ValueError, match=rf"^cannot read the folder {root}/cat/2024: Permission denied$"):
+        quiet(root)
+
+
+def test_the_home_folder_may_be_a_tilde(root, monkeypatch):
+    monkeypatch.setenv("HOME", str(root.parent))
+    assert quiet(f"~/{root.name}").classes == ["cat", "dog"]
+
+
+def test_avif_is_read_if_pillow_can(root, monkeypatch):
+    known = Image.registered_extensions()
+    monkeypatch.setitem(known, ".avif", "PNG")
+    path = save(root / "cat" / "a.png", level=200)
+    path.rename(path.with_suffix(".avif"))
+    dls = quiet(root)
+    assert 200 in levels(dls.train) + levels(dls.valid)
+    monkeypatch.delitem(known, ".avif")
+    with pytest.raises(ValueError, match=r"a\.avif is AVIF, which Pillow reads from 11\.3 on: update it"):
+        quiet(root)
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
@@ -342,8 +384,9 @@ def test_a_damaged_file_that_is_met_in_training_is_named(root):
     path.write_bytes(path.read_bytes()[:50])
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 16 * 20, 2))
     learn = Learner(model, dls, torch.nn.CrossEntropyLoss(), verbose=False)
-    with pytest.raises(ValueError, match=rf"cannot read the image {path}: "):
+    with pytest.raises(ValueError, match=rf"cannot read the image {path}: ") as caught:
         learn.fit(1e-3)
+    assert "skip_broken=True leaves out the files that cannot be read" in caught.value.__notes__
 
 
 @pytest.mark.parametrize(
@@ -362,6 +405,8 @@ def test_a_damaged_file_that_is_met_in_training_is_named(root):
         ({"mean": [0.5] * 3}, ValueError, "mean and std belong together"),
         ({"mean": [0.5] * 2, "std": [1] * 2}, ValueError, r"channels must be 1 \(grey\) or 3 \(RGB\), got 2"),
         ({"mean": 0.5, "std": 0.5}, TypeError, r"mean must be a number for each channel, got 0.5"),
+        ({"mean": [124, 116, 103], "std": [58, 57, 57]}, ValueError,
+         "mean must be a finite number >= 0 and <= 1, got 124 .*those of 0..255 are to be divided by 255, std too"),
         ({"max_size": 7}, ValueError, "max_size must be an int >= 8 and <= 32768, got 7"),
         ({"num_workers": -1}, ValueError, "num_workers must be an int >= 0, got -1"),
         ({"in_memory": 1}, TypeError, "in_memory must be True or False, got 1"),
@@ -386,3 +431,9 @@ def test_it_says_what_it_has_read(root, capsys, monkeypatch):
     assert read.startswith("in memory: 16 + 4 samples, 0.0 MB on ")
     assert found == f"{dls!r}; validation: 20% of each class"
     assert dls.form == ImageForm.from_dict(dls.form.as_dict())
+
+
+def test_where_nothing_can_be_held_back_it_says_so(tmp_path, capsys):
+    fill(tmp_path, n=1)
+    assert image_folders(tmp_path).valid is None
+    assert capsys.readouterr().out.splitlines()[-1].endswith("; validation: none, as each class has one picture only")

@@ -90,6 +90,8 @@ def test_floats_are_a_batch_of_inputs(learn):
     raw = learn.predict(x)
     assert raw.shape == (4, 3)
     torch.testing.assert_close(raw, Learner.predict(learn, x))
+    with pytest.raises(ValueError, match=r"must be a batch of .*, got float32 \(3, .*as uint8, or x\[None\]"):
+        learn.predict(x[0])
 
 
 def test_more_pictures_than_fit_in_a_batch(learn):

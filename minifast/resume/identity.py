@@ -88,13 +88,20 @@ def differences(saved: Mapping[str, Any], own: Facts) -> list[str]:
 
     >>> differences({"plan": {"epochs": 3}}, {"plan": {"epochs": 5}})
     ['plan: epochs 3 in the checkpoint, 5 in this fit']
+    >>> differences({"data": {"training": {"samples": 3, "order": "shuffled"}}},
+    ...             {"data": {"training": {"samples": 5, "order": "shuffled"}}})
+    ['data: training: samples 3 in the checkpoint, 5 in this fit']
     """
     lines = []
     for topic, mine in own.items():
         theirs = saved.get(topic)
         theirs = theirs if isinstance(theirs, Mapping) else {}
-        lines += [f"{topic}: {name} {_shown(theirs.get(name))} in the checkpoint, {_shown(mine.get(name))} in this fit"
-                  for name in dict.fromkeys([*theirs, *mine]) if theirs.get(name) != mine.get(name)]
+        for name in dict.fromkeys([*theirs, *mine]):
+            then, now = theirs.get(name), mine.get(name)
+            if isinstance(then, Mapping) and isinstance(now, Mapping):
+                lines += differences({f"{topic}: {name}": then}, {f"{topic}: {name}": dict(now)})
+            elif then != now:
+                lines.append(f"{topic}: {name} {_shown(then)} in the checkpoint, {_shown(now)} in this fit")
     return lines
 
 

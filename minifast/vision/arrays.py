@@ -23,7 +23,8 @@ def from_arrays(images: Any, labels: Any, valid: Any = 0.2, *, size: int | Seque
     """Loaders of pictures that are in memory.
 
     images: uint8, a numpy array (n, height, width) or (n, height, width, channels) or a tensor (n, height, width) or
-    (n, channels, height, width), of 1, 3 or 4 channels (the fourth is dropped). labels: (n,) class numbers from 0.
+    (n, channels, height, width), of 1, 3 or 4 channels (the fourth is dropped). labels: (n,) class numbers from 0,
+    without gaps unless `classes` names them all.
     valid: (images, labels) for validation; or a share in 0..1 of each class that is held back, drawn with `seed`; None:
     no validation. classes: the names; None: the numbers. size: None is that of the pictures. device: where they are
     kept, None: where a Learner trains. The other arguments are those of `image_folders`.
@@ -51,6 +52,8 @@ def from_arrays(images: Any, labels: Any, valid: Any = 0.2, *, size: int | Seque
         parts = [Pictures(parts[0].images[rows], parts[0].labels[rows]) for rows in (~held, held)]
     elif valid is not None:
         raise TypeError(f"valid must be (images, labels), a share in 0..1 or None, got {quoted(valid)}.")
+    if names is None:
+        _check_numbers(parts)
     form = options.form(Counter({(width, height): 1}), is_grey=parts[0].images.shape[1] == 1)
     place = options.place(sum(len(part.labels) for part in parts), form) or torch.device("cpu")
     parts = [Pictures(_in_form(part.images, form).to(place), part.labels.to(place)) for part in parts]
@@ -69,9 +72,8 @@ def _arrays(name: str, images: Any, name_of_labels: str, labels: Any) -> Picture
         pixels = pixels[:, None]
     is_uint8 = str(images.dtype).removeprefix("torch.") == "uint8"
     if not is_uint8 or pixels.ndim != 4 or pixels.shape[1] not in (1, 3, 4) or 0 in pixels.shape:
-        raise ValueError(f"{name} must be uint8 of shape {wanted} with 1, 3 or 4 channels, got "
-                         f"{str(images.dtype).removeprefix('torch.')} {tuple(images.shape)}. Floats in 0..1: pass "
-                         "(255 * x).round() as uint8.")
+        raise ValueError(f"{name} must be uint8 of shape {wanted} with 1, 3 or 4 channels, got {_described(images)}."
+                         + _help(images, is_uint8))
     if isinstance(pixels, np.ndarray):
         pixels = torch.from_numpy(np.ascontiguousarray(pixels))
     try:
@@ -79,9 +81,44 @@ def _arrays(name: str, images: Any, name_of_labels: str, labels: Any) -> Picture
     except (TypeError, ValueError, RuntimeError):  # texts, objects, lists of different lengths
         numbers = torch.empty(0)
     if numbers.is_floating_point() or numbers.is_complex() or tuple(numbers.shape) != (len(pixels),):
+        hint = " Names: classes, labels = np.unique(names, return_inverse=True)." if _are_names(labels) else ""
         raise ValueError(f"{name_of_labels} must be {len(pixels)} class numbers, one for each picture, got "
-                         f"{quoted(labels)}.")
+                         f"{_described(labels)}.{hint}")
     return Pictures(pixels.detach(), numbers.long())
+
+
+def _check_numbers(parts: Sequence[Pictures]) -> None:
+    """Raise ValueError for class numbers that leave some out, as those from 1 do."""
+    seen = parts[0].labels.unique().tolist()
+    highest = max(int(part.labels.max()) for part in parts)
+    if seen[0] >= 0 and highest >= len(seen):
+        missing = next(i for i in range(highest + 1) if i >= len(seen) or seen[i] != i)
+        raise ValueError(f"no training picture has the class number {missing}, and the highest is {highest}. Number "
+                         "the classes from 0 without gaps (np.unique(labels, return_inverse=True)), or pass classes=, "
+                         "the names of all.")
+
+
+def _described(values: Any) -> str:
+    """The dtype and shape of an array, of which its numbers would not say what is wrong; anything else as it is."""
+    if not isinstance(values, (np.ndarray, Tensor)):
+        return quoted(values)
+    return f"{str(values.dtype).removeprefix('torch.')} {tuple(values.shape)}"
+
+
+def _help(images: Any, is_uint8: bool) -> str:
+    """What to do with pixels of another dtype or order."""
+    if not is_uint8:
+        return " Floats in 0..1: pass (255 * x).round() as uint8."
+    channels = images.shape[-1 if isinstance(images, Tensor) else 1] if images.ndim == 4 else 0
+    if channels not in (1, 3, 4):
+        return ""
+    return f" Pass x.{'permute(0, 3, 1, 2)' if isinstance(images, Tensor) else 'transpose(0, 2, 3, 1)'}."
+
+
+def _are_names(labels: Any) -> bool:
+    if isinstance(labels, np.ndarray):
+        return labels.dtype.kind in "UO"
+    return isinstance(labels, (list, tuple)) and any(isinstance(label, str) for label in labels)
 
 
 def _in_form(images: Tensor, form: ImageForm) -> Tensor:

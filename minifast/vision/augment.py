@@ -136,7 +136,12 @@ class BatchTransform:
         if self.augment is None:
             return self.form.normalize(images), labels
         values = images.float().div_(255)
-        augmented = self.augment(values)
+        try:
+            augmented = self.augment(values)
+        except Exception as error:
+            error.add_note(f"in augment=, which is called with a float batch {tuple(images.shape)} in 0..1, not with "
+                           "one picture: without ToTensor and ToPILImage")
+            raise
         is_batch = isinstance(augmented, Tensor) and augmented.is_floating_point()
         if not is_batch or augmented.ndim != 4 or augmented.shape[:2] != images.shape[:2]:
             raise TypeError(f"augment was called with a float batch {tuple(images.shape)} in 0..1 and must give one "

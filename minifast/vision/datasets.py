@@ -33,7 +33,7 @@ class Formed(Dataset[tuple[Tensor, int]]):
         return len(self.data)
 
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
-        picture, label = self.data[i]
+        picture, label = _sample("the data set", self.data, i)
         return self.form.read(picture), int(label)
 
 
@@ -98,11 +98,29 @@ def _looked_at(parts: Sequence[Any]) -> tuple[Counter[tuple[int, int]], bool]:
     for name, data in zip(("train", "valid"), parts, strict=False):
         n = check_data_set(name, data)
         for i in range(0, n, -(-n // PROBES)):
-            size, grey = _look(f"sample {i} of {name}", data[i])
+            size, grey = _look(f"sample {i} of {name}", _sample(name, data, i))
             if name == "train":
                 sizes[size] += 1
                 is_grey = is_grey and grey
     return sizes, is_grey
+
+
+def _sample(name: str, data: Any, i: int) -> Any:
+    """Sample `i`; an error in it says which one that is, and of which file if the data set knows (`.samples`)."""
+    try:
+        return data[i]
+    except Exception as error:
+        if not isinstance(error, OSError):
+            error.add_note(f"in sample {i} of {name}")
+            raise
+        raise ValueError(f"cannot read sample {i} of {name}{_file(data, i)}: {error}") from error
+
+
+def _file(data: Any, i: int) -> str:
+    if isinstance(data, Subset):
+        return _file(data.dataset, data.indices[i])
+    samples = getattr(data, "samples", None)  # of torchvision's ImageFolder
+    return f" ({samples[i][0]})" if isinstance(samples, list) else ""
 
 
 def _look(what: str, sample: Any) -> tuple[tuple[int, int], bool]:

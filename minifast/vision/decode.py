@@ -21,6 +21,7 @@ FOREIGN = {
     **dict.fromkeys((".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf", ".raw"),
                     "the raw data of a camera, which Pillow cannot read: export it as JPEG"),
     ".svg": "SVG, a drawing without pixels: export it as PNG",
+    ".avif": "AVIF, which Pillow reads from 11.3 on: update it, or export the picture as JPEG",
     ".jxl": "JPEG XL, which Pillow cannot read: export it as JPEG",
 }  # fmt: skip
 

@@ -17,6 +17,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".
 PASSED_OVER = {"__macosx", "thumbs.db", "desktop.ini"}  # what systems leave behind, beside whatever begins with a dot
 PARTS = {"train", "training", "valid", "validation", "val", "test", "testing"}  # names of no classes
 VALID_NAMES = ("valid", "val", "validation")
+TRAIN = "train"  # where the training pictures are if nobody says
 WAY_OUT = "skip_broken=True leaves out the files that cannot be read"  # a note: a command line has no such argument
 SHARE = 0.2  # of each class, held back where there is no folder for validation
 
@@ -39,7 +40,7 @@ class Found:
     others: list[Path]
 
 
-def find(root: Path, train: str = "train", valid: str | float | None = None, seed: int = 0,
+def find(root: Path, train: str = TRAIN, valid: str | float | None = None, seed: int = 0,
          skip_broken: bool = False) -> Found:
     """The pictures below `root`, by class, each list in the order of the file names.
 
@@ -49,7 +50,10 @@ def find(root: Path, train: str = "train", valid: str | float | None = None, see
     other files with `skip_broken`. Raises ValueError with one line that names the folder or file.
     """
     if not root.is_dir():
-        raise ValueError(f"there is no folder {root}")
+        raise ValueError(f"{root} is a file, not a folder of pictures" if root.exists() else
+                         f"there is no folder {root}")
+    if train != TRAIN and not (root / train).is_dir():  # who names it does not mean the one tree
+        raise ValueError(f"there is no folder {root / train}: {root} holds {listed(_names(root)) or 'no folder'}")
     has_train = _is_part(root, train)
     if valid is None:
         valid = next((name for name in VALID_NAMES if has_train and (root / name).is_dir()), SHARE)
@@ -60,7 +64,8 @@ def find(root: Path, train: str = "train", valid: str | float | None = None, see
         _check_classes(root, train)
     by_class, others = _by_class(folder, skip_broken)
     kept, held_back = _split(by_class, valid, seed)
-    return Found(_samples(kept), _samples(held_back), list(by_class), f"{valid:.0%} of each class", others)
+    share = f"{valid:.0%} of each class" if any(held_back.values()) else "none, as each class has one picture only"
+    return Found(_samples(kept), _samples(held_back), list(by_class), share, others)
 
 
 def _two_folders(train: Path, valid: Path, skip_broken: bool) -> Found:
@@ -83,8 +88,10 @@ def _check_classes(root: Path, train: str) -> None:
     """Raise ValueError if the folders of `root` are parts of the data, under other names than those looked for."""
     parts = [folder.name for folder in _folders(root) if folder.name.lower() in PARTS and folder.name != train]
     if parts:
+        own = {name.lower().startswith(TRAIN): name for name in parts}  # of either kind one, for the example
         raise ValueError(f"{root} holds {listed(parts)}, which looks like a part of the data and not like a class, but "
-                         f"no folder {train}. Pass the names of the parts, e.g. train='training', valid='test'")
+                         f"no folder {train}. Pass the names of the parts, e.g. train={own.get(True, 'training')!r}, "
+                         f"valid={own.get(False, 0.2)!r}")
 
 
 def _by_class(folder: Path, skip_broken: bool, is_train: bool = True
@@ -110,7 +117,8 @@ def _by_class(folder: Path, skip_broken: bool, is_train: bool = True
         by_class[each.name] = [path for path in files if is_picture(path)]
         others += [path for path in files if not is_picture(path)]
         if not by_class[each.name]:
-            raise ValueError(f"{each} holds no image ({' '.join(SUFFIXES)})")
+            raise ValueError(f"{each} holds no image ({' '.join(SUFFIXES)}){_instead(files)}. Fill or delete this "
+                             "folder, or move it elsewhere if it is no class")
     if is_train and len(by_class) < 2:
         deeper = [inner.name for inner in _folders(folders[0])]
         hint = f". It holds the folders {listed(deeper)}: did you mean {folders[0]}?" if deeper else ""
@@ -118,14 +126,25 @@ def _by_class(folder: Path, skip_broken: bool, is_train: bool = True
     return by_class, others
 
 
+def _instead(files: Sequence[Path]) -> str:
+    return f", but {listed([path.name for path in files], 3)}" if files else ""
+
+
+def _names(folder: Path) -> list[str]:
+    return [each.name for each in _folders(folder)]
+
+
 def _folders(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.is_dir() and not _is_passed_over(path.name))
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """All files below `folder`, through links too, each folder once."""
+    """All files below `folder`, through links too, each folder once. Raises ValueError for one that cannot be read."""
+    def refuse(error: OSError) -> None:  # os.walk would go on without it, and its pictures would be missing
+        raise ValueError(f"cannot read the folder {error.filename}: {error.strerror}") from error
+
     seen = set[str]()
-    for place, folders, names in os.walk(folder, followlinks=True):
+    for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
         real = os.path.realpath(place)
         if real in seen:  # a link to a folder that it lies in
             folders.clear()

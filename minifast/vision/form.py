@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 RESIZE = ("crop", "squish", "pad")
+OF_A_CHANNEL = "mean=(0.5, 0.5, 0.5): those of 0..255 are to be divided by 255, std too"
 MOST_PIXELS = 2**15  # of a side: memory for more is not to be had
 
 
@@ -52,7 +53,8 @@ class ImageForm:
             raise ValueError(f"mean and std must have a number for each of {self.channels} channels, got {len(mean)} "
                              f"and {len(std)}. Without normalisation pass none.")
         plain_values = {"size": (height, width), "channels": int(self.channels),
-                        "mean": tuple(check_number("mean", value) for value in mean),
+                        "mean": tuple(check_number("mean", value, minimum=0, maximum=1, example=OF_A_CHANNEL)
+                                      for value in mean),
                         "std": tuple(check_number("std", value, above=0) for value in std)}
         for name, value in plain_values.items():  # equal forms are equal, whatever kinds of numbers they were made of
             object.__setattr__(self, name, value)

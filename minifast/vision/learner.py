@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import snapshot
-from ..batches import Batch
+from ..batches import Batch, describe
 from ..dataloaders import DataLoaders
 from ..errors import check_flag
 from ..groups import Splitter
@@ -69,6 +69,9 @@ class VisionLearner(Learner):
         gives the raw outputs. Raises FileNotFoundError for a missing file, ValueError for what is no picture.
         """
         if isinstance(x, Tensor) and x.is_floating_point():
+            if x.ndim == 3:  # of which convolutions make an unbatched picture, and the model something without sense
+                raise ValueError("a tensor of floats must be a batch of normalised inputs (n, channels, height, "
+                                 f"width), got {describe(x)}. Pass the picture itself, as uint8, or x[None].")
             return super().predict(x)
         return classify(super().predict, x, self.form, self.classes)
 

@@ -68,7 +68,7 @@ class ImageDataLoaders(DataLoaders):
 
         mean, std: of values in 0..1, a number for each channel; empty ones: no normalisation.
         """
-        form = dataclasses.replace(self.form, mean=tuple(mean), std=tuple(std))
+        form = dataclasses.replace(self.form, mean=mean, std=std)  # type: ignore[arg-type]  # the form makes tuples
 
         def renewed(loader: Any) -> Any:
             return loader and _carrying(loader, dataclasses.replace(loader.batch_transform, form=form))

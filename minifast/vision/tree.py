@@ -41,8 +41,9 @@ class Files(Dataset[tuple[Tensor, int]]):
         path, label = self.samples[i]
         try:
             return self.form.read(path), label
-        except ValueError:
+        except ValueError as error:
             if not self.marks:
+                error.add_note(folders.WAY_OUT)
                 raise
             return torch.zeros(self.form.channels, *self.form.size, dtype=torch.uint8), BROKEN
 
@@ -78,7 +79,7 @@ def image_folders(path: str | os.PathLike[str], size: int | Sequence[int] | None
     Raises ValueError with one line that names the folder or file for whatever cannot be used, MemoryError for
     `in_memory=True` that does not fit.
     """
-    root = Path(check_path("path", path))
+    root = Path(check_path("path", path)).expanduser()
     check_flag("skip_broken", skip_broken)
     if valid is not None and not isinstance(valid, str):
         valid = check_number("valid", valid, above=0, below=1, example="valid=0.2, or the name of a folder")
