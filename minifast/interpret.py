@@ -31,12 +31,12 @@ class Interpretation:
     """
 
     def __init__(self, outcomes: Outcomes, classes: Sequence[str], largest: Kept, drawn: Kept,
-                 mean: Sequence[float] = (), std: Sequence[float] = ()) -> None:
+                 mean: Sequence[float] = (), std: Sequence[float] = (), files: Sequence[str] | None = None) -> None:
         self.index, self.actual, self.predicted = outcomes.index, outcomes.actual, outcomes.predicted
         self.probability, self.loss = outcomes.probability, outcomes.loss
         self.classes = list(classes)
         self._largest, self._drawn = largest, drawn
-        self._mean, self._std = mean, std
+        self._mean, self._std, self._files = mean, std, files
 
     @classmethod
     def from_learner(cls, learn: "Learner", dl: Iterable[Batch] | str | None = None, *, keep: int = 64,
@@ -80,7 +80,7 @@ class Interpretation:
         outcomes = collect(learn, data, largest, drawn)
         form = getattr(learn.dls, "form", None)
         return cls(outcomes, _names(names, learn.dls.classes, outcomes.n_classes), largest, drawn,
-                   getattr(form, "mean", ()), getattr(form, "std", ()))
+                   getattr(form, "mean", ()), getattr(form, "std", ()), getattr(data, "files", None))
 
     @property
     def accuracy(self) -> float:
@@ -117,7 +117,8 @@ class Interpretation:
         """The `k` samples with the largest losses (all, if there are fewer), largest first.
 
         index: in the data set, of `dl` as it is without shuffling; actual and predicted class, the probability of the
-        predicted one, and the loss. A loss that is NaN counts as infinite.
+        predicted one, the loss, and the file where the loader knows it (`dl.files`, of `vision.image_folders`). A loss
+        that is NaN counts as infinite.
         """
         losses = np.where(np.isnan(self.loss), np.inf, self.loss)
         order = np.argsort(-losses, kind="stable")[:check_int("k", k)]
@@ -129,11 +130,7 @@ class Interpretation:
         Raises ValueError for inputs that are no images (n, 1 or 3, height, width), and for a `k` of more than were
         kept.
         """
-        k = check_int("k", k)
-        if k > self._largest.n and len(self.loss) > self._largest.n:
-            raise ValueError(f"k={k} is more than the {self._largest.n} inputs that were kept. Pass "
-                             f"Interpretation.from_learner(learn, keep={k}).")
-        return self._draw(self._largest, k, figure, "The samples are those of top_losses().")
+        return self._draw(self._largest, "k", k, figure, "The samples are those of top_losses().")
 
     def show_results(self, n: int = 9, *, figure: "Figure | None" = None) -> "Figure":
         """Draw `n` pictures drawn at random (the same ones each time), wrong ones under a red title; gives the figure.
@@ -141,13 +138,13 @@ class Interpretation:
         Raises ValueError for inputs that are no images (n, 1 or 3, height, width), and for an `n` of more than were
         kept.
         """
-        n = check_int("n", n)
-        if n > self._drawn.n and len(self.loss) > self._drawn.n:
-            raise ValueError(f"n={n} is more than the {self._drawn.n} inputs that were kept. Pass "
-                             f"Interpretation.from_learner(learn, keep={n}).")
-        return self._draw(self._drawn, n, figure, "Their losses are in top_losses().")
+        return self._draw(self._drawn, "n", n, figure, "Their losses are in top_losses().")
 
-    def _draw(self, kept: Kept, n: int, figure: "Figure | None", instead: str) -> "Figure":
+    def _draw(self, kept: Kept, name: str, n: int, figure: "Figure | None", instead: str) -> "Figure":
+        n = check_int(name, n)
+        if n > kept.n and len(self.loss) > kept.n:
+            raise ValueError(f"{name}={n} is more than the {kept.n} inputs that were kept. Pass "
+                             f"Interpretation.from_learner(learn, keep={n}).")
         if figure is not None:
             check_figure(figure)
         rows = list(kept.inputs)[:n]
@@ -167,9 +164,11 @@ class Interpretation:
         return picture
 
     def _row(self, row: int) -> dict[str, Any]:
-        return {"index": int(self.index[row]), "actual": self.classes[self.actual[row]],
-                "predicted": self.classes[self.predicted[row]], "probability": float(self.probability[row]),
-                "loss": float(self.loss[row])}
+        index = int(self.index[row])
+        found = {"index": index, "actual": self.classes[self.actual[row]],
+                 "predicted": self.classes[self.predicted[row]], "probability": float(self.probability[row]),
+                 "loss": float(self.loss[row])}
+        return found if self._files is None else {**found, "file": self._files[index]}
 
     def __repr__(self) -> str:
         worst = ", ".join(f"{actual} as {predicted} ({count:,})" for actual, predicted, count

@@ -624,3 +624,9 @@ def test_it_is_drawn_on_a_figure_that_is_given():
     figure = Figure()
     assert from_arrays(*arrays(channels=1)).show_batch(2, figure=figure) is figure
     assert [title for title, _ in drawn(figure)] != []
+
+
+def test_a_class_number_beyond_all_reason_is_refused():
+    picture = np.zeros((8, 8), dtype=np.uint8)
+    with pytest.raises(ValueError, match=r"without gaps, got 1000000000 with fewer pictures. Pass classes="):
+        from_dataset([(picture, 0), (picture, 10**9)] * 5, 0.2, verbose=False)

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from minifast import Learner, progress
+from minifast.interpret import Interpretation
 from minifast.vision import ImageForm, image_folders, tree
 
 SIZE = (20, 16)  # (width, height)
@@ -137,7 +138,26 @@ def test_suffixes_in_capitals_deeper_folders_and_links(root, tmp_path):
     both = levels(dls.train) + levels(dls.valid)
     assert {0, 200, 210, 220} <= set(both)
     assert dls.classes == ["cat", "dog", "emu"]
-    assert both.count(220) == 2, "as emu, and behind the link in dog"
+    assert [both.count(level) for level in (1, 41, 220)] == [1, 1, 1], "no class is read again behind the link in dog"
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_the_loaders_know_the_files(root, in_memory):
+    (root / "cat" / "03.png").write_bytes(b"broken")
+    dls = quiet(root, valid=0.3, in_memory=in_memory, num_workers=0, skip_broken=True)
+    assert len(dls.train.files) + len(dls.valid.files) == 19
+    for loader in (dls.train, dls.valid):
+        assert [ImageForm((16, 20)).read(file)[0, 0, 0].item() for file in loader.files] == [
+            int(image[0, 0, 0]) for image, _ in loader.dataset]
+
+
+def test_the_files_of_the_largest_losses_are_named(root):
+    dls = quiet(root, valid=0.3)
+    learn = Learner(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 16 * 20, 2)), dls,
+                    torch.nn.CrossEntropyLoss(), verbose=False)
+    rows = Interpretation.from_learner(learn, dls.train).top_losses(14)
+    assert {row["file"] for row in rows} == set(dls.train.files)
+    assert [os.path.basename(os.path.dirname(row["file"])) for row in rows] == [row["actual"] for row in rows]
 
 
 def test_mixed_pictures_become_one_form(root):

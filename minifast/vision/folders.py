@@ -139,14 +139,17 @@ def _folders(folder: Path) -> list[Path]:
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """All files below `folder`, through links too, each folder once. Raises ValueError for one that cannot be read."""
+    """All files below `folder`, through links too, each folder once. Raises ValueError for one that cannot be read.
+
+    A link to a folder that `folder` lies in is passed over: behind it are the other classes.
+    """
     def refuse(error: OSError) -> None:  # os.walk would go on without it, and its pictures would be missing
         raise ValueError(f"cannot read the folder {error.filename}: {error.strerror}") from error
 
-    seen = set[str]()
+    seen, top = set[str](), os.path.realpath(folder)
     for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
         real = os.path.realpath(place)
-        if real in seen:  # a link to a folder that it lies in
+        if real in seen or top.startswith(os.path.join(real, "")):
             folders.clear()
             continue
         seen.add(real)

@@ -32,8 +32,8 @@ class ImageDataLoaders(DataLoaders):
     """Training and validation pictures with their classes. Made by `image_folders`, `from_dataset`, `from_arrays`.
 
     train, valid: loaders of batches (uint8 pictures (n, channels, height, width), class numbers (n,)). A Learner sees
-    them as its `batch_transform` makes them: floats, augmented in training, normalised. classes: their names. form: the
-    size, channels and normalisation.
+    them as its `batch_transform` makes them: floats, augmented in training, normalised. Those of `image_folders` have
+    `files`, the paths of their pictures. classes: their names. form: the size, channels and normalisation.
     """
 
     form: ImageForm = field(kw_only=True)
@@ -80,8 +80,8 @@ class ImageDataLoaders(DataLoaders):
                                                                          ("validation", self.valid)) if loader]
         height, width = self.form.size
         classes = self.classes or ()
-        return (f"{' and '.join(counts)} pictures of {len(classes)} classes ({listed(classes)}), {width}x{height} "
-                f"pixels, {'grey' if self.form.channels == 1 else 'colour'}")
+        of = f"{len(classes)} class{'es' * (len(classes) != 1)}"
+        return (f"{' and '.join(counts)} pictures of {of} ({listed(classes)}), {width}x{height} pixels, {'grey' if self.form.channels == 1 else 'colour'}")
 
 
 class Pictures(NamedTuple):
@@ -109,6 +109,9 @@ def of_pictures(parts: Sequence[Pictures], classes: Sequence[str] | None, form: 
     """
     low = min(int(part.labels.min()) for part in parts)
     high = max(int(part.labels.max()) for part in parts)
+    if classes is None and high >= sum(len(part.labels) for part in parts):
+        raise ValueError(f"labels must be class numbers from 0 without gaps, got {high} with fewer pictures. Pass "
+                         "classes=, the names of all, if that is meant.")
     classes = [str(i) for i in range(high + 1)] if classes is None else classes
     if low < 0 or high >= len(classes):
         raise ValueError(f"labels must be numbers from 0 to {len(classes) - 1}, as there are {len(classes)} classes, "

@@ -103,9 +103,11 @@ def image_folders(path: str | os.PathLike[str], size: int | Sequence[int] | None
         kept = read([Files(part, form, marks=True) for part in parts], place, options)
         kept = [_readable(pictures, part, form, skip_broken, broken)
                 for pictures, part in zip(kept, parts, strict=True)]
-        _without(found, broken)
+        parts = _without(found, broken)
         form = options.normalized(form, lambda: kept[0].images)
         dls = of_pictures([pictures for pictures in kept if len(pictures.labels)], found.classes, form, options)
+    for loader, part in zip((dls.train, dls.valid), parts, strict=False):
+        loader.files = [os.fspath(path) for path, _ in part]  # type: ignore[union-attr]
     if verbose:
         say(f"{dls!r}; validation: {found.validation}")
         for files, why in ((found.others, "no pictures"), (sorted(broken), "broken")):
