@@ -81,7 +81,8 @@ class ImageDataLoaders(DataLoaders):
         height, width = self.form.size
         classes = self.classes or ()
         of = f"{len(classes)} class{'es' * (len(classes) != 1)}"
-        return (f"{' and '.join(counts)} pictures of {of} ({listed(classes)}), {width}x{height} pixels, {'grey' if self.form.channels == 1 else 'colour'}")
+        return (f"{' and '.join(counts)} pictures of {of} ({listed(classes)}), {width}x{height} pixels, "
+                f"{'grey' if self.form.channels == 1 else 'colour'}")
 
 
 class Pictures(NamedTuple):
