@@ -360,8 +360,10 @@ def test_averaged_weights_are_looked_at():
 
 
 def alive():
-    """Bytes of all tensors of Python, each storage once."""
-    found = [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, nn.Parameter)]
+    """Bytes of all tensors of Python, each storage once; those of other tests that wait for the collector are no more.
+    """
+    gc.collect()
+    found = [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, nn.Parameter) and thing.is_cpu]
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in found}.values())
 
 
