@@ -80,7 +80,8 @@ def test_a_data_set_of_another_length_is_not_gone_on_with(tmp_path, n):
         fit(learner(batches(5)), tmp_path, At("before_batch", throw(ZeroDivisionError), 7))
     learn = learner(batches(n))
     before = trained(learn)
-    with pytest.raises(ValueError, match=rf"was made by another fit:\n(.*\n)*  data: .*batches 5 in the checkpoint, {n}"):
+    says = rf"was made by another fit:\n(.*\n)*  data: .*batches 5 in the checkpoint, {n}"
+    with pytest.raises(ValueError, match=says):
         fit(learn, tmp_path)
     assert trained(learn) == before
 
