@@ -363,7 +363,8 @@ def alive():
     """Bytes of all tensors of Python, each storage once; those of other tests that wait for the collector are no more.
     """
     gc.collect()
-    found = [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, nn.Parameter) and thing.is_cpu]
+    found = [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, nn.Parameter)
+             and thing.is_cpu and thing.layout is torch.strided]  # sparse ones have no storage
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in found}.values())
 
 
