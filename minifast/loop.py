@@ -65,7 +65,7 @@ def train(state: State, emit: Emitter) -> None:
         window.load_state_dict(entry.window)
     batches = feed(state.train_dl, state.device, entry.limit, state.interrupt,
                    f"epoch {state.epoch}, training data", entry.n_done, entry.iterator, state.waiting,
-                   noted=partial(setattr, state, "loaded"))
+                   noted=partial(setattr, state, "loaded"))  # as it came: what a checkpoint compares
     with closing(batches):
         for index, batch in enumerate(batches, entry.n_done):
             state.batch_index, state.batch = index, batch

@@ -58,7 +58,7 @@ def check_takes(model: nn.Module, channels: int, size: tuple[int, int], n_classe
         runs = run_on_blank(model, (channels, *size))
     except Exception as error:
         raise ValueError(f"{type(model).__name__} cannot take images of {size[0]} x {size[1]} pixels with {channels} "
-                         f"channel{'s' * (channels > 1)}: {first_line(error)}. Load them in another size, e.g. "
+                         f"channel{'s' * (channels > 1)}: {_first_line(error)}. Load them in another size, e.g. "
                          f"image_folders(path, size={getattr(model, 'image_size', SIDE)}), or pass another "
                          "architecture.") from error
     module, shape = runs[-1] if runs else (None, ())
@@ -69,7 +69,7 @@ def check_takes(model: nn.Module, channels: int, size: tuple[int, int], n_classe
                          f"{(2, n_classes)}: let its last layer have {n_classes} outputs.")
 
 
-def first_line(error: Exception) -> str:
+def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0].rstrip(".!")[:300]
 
 
@@ -200,7 +200,7 @@ def _replace_head(model: nn.Module, channels: int, n_classes: int,
             run_on_blank(model, (channels, side, side))
         except Exception as error:
             raise ValueError(f"head({n_features}, {n_classes}) gives a module that does not go with {n_features} "
-                             f"features: {first_line(error)}.") from error
+                             f"features: {_first_line(error)}.") from error
     return new
 
 

@@ -72,7 +72,7 @@ def _photos(size: tuple[int, int]) -> PerPicture:
 class SmallCrops:
     """Each picture moved by up to `share` of its sides, what is missing mirrored in, and flipped or not.
 
-    All pictures of a batch at once: for those of 32x32 pixels a fifth of the time that torchvision takes one by one.
+    All pictures of a batch at once: with pictures this small, most of the time of one by one goes into the calls.
     """
 
     share: float = 0.125
@@ -96,7 +96,7 @@ class SmallTurns:
     """Each picture turned by up to `degrees`, moved by up to `shift` of its sides, and up to `zoom` larger or smaller.
 
     Never mirrored: signs would become other signs. What is missing has the colour of the edge. All pictures of a batch
-    at once: a fifteenth of the time that torchvision takes one by one.
+    at once, as in `SmallCrops`.
     """
 
     degrees: float = TURN
