@@ -9,15 +9,19 @@ if _torch < "2.10":  # a TorchVersion, which compares by numbers
                       "weights (CVE-2025-32434, CVE-2026-24747). Install a newer one: pip install --upgrade torch.")
 
 from . import schedules, suggest
-from .batches import split_batch
-from .budget import TimeLimit
-from .callback import Callback, CancelBatch, CancelEpoch, CancelFit, Order
-from .dataloaders import DataLoaders, digits
+from .base.batch import split_batch
+from .core.callback import Callback, CancelBatch, CancelEpoch, CancelFit, Order
+from .core.state import State
+from .data.dataloaders import DataLoaders
+from .data.digits import digits
+from .data.tensor_loader import TensorLoader
 from .errors import NonFiniteGradient, NonFiniteLoss
-from .finite import FiniteLoss
-from .groups import LayerGroup, LayerGroups
+from .finder.finder import LRFinder
+from .finder.result import LRFind
 from .learner import Learner
-from .lr import (
+from .optim.groups import LayerGroup, LayerGroups
+from .record.record import FitRecord
+from .schedules.lr import (
     CircularLR,
     CircularLRBeta,
     ConstantLR,
@@ -28,64 +32,66 @@ from .lr import (
     OneCycle,
     PolynomialLR,
 )
-from .lr_find import LRFind, LRFinder
-from .metrics import Metrics, accuracy, error_rate, rmse, top_k_accuracy
-from .plan import Plan
-from .progress import Progress
-from .record import FitRecord
-from .recorder import Recorder
-from .scheduler import Scheduler
-from .state import State
-from .tensor_loader import TensorLoader
+from .schedules.plan import Plan
+from .schedules.scheduler import Scheduler
+from .schedules.time_limit import TimeLimit
+from .standard.finite import FiniteLoss
+from .standard.metrics import Metrics, accuracy, error_rate, rmse, top_k_accuracy
+from .standard.progress import Progress
+from .standard.recorder import Recorder
 
 __version__ = "0.1.0"
 
 # The toolbox is imported when a name of it is first used: `import minifast` takes no longer however much there is.
 _LATER = {
     "callbacks.activations": ("ActivationStats",),
-    "callbacks.augment": ("CutMix", "MixUp", "ProgressiveResizing"),
     "callbacks.averaging": ("EMA", "SWA"),
+    "callbacks.channels_last": ("ChannelsLast",),
+    "callbacks.ensemble": ("SnapshotEnsemble",),
     "callbacks.gradients": ("GradientClip", "GradientNorm"),
     "callbacks.layer_stats": ("GradientStats",),
     "callbacks.microbatch": ("AutoMicrobatch",),
+    "callbacks.mixing": ("CutMix", "MixUp"),
     "callbacks.monitors": ("EarlyStopping", "ReduceLROnPlateau", "SaveBest"),
-    "callbacks.precision": ("ChannelsLast", "MixedPrecision"),
-    "callbacks.snapshots": ("SnapshotEnsemble",),
+    "callbacks.precision": ("MixedPrecision",),
+    "callbacks.resizing": ("ProgressiveResizing",),
     "callbacks.unfreeze": ("Unfreeze",),
-    "composed": ("PiecewiseLR", "Schedule"),
-    "hooks": ("Hook", "Hooks", "hook_outputs"),
+    "base.hooks": ("Hook", "Hooks", "hook_outputs"),
     "inference.export": ("export_info", "load_exported"),
     "loggers": ("CSVLogger", "RunLog", "TensorBoardLogger", "WandbLogger"),
-    "loggers.runs": ("LoggedFit", "Run", "plot_runs", "read_run"),
+    "record.runs": ("LoggedFit", "Run", "plot_runs", "read_run"),
     "resume.checkpoint": ("Checkpoint",),
+    "schedules.composed": ("PiecewiseLR", "Schedule"),
+    "standard.whole_set": ("WholeSet",),
     "studies.race": ("Race",),
     "studies.report": ("Finding", "Report"),
     "studies.summary": ("Summary",),
     "studies.timeline": ("Moment", "Profile", "Trace"),
-    "whole_set": ("WholeSet",),
 }
 if _typing.TYPE_CHECKING:
+    from .base.hooks import Hook, Hooks, hook_outputs
     from .callbacks.activations import ActivationStats
-    from .callbacks.augment import CutMix, MixUp, ProgressiveResizing
     from .callbacks.averaging import EMA, SWA
+    from .callbacks.channels_last import ChannelsLast
+    from .callbacks.ensemble import SnapshotEnsemble
     from .callbacks.gradients import GradientClip, GradientNorm
     from .callbacks.layer_stats import GradientStats
     from .callbacks.microbatch import AutoMicrobatch
+    from .callbacks.mixing import CutMix, MixUp
     from .callbacks.monitors import EarlyStopping, ReduceLROnPlateau, SaveBest
-    from .callbacks.precision import ChannelsLast, MixedPrecision
-    from .callbacks.snapshots import SnapshotEnsemble
+    from .callbacks.precision import MixedPrecision
+    from .callbacks.resizing import ProgressiveResizing
     from .callbacks.unfreeze import Unfreeze
-    from .composed import PiecewiseLR, Schedule
-    from .hooks import Hook, Hooks, hook_outputs
     from .inference.export import export_info, load_exported
     from .loggers import CSVLogger, RunLog, TensorBoardLogger, WandbLogger
-    from .loggers.runs import LoggedFit, Run, plot_runs, read_run
+    from .record.runs import LoggedFit, Run, plot_runs, read_run
     from .resume.checkpoint import Checkpoint
+    from .schedules.composed import PiecewiseLR, Schedule
+    from .standard.whole_set import WholeSet
     from .studies.race import Race
     from .studies.report import Finding, Report
     from .studies.summary import Summary
     from .studies.timeline import Moment, Profile, Trace
-    from .whole_set import WholeSet
 
 
 def __getattr__(name: str) -> _typing.Any:

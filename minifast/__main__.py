@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import torch
 
 from . import demo
-from .dataloaders import digits
+from .data.digits import digits
 from .errors import NonFiniteLoss
 
 OUT = Path("minifast-demo")

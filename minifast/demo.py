@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .dataloaders import DataLoaders
+from .data.dataloaders import DataLoaders
 from .learner import Learner
-from .metrics import accuracy
+from .standard.metrics import accuracy
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from minifast import Callback, Learner, finite
-from minifast.callback import EVENTS
+from minifast import Callback, Learner
+from minifast.core.callback import EVENTS
+from minifast.standard import finite
 
 
 class Trace(Callback):

@@ -10,8 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import nn
 
-from minifast import CancelBatch, finite
+from minifast import CancelBatch
 from minifast.callbacks.activations import FLUSH_EVERY, ActivationStats, histogram
+from minifast.standard import finite
 
 
 class Observed(nn.Module):

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from minifast import CircularLR, Learner, TensorLoader, accuracy
-from minifast.budget import TimeLimit
-from minifast.callbacks.augment import CutMix, MixUp, ProgressiveResizing
+from minifast.callbacks.mixing import CutMix, MixUp
+from minifast.callbacks.resizing import ProgressiveResizing
 from minifast.callbacks.unfreeze import Unfreeze
+from minifast.schedules.time_limit import TimeLimit
 
 CLASSES = 3
 MIXERS = [MixUp(num_classes=CLASSES), CutMix(num_classes=CLASSES), CutMix(num_classes=CLASSES, mixup_alpha=0.4)]

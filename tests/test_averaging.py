@@ -645,7 +645,7 @@ def test_an_epoch_without_a_step_adds_nothing():
 
 
 def test_start_means_the_share_of_the_time_where_the_fit_is_limited_by_it(monkeypatch):
-    from minifast import budget
+    from minifast.schedules import time_limit as budget
 
     now = iter(range(10**6))
     monkeypatch.setattr(budget.time, "monotonic", lambda: float(next(now)))  # one second per batch

@@ -21,10 +21,10 @@ from minifast import (
     PiecewiseLR,
     PolynomialLR,
     Schedule,
-    budget,
     schedules,
 )
-from minifast.budget import TICKS, TimeLimit
+from minifast.schedules import time_limit as budget
+from minifast.schedules.time_limit import TICKS, TimeLimit
 
 SCHEDULES = [
     ConstantLR(), LinearLR(), PolynomialLR(), ExponentialLR(), OneCycle(), OneCycle(pct_start=0.99),

@@ -11,8 +11,9 @@ from helpers import At, bits, everything, throw, trained
 from torch import nn
 
 import minifast
-from minifast import Callback, CancelEpoch, DataLoaders, Learner, Order, TensorLoader, accuracy, snapshot
-from minifast.callback import EVENTS
+from minifast import Callback, CancelEpoch, DataLoaders, Learner, Order, TensorLoader, accuracy
+from minifast.base import snapshot
+from minifast.core.callback import EVENTS
 
 NAMES = {name: getattr(minifast, name) for name in minifast.__all__}
 PATH = "{}"  # in an argument: a file that does not exist yet, in a folder that does

@@ -14,7 +14,8 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from minifast import DataLoaders, Learner, OneCycle, TensorLoader, digits
-from minifast.batches import describe, n_samples, to_device
+from minifast.base.batch import n_samples
+from minifast.base.nest import describe, to_device
 
 XY = namedtuple("XY", "x y")
 XXY = namedtuple("XXY", "a b y")

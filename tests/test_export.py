@@ -227,7 +227,7 @@ def test_a_file_is_replaced_whole(tmp_path, monkeypatch):
     def fail(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("minifast.files.os.replace", fail)
+    monkeypatch.setattr("minifast.files.writing.os.replace", fail)
     with pytest.raises(OSError, match="No space left"):
         export(learn, path)
     assert os.listdir(tmp_path) == ["net.pt2"]
@@ -509,7 +509,7 @@ def test_a_failure_leaves_no_empty_folder(tmp_path, monkeypatch):
     def fail(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("minifast.files.torch.save", fail)
+    monkeypatch.setattr("minifast.files.writing.torch.save", fail)
     with pytest.raises(OSError, match="No space left"):
         export(trained(), tmp_path / "net")
     assert os.listdir(tmp_path) == []

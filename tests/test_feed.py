@@ -11,11 +11,10 @@ from torch.nn.utils.rnn import pack_sequence
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from minifast import TensorLoader, overlap
-from minifast import feed as module
-from minifast.advice import notice, remedies
-from minifast.feed import feed
-from minifast.signals import DeferredInterrupt
-from minifast.waiting import SECONDS, Waiting
+from minifast.data import feed as module
+from minifast.data.feed import feed
+from minifast.data.waiting import SECONDS, Waiting, notice, remedies
+from minifast.machine.signals import DeferredInterrupt
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 
@@ -247,7 +246,7 @@ def test_workers_that_start_again_and_again_are_told_of(options, told):
 
 @pytest.mark.parametrize("work", [1.0, 10.0])
 def test_a_fit_says_it_once(clock, capsys, monkeypatch, work):
-    monkeypatch.setattr("minifast.progress.REFRESH", 0.0)
+    monkeypatch.setattr("minifast.show.screen.REFRESH", 0.0)
     learn = learner(clock.slow(1.0), batches(1), verbose=True)
 
     def forward(x):

@@ -13,9 +13,10 @@ import torch
 from helpers import bits, learner
 from torch import nn
 
-from minifast.files import load_tree, replacing, save_tree
-from minifast.trees import check_plain, size_of, to_save
-from minifast.weights import load_weights, save_weights
+from minifast.files.reading import load_tree
+from minifast.files.trees import check_plain, size_of, to_save
+from minifast.files.weights import load_weights, save_weights
+from minifast.files.writing import replacing, save_tree
 
 TREE = {"weight": torch.arange(300.0), "count": torch.tensor(3), "text": ["a", 1, None, 2.5]}
 

@@ -13,7 +13,8 @@ from torch.utils.data import (
     TensorDataset,
 )
 
-from minifast import DataLoaders, datasets
+from minifast import DataLoaders
+from minifast.data import torch_loaders as datasets
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.optim import SGD, Adam, AdamW
 
-from minifast import Callback, DataLoaders, GradientClip, Learner, fused
+from minifast import Callback, DataLoaders, GradientClip, Learner
+from minifast.optim import fused
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 SHAPES = [(3, 4), (4,), (), (2, 3, 1, 1), (0,), (5,)]

@@ -26,8 +26,8 @@ from minifast import (
     TensorLoader,
     Unfreeze,
     accuracy,
-    finite,
 )
+from minifast.standard import finite
 
 pytestmark = pytest.mark.gpu
 

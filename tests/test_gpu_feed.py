@@ -9,8 +9,8 @@ from torch.nn.utils.rnn import pack_sequence
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from minifast import Callback, Learner, TensorLoader, overlap
-from minifast.feed import feed
-from minifast.signals import DeferredInterrupt
+from minifast.data.feed import feed
+from minifast.machine.signals import DeferredInterrupt
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")]
 WIDTH = 256

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from minifast.hooks import Hook, Hooks, hook_outputs
+from minifast.base.hooks import Hook, Hooks, hook_outputs
 
 
 def shape(module, inputs, output):

@@ -17,7 +17,10 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset, default_collate
 
-from minifast import DataLoaders, Learner, TensorLoader, in_memory, memory, progress
+from minifast import DataLoaders, Learner, TensorLoader
+from minifast.data import in_memory
+from minifast.machine import limits as memory
+from minifast.standard import progress
 
 XY = namedtuple("XY", "x y")
 

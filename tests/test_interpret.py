@@ -15,8 +15,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
-from minifast import EMA, DataLoaders, Learner, TensorLoader, confusion, digits
-from minifast.interpret import ClassificationInterpretation, Interpretation
+from minifast import EMA, DataLoaders, Learner, TensorLoader, digits
+from minifast.interpret import ClassificationInterpretation, Interpretation, confusion
 
 NAMES = ["ant", "bee", "cat"]
 

@@ -19,8 +19,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from minifast import CancelEpoch, CancelFit, LRFinder
-from minifast.callback import EVENTS
-from minifast.signals import DeferredInterrupt
+from minifast.core.callback import EVENTS
+from minifast.machine.signals import DeferredInterrupt
 
 ROOT = Path(__file__).resolve().parent.parent
 FOREVER = 60.0  # seconds: what lasts that long did not work

@@ -21,7 +21,7 @@ from torch import nn
 
 from minifast import Callback, CancelEpoch, CancelFit, FitRecord
 from minifast.loggers import CSVLogger, RunLog, TensorBoardLogger, WandbLogger, base
-from minifast.loggers.runs import read_run
+from minifast.record.runs import read_run
 
 NEVER = 1e9  # seconds: only when an epoch or the fit ends
 
@@ -506,7 +506,7 @@ def test_half_a_line_is_made_up_for(tmp_path, monkeypatch, caplog):
 
 
 def test_half_a_csv_line_is_made_up_for(tmp_path, monkeypatch, caplog):
-    from minifast.loggers import files
+    from minifast.loggers import local as files
     path, real, calls = tmp_path / "e.csv", files._append, []
 
     def append(file, lines):

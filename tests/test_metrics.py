@@ -12,8 +12,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from minifast import CancelBatch, CancelEpoch, Metrics, accuracy, error_rate, rmse, top_k_accuracy
-from minifast.meters import metric_name
-from minifast.whole_set import FLUSH_BYTES, WholeSet
+from minifast.standard.meters import metric_name
+from minifast.standard.whole_set import FLUSH_BYTES, WholeSet
 
 SIZES = [5, 1, 8]  # a mean of these batches' means would be far off
 
@@ -653,7 +653,7 @@ def test_memory_that_is_filled_again_does_not_matter():
 def test_it_waits_for_the_device_seldom(monkeypatch):
     """Only every so many bytes, and at the end."""
     moved, cpu = [], torch.Tensor.cpu
-    monkeypatch.setattr("minifast.whole_set.FLUSH_BYTES", 1000)
+    monkeypatch.setattr("minifast.standard.whole_set.FLUSH_BYTES", 1000)
     monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: moved.append(tensor.numel()) or cpu(tensor))
     metric = WholeSet(lambda true, pred: float(len(pred)), name="n")
     for _ in range(30):

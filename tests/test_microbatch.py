@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from minifast import AutoMicrobatch, CancelBatch, GradientClip, LRFinder, MixedPrecision, TensorLoader
-from minifast.batches import parts
+from minifast.base.batch import parts
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-12}
 

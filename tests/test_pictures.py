@@ -9,7 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.pyplot import get_fignums
 
-from minifast.pictures import are_pictures, grid, to_pictures
+from minifast.show.pictures import are_pictures, grid, to_pictures
 
 
 def pixels(x, **options):

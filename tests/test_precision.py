@@ -12,7 +12,7 @@ from helpers import At, Unwaiting, batches, bits, learner, spying, trained
 from torch import nn
 
 from minifast import AutoMicrobatch, Callback, ChannelsLast, GradientClip, MixedPrecision, NonFiniteLoss, OneCycle
-from minifast.finite import Unchecked
+from minifast.standard.finite import Unchecked
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 precisions = pytest.mark.parametrize("precision", ["bf16", "fp16"])

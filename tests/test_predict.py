@@ -439,7 +439,7 @@ def test_a_failed_save_leaves_the_old_file_and_no_temporary(tmp_path, monkeypatc
             save(*args)
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(f"minifast.files.{function}", fail)
+    monkeypatch.setattr(f"minifast.files.writing.{function}", fail)
     learn.fit(0.1)
     with pytest.raises(OSError, match="No space left"):
         learn.save(path)

@@ -16,7 +16,9 @@ import pytest
 import torch
 from helpers import At, batches, learner, throw
 
-from minifast import CancelEpoch, budget, progress
+from minifast import CancelEpoch
+from minifast.schedules import time_limit as budget
+from minifast.standard import progress
 
 COLUMNS = 80
 HEADER = "epoch  train_loss  valid_loss       error        time"
@@ -206,7 +208,7 @@ def test_the_number_of_steps_says_nothing_about_the_share_of_the_time(every_batc
     """Five steps that take no time, of a schedule with ten positions."""
     now = [0.0]
     monkeypatch.setattr(budget, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    monkeypatch.setattr("minifast.fitting.TICKS", 10)
+    monkeypatch.setattr("minifast.training.fitting.TICKS", 10)
 
     def wait(state):
         now[0] += 60.0 if state.step == 5 else 0.0

@@ -26,7 +26,7 @@ from minifast import (
     Schedule,
     State,
 )
-from minifast.callback import EVENTS
+from minifast.core.callback import EVENTS
 
 CANCELS = [CancelBatch, CancelEpoch, CancelFit]
 

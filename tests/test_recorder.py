@@ -13,19 +13,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import nn
 
-from minifast import (
-    Callback,
-    CancelBatch,
-    CancelEpoch,
-    CosineAnnealing,
-    OneCycle,
-    PiecewiseLR,
-    Recorder,
-    digits,
-    plots,
-)
-from minifast.finite import Unchecked
-from minifast.metrics import accuracy
+from minifast import Callback, CancelBatch, CancelEpoch, CosineAnnealing, OneCycle, PiecewiseLR, Recorder, digits
+from minifast.show import plots
+from minifast.standard.finite import Unchecked
+from minifast.standard.metrics import accuracy
 
 GROUPS = {"body": "0.*", "neck": "1.*", "head": "2.*"}
 

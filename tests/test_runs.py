@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from minifast.loggers import RunLog
-from minifast.loggers.runs import LoggedFit, plain, plot_runs, read_run, to_line
+from minifast.record.runs import LoggedFit, plain, plot_runs, read_run, to_line
 
 
 def write(path, *lines):

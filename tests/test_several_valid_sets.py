@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from minifast import CancelEpoch, DataLoaders, Metrics, rmse
-from minifast.whole_set import WholeSet
+from minifast.standard.whole_set import WholeSet
 
 CLEAN, NOISY = batches(size=[5, 1, 8], seed=1), batches(size=[2, 7], seed=2)
 

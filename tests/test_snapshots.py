@@ -27,7 +27,7 @@ from minifast import (
     schedules,
 )
 from minifast.callbacks.averaging import EMA, SWA
-from minifast.callbacks.snapshots import SnapshotEnsemble
+from minifast.callbacks.ensemble import SnapshotEnsemble
 
 ignore_short_cycles = pytest.mark.filterwarnings("ignore:a cycle of .* steps is shorter than cut_div")
 
@@ -432,7 +432,7 @@ def test_cycles_of_a_single_step(n):
 
 
 def test_a_fit_that_is_limited_in_time(monkeypatch):
-    from minifast import budget
+    from minifast.schedules import time_limit as budget
 
     now = itertools.count()
     monkeypatch.setattr(budget.time, "monotonic", lambda: float(next(now)))  # one second per batch

@@ -12,8 +12,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from minifast import TensorLoader
-from minifast.checks import n_items
-from minifast.data import in_order, smallest_batch
+from minifast.core.checks import n_items
+from minifast.data.loader import in_order, smallest_batch
 
 
 def order(loader):

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from minifast import CancelFit, OneCycle
-from minifast.budget import TimeLimit
 from minifast.callbacks.unfreeze import Unfreeze
+from minifast.schedules.time_limit import TimeLimit
 
 GROUPS = {"body": "0.*", "neck": "1.*", "head": "2.*"}
 

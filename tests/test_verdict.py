@@ -3,8 +3,8 @@ import numpy as np
 import pytest
 from golden_data import floats, load
 
-from minifast.scalars import Ema
-from minifast.verdict import judge
+from minifast.finder.verdict import judge
+from minifast.record.scalars import Ema
 
 LRS = np.geomspace(1e-7, 10, 100)
 

@@ -12,9 +12,9 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from minifast import Learner, TensorLoader, accuracy
-from minifast.data import in_order
-from minifast.feed import feed
-from minifast.signals import DeferredInterrupt
+from minifast.data.feed import feed
+from minifast.data.loader import in_order
+from minifast.machine.signals import DeferredInterrupt
 from minifast.vision import ImageForm, from_arrays, from_dataset
 from minifast.vision.augment import BatchTransform, SmallCrops, SmallTurns, augmentation
 

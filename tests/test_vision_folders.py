@@ -7,8 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from minifast import Learner, progress
+from minifast import Learner
 from minifast.interpret import Interpretation
+from minifast.standard import progress
 from minifast.vision import ImageForm, image_folders, tree
 
 SIZE = (20, 16)  # (width, height)

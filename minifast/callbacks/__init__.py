@@ -1,1 +1,4 @@
-"""The toolbox: callbacks with one concern each, known to no other part of minifast."""
+"""The toolbox: callbacks with one concern each, known to no other part of minifast.
+
+They know the state of a fit, and a Trainer where they predict.
+"""

@@ -9,12 +9,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from .. import plots
-from ..batches import tensors
-from ..callback import Callback, Order
+from ..base.hooks import hook_outputs
+from ..base.nest import tensors
+from ..core.callback import Callback, Order
+from ..core.state import State
 from ..errors import check_choice, check_int, check_same_names, quoted
-from ..hooks import hook_outputs
-from ..state import State
+from ..show import plots
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -6,10 +6,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..callback import Callback, Order
-from ..data import is_one_shot
+from ..core.callback import Callback, Order
+from ..core.state import State
+from ..data.loader import is_one_shot
 from ..errors import check_flag, check_int, check_number
-from ..state import State
 from .norms import norms_to_update, update_norms
 from .swap import FINAL_WEIGHTS, Slot, fingerprint, put, slots, swapped, weights
 

@@ -3,9 +3,9 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from ..callback import Callback
+from ..core.callback import Callback
+from ..core.state import State
 from ..errors import check_number
-from ..state import State
 
 
 @dataclass(eq=False)

@@ -8,11 +8,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .. import plots
-from ..callback import Callback, Order
+from ..core.callback import Callback, Order
+from ..core.state import State
 from ..errors import check_int, check_same_names
-from ..scalars import ScalarColumn
-from ..state import State
+from ..record.scalars import ScalarColumn
+from ..show import plots
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 
-from .. import snapshot
-from ..batches import n_samples, parts
-from ..callback import Callback, Order
+from ..base import snapshot
+from ..base.batch import n_samples, parts
+from ..base.losses import nonzero
+from ..core.callback import Callback, Order
+from ..core.state import State
 from ..errors import check_int
-from ..losses import nonzero
-from ..state import State
 
 NO_MEMORY = ("out of memory", "can't allocate memory", "alloc_failed")  # what torch's backends say, in lower case
 log = logging.getLogger("minifast")
@@ -26,12 +26,12 @@ class AutoMicrobatch(Callback):
     failed attempt added is dropped. One message to the log "minifast" says what it settled on; that is kept for
     later fits, as `current_size`. At `min_size` the error is raised, with a note of what was tried.
 
-    Parts are of even size; batches may be nests of tensors, as `minifast.batches.parts` describes. Means are weighted
-    as with `accumulate`, so updates are those of the whole batch within rounding, but for two things that a batch
-    does not do sample by sample: BatchNorm takes its statistics over each part (and an attempt that failed has moved
-    its running ones), and dropout draws other numbers. Callbacks hear `after_pred`, `after_loss` and `after_backward`
-    once per part, and again for the parts of a batch that is run again. In `after_batch`, `batch`, `n_samples`,
-    `loss` and `loss_weight` are those of the whole batch, `pred` and `target` of its last part.
+    Parts are of even size; batches may be nests of tensors, as `minifast.base.batch.parts` describes. Means are
+    weighted as with `accumulate`, so updates are those of the whole batch within rounding, but for two things that a
+    batch does not do sample by sample: BatchNorm takes its statistics over each part (and an attempt that failed has
+    moved its running ones), and dropout draws other numbers. Callbacks hear `after_pred`, `after_loss` and
+    `after_backward` once per part, and again for the parts of a batch that is run again. In `after_batch`, `batch`,
+    `n_samples`, `loss` and `loss_weight` are those of the whole batch, `pred` and `target` of its last part.
 
     Validation is not covered: its batches need less memory; make them smaller if they do not fit.
 

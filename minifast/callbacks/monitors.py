@@ -10,14 +10,16 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from .. import snapshot
-from ..callback import Callback, evaluating
+from ..base import snapshot
+from ..core.callback import Callback
+from ..core.emitter import evaluating
+from ..core.state import Best, State
 from ..errors import check_flag, check_int, check_number, check_path
-from ..meters import snake_case
-from ..progress import Progress, say
-from ..state import Best, State
-from ..tables import shown
-from ..weights import load_weights, save_weights
+from ..files.weights import load_weights, save_weights
+from ..show.screen import say
+from ..show.tables import shown
+from ..standard.meters import snake_case
+from ..standard.progress import Progress
 from .swap import FINAL_WEIGHTS
 
 log = logging.getLogger("minifast")

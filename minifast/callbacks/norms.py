@@ -4,12 +4,12 @@ from contextlib import closing
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .. import snapshot
-from ..batches import call_model
-from ..checks import check_passes
-from ..data import generators
-from ..feed import feed
-from ..state import State
+from ..base import snapshot
+from ..base.batch import call_model
+from ..core.checks import check_passes
+from ..core.state import State
+from ..data.feed import feed
+from ..data.loader import generators
 
 
 def norms_to_update(state: State) -> list[_BatchNorm]:

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..signals import DeferredInterrupt
-from ..tables import listed
+from ..machine.signals import DeferredInterrupt
+from ..show.tables import listed
 
 Slot = tuple[dict[str, Any], str]  # where a module keeps one of its tensors: it may put another one there
 FINAL_WEIGHTS = "the weights that the fit ends with"  # what a callback owns (`sets`) that puts them into the model

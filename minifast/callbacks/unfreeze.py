@@ -6,12 +6,12 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from ..callback import Callback, Order
+from ..core.callback import Callback, Order
+from ..core.state import State
 from ..errors import check_flag, check_int, check_number
-from ..groups import is_norm
-from ..hypers import fill_momentum
-from ..state import State
-from ..tables import listed
+from ..optim.groups import is_norm
+from ..optim.making import fill_momentum
+from ..show.tables import listed
 
 
 @dataclass(eq=False)

@@ -1,1 +1,4 @@
-"""Predictions, and models in files that predict elsewhere."""
+"""Predictions, and models in files that predict elsewhere.
+
+Nobody below knows it; `Learner` offers it.
+"""

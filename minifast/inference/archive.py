@@ -9,7 +9,7 @@ import zipfile
 from collections import Counter
 from typing import Any
 
-from ..files import check_directory
+from ..files.reading import check_directory
 
 _ENTRY = re.compile(r"archive_format|archive_version|byteorder|\.data/(version|serialization_id)|models/model\.json|"
                     r"data/weights/(weight_\d+|model_weights_config\.json)|data/sample_inputs/model\.pt|"

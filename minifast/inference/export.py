@@ -14,26 +14,26 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..batches import call_model, n_samples, scores, tensors, to_device
-from ..data import in_order, is_one_shot, second_copy, valid_sets
+from ..base.batch import call_model, n_samples, scores
+from ..base.nest import join, tensors, to_device
+from ..data.feed import feed
+from ..data.loader import in_order, is_one_shot, second_copy, valid_sets
 from ..errors import check_path
-from ..feed import feed
-from ..files import replacing
-from ..signals import DeferredInterrupt
-from ..weights import load_weights, save_weights
+from ..files.weights import load_weights, save_weights
+from ..files.writing import replacing
+from ..machine.signals import DeferredInterrupt
 from . import archive
-from .predict import join
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
-    from ..learner import Learner
+    from ..training.trainer import Trainer
 
 WEIGHTS, DESCRIPTION = "weights.pt", "model.json"  # the two files of a folder
 FORMAT = "minifast export 1"
 
 
-def export(learn: "Learner", path: str | os.PathLike[str], *, inputs: Any = None, labels: Sequence[str] | None = None,
+def export(learn: "Trainer", path: str | os.PathLike[str], *, inputs: Any = None, labels: Sequence[str] | None = None,
            metadata: Mapping[str, Any] | None = None) -> Path:
     """Write the model to `path`, for the CPU and in eval mode; gives the path. No pickled object is in it.
 
@@ -61,12 +61,12 @@ def export(learn: "Learner", path: str | os.PathLike[str], *, inputs: Any = None
         "inputs": _described(inputs, n_samples(None, inputs)), "state": _described(learn.model.state_dict()),
         "labels": labels, "metadata": metadata}
     if is_program:
-        with learn._looking():
+        with learn.eval_mode():
             _write(path, _program(learn.model, inputs, described))
         return path
     path.mkdir(exist_ok=True)
     try:
-        with learn._looking():  # the weights that `predict` uses
+        with learn.eval_mode():  # the weights that `predict` uses
             described["sha256"] = _sha256(save_weights(learn.model, path / WEIGHTS))
         _write(path / DESCRIPTION, json.dumps(described, indent=1).encode())
     finally:
@@ -172,7 +172,7 @@ def _check_metadata(metadata: Any) -> dict[str, Any]:
                     f"such dicts, got {metadata!r:.80}.")
 
 
-def _first_inputs(learn: "Learner") -> Any:
+def _first_inputs(learn: "Trainer") -> Any:
     """The inputs of the first batch, on the CPU, without what is also the target; no loader is disturbed."""
     fits = [loader for _, loader in valid_sets(learn.dls.valid)]
     data = fits[0] if fits else learn.dls.train
@@ -180,7 +180,7 @@ def _first_inputs(learn: "Learner") -> Any:
         raise ValueError(f"the data is an iterator ({type(data).__name__}), and a batch drawn from it would be lost. "
                          "Pass inputs=, a batch as predict takes it.")
     batches = feed(second_copy(in_order(data)), torch.device("cpu"), 1, DeferredInterrupt())
-    with learn._looking(data), closing(batches):
+    with learn.eval_mode(data), closing(batches):
         batch = next(batches, None)
     if batch is None:
         raise ValueError("the data yielded 0 batches. Pass inputs=, a batch as predict takes it.")

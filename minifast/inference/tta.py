@@ -7,22 +7,23 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from .. import snapshot
-from ..batches import Batch, call_model, describe, scores
-from ..data import generators, in_order, second_copy
+from ..base import snapshot
+from ..base.batch import Batch, call_model, scores
+from ..base.nest import describe, join
+from ..core.predict import predict_all
+from ..data.feed import feed
+from ..data.loader import generators, in_order, second_copy
+from ..data.tensor_loader import TensorLoader
 from ..errors import check_flag, check_int, check_number
-from ..feed import feed
-from ..signals import DeferredInterrupt
-from ..tensor_loader import TensorLoader
-from .predict import join, predict_all
+from ..machine.signals import DeferredInterrupt
 
 if TYPE_CHECKING:
-    from ..learner import Learner
+    from ..training.trainer import Trainer
 
 Transform = Callable[[Any], Any]
 
 
-def tta(learn: "Learner", dl: Iterable[Batch] | str | None = None, *, transform: Transform | None = None, n: int = 4,
+def tta(learn: "Trainer", dl: Iterable[Batch] | str | None = None, *, transform: Transform | None = None, n: int = 4,
         beta: float = 0.25, use_max: bool = False) -> tuple[Any, Any]:
     """(predictions, targets) as `get_preds` gives them, from `n` augmented passes and a plain one.
 
@@ -55,7 +56,7 @@ def tta(learn: "Learner", dl: Iterable[Batch] | str | None = None, *, transform:
     use_max = check_flag("use_max", use_max)
     if transform is not None and not callable(transform):
         raise TypeError(f"transform must be a function of the inputs, got {transform!r:.80}.")
-    data = learn._data(dl)
+    data = learn.eval_data(dl)
     on_batch = own = None  # own: the transform of the plain pass, where the loader is read without it
     if transform is None:
         name, on_batch = _loader_transform(learn.dls.train)
@@ -84,7 +85,7 @@ def tta(learn: "Learner", dl: Iterable[Batch] | str | None = None, *, transform:
 
     restore = snapshot.rng([*generators(transform), *generators(on_batch)])
     try:
-        with learn._looking(data):
+        with learn.eval_mode(data):
             batches = feed(in_order(data), learn.device, None, DeferredInterrupt())
             preds, targets = predict_all(outputs, batches, unpack)
     finally:

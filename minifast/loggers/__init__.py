@@ -1,5 +1,8 @@
-"""Loggers: the same rows that the Recorder has, in files and services, while the fit goes on."""
-from .files import CSVLogger, RunLog
+"""Loggers: the same rows that the Recorder has, in files and services, while the fit goes on.
+
+They know the state of a fit and records; nothing of a Learner.
+"""
+from .local import CSVLogger, RunLog
 from .services import TensorBoardLogger, WandbLogger
 
 __all__ = ["CSVLogger", "RunLog", "TensorBoardLogger", "WandbLogger"]

@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from importlib import import_module
 from typing import Any, ClassVar
 
-from ..callback import Callback, Order
-from ..record import FitRecord
-from ..state import State
+from ..core.callback import Callback, Order
+from ..core.state import State
+from ..record.record import FitRecord
 
 PathLike = str | os.PathLike[str]
 log = logging.getLogger("minifast")

@@ -4,10 +4,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from ..core.state import State
 from ..errors import check_number, check_path
-from ..state import State
+from ..record.runs import plain, scalar
 from .base import Logger, PathLike, load, opening
-from .runs import plain, scalar
 from .settings import settings
 
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from ..callback import Callback
-from ..state import State
+from ..core.callback import Callback
+from ..core.state import State
 
 
 def settings(state: State) -> dict[str, Any]:

@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import nn
 
-from ..files import load_tree
-from ..weights import put_weights
+from ..files.reading import load_tree
+from ..files.weights import put_weights
 from .folder import BEST, FitFolder, fits_of, newest
 
 

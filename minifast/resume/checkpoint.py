@@ -8,13 +8,15 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from .. import rng
-from ..callback import Callback, evaluating
+from ..base import rng
+from ..core.callback import Callback
+from ..core.emitter import evaluating
+from ..core.ownership import CHECKPOINTS
+from ..core.state import State
 from ..errors import check_int, check_number, check_path
-from ..ownership import CHECKPOINTS
-from ..progress import Progress, say
-from ..state import State
-from ..trees import check_plain
+from ..files.trees import check_plain
+from ..show.screen import say
+from ..standard.progress import Progress
 from . import saved_state
 from .folder import FitFolder
 from .identity import environment, texts

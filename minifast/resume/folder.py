@@ -17,7 +17,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from ..files import load_tree, replacing, save_tree, sweep, sync_folder
+from ..files.reading import load_tree
+from ..files.writing import replacing, save_tree, sweep, sync_folder
 
 NAME = re.compile(r"step-(\d{8,})\.ckpt")
 FIT = re.compile(r"fit-([1-9]\d*)")

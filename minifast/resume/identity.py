@@ -8,14 +8,14 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
 
-from ..batches import Batch
-from ..budget import TimeLimit
-from ..checks import n_items
-from ..data import n_batches
-from ..scheduler import Scheduler
-from ..state import State
-from ..tables import listed
-from ..tensor_loader import TensorLoader
+from ..base.batch import Batch
+from ..core.checks import n_items
+from ..core.state import State
+from ..data.loader import n_batches
+from ..data.tensor_loader import TensorLoader
+from ..schedules.scheduler import Scheduler
+from ..schedules.time_limit import TimeLimit
+from ..show.tables import listed
 from .replay import digest
 
 SAMPLES = 100  # at each end of the data

@@ -28,10 +28,11 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from ..batches import Batch, tensors
-from ..feed import begin, end_workers
-from ..signals import DeferredInterrupt
-from ..tensor_loader import TensorLoader
+from ..base.batch import Batch
+from ..base.nest import tensors
+from ..data.feed import begin, end_workers
+from ..data.tensor_loader import TensorLoader
+from ..machine.signals import DeferredInterrupt
 
 SAMPLERS = (SequentialSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .. import rng, snapshot
-from ..callback import Callback
-from ..data import generators
-from ..state import State
+from ..base import rng, snapshot
+from ..core.callback import Callback
+from ..core.state import State
+from ..data.loader import generators
 from .identity import OWN_CHOICE, misfits
 
 

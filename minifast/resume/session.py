@@ -8,19 +8,21 @@ from uuid import uuid4
 
 from torch import nn
 
-from .. import loop, rng
-from ..callback import Callback, CancelFit
-from ..files import probe, sweep
-from ..progress import Progress, say
-from ..state import State
+from ..base import rng
+from ..core import loop
+from ..core.callback import Callback, CancelFit
+from ..core.state import State
+from ..files.writing import probe, sweep
+from ..show.screen import say
+from ..standard.progress import Progress
 from . import saved_state
 from .checkpoint import Checkpoint
-from .entering import WayBack, taking_up
 from .folder import FitFolder, locked, newest
 from .identity import facts
-from .place import Place, Resume, place
 from .replay import leave
+from .rewind import WayBack, taking_up
 from .verify import check
+from .where import Place, Resume, place
 
 log = logging.getLogger("minifast")
 _ended_here: set[tuple[str, int]] = set()  # (run, number) of the fits that have ended in this process

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..state import State
-from ..tables import listed
+from ..core.state import State
+from ..show.tables import listed
 from . import saved_state
 from .checkpoint import FORMAT
 from .identity import changes, differences, environment, texts

@@ -1,1 +1,4 @@
-"""What a Learner tries out and undoes, to say something about it."""
+"""What a Trainer tries out and undoes, to say something about it.
+
+Nobody below knows it; `Learner` offers it.
+"""

@@ -2,24 +2,27 @@
 import random
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 
-from .. import snapshot
-from ..callback import Callback
-from ..data import generators, valid_sets
+from ..base import snapshot
+from ..core.callback import Callback
+from ..core.ownership import check_callbacks
+from ..data.loader import generators, valid_sets
 from ..errors import check_int
-from ..hypers import LR
-from ..lr_find import ALL_TRIED, CUT_SHORT, LRFind, suggested
-from ..ownership import check_callbacks
-from ..progress import Progress, say
+from ..finder.finder import LRFinder
+from ..finder.result import ALL_TRIED, CUT_SHORT, LRFind, suggested
+from ..finder.verdict import NOISY, OK, judge
+from ..optim.rates import LR
+from ..show.screen import say
+from ..standard.progress import Progress
 from ..suggest import Curve
-from ..verdict import NOISY, OK, judge
+from ..training import fitting
 
 if TYPE_CHECKING:
-    from ..learner import Learner
+    from ..training.trainer import Trainer
 
 # The runs disagree if their suggestions differ by more than a decade. The suggestions aim at a rate well below that of
 # the least loss: "minimum" by a decade. Further apart, one run's peak to train with is another's end of the descent.
@@ -29,7 +32,7 @@ if TYPE_CHECKING:
 MAX_FACTOR = 10.0
 
 
-def find_repeatedly(learn: "Learner", start_lr: LR = 1e-7, end_lr: LR = 10.0, num_it: int = 100, *, repeats: int = 3,
+def find_repeatedly(learn: "Trainer", start_lr: LR = 1e-7, end_lr: LR = 10.0, num_it: int = 100, *, repeats: int = 3,
                     stop_div: bool = True, callbacks: Iterable[Callback] = ()) -> LRFind:
     """Run `learn.lr_find` `repeats` times from the same weights, with other random numbers each time.
 
@@ -60,7 +63,8 @@ def find_repeatedly(learn: "Learner", start_lr: LR = 1e-7, end_lr: LR = 10.0, nu
             if k:
                 _reseed(seeds[k], own)
             shown = [Progress(f"lr_find {k + 1}/{repeats}")] if verbose else []
-            runs.append(learn.lr_find(start_lr, end_lr, num_it, stop_div=stop_div, callbacks=[*callbacks, *shown]))
+            fitting.find(learn, LRFinder(start_lr, end_lr, num_it, stop_div=stop_div), [*callbacks, *shown])
+            runs.append(cast(LRFind, learn.recorder.lr_find))
     found = median_of(runs)
     learn.recorder.lr_find = found
     if verbose:

@@ -4,15 +4,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from .. import fitting
-from .looks import Looks
+from ..training import fitting
+from .checklist import Looks
 from .report import Finding, Report
 
 if TYPE_CHECKING:
-    from ..learner import Learner
+    from ..training.trainer import Trainer
 
 
-def check(learn: "Learner") -> Report:
+def check(learn: "Trainer") -> Report:
     """Try out data, model and loss, and undo it; see `Learner.check`."""
     report = Report()
     fitting.check_assigned(learn)

@@ -9,28 +9,28 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from .. import plots
-from ..batches import Batch
-from ..callback import Callback, Order
-from ..checks import check_loader, check_valid
-from ..data import valid_sets
-from ..dataloaders import DataLoaders
+from ..base.batch import Batch
+from ..core.callback import Callback, Order
+from ..core.checks import check_loader, check_valid
+from ..core.ownership import check_callbacks
+from ..core.state import State
+from ..data.dataloaders import DataLoaders
+from ..data.feed import feed
+from ..data.loader import valid_sets
 from ..errors import check_int, check_items
-from ..feed import feed
-from ..finite import FiniteLoss
-from ..hypers import spread_lrs
-from ..ownership import check_callbacks
-from ..progress import Progress
-from ..scalars import Ema, ScalarColumn
-from ..scheduler import Scheduler, last_lr
-from ..signals import DeferredInterrupt
-from ..state import State
-from ..tables import Table
+from ..machine.signals import DeferredInterrupt
+from ..optim.rates import spread_lrs
+from ..record.scalars import Ema, ScalarColumn
+from ..schedules.scheduler import Scheduler, last_lr
+from ..show import plots
+from ..show.tables import Table
+from ..standard.finite import FiniteLoss
+from ..standard.progress import Progress
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from ..learner import Learner
+    from ..training.trainer import Trainer
 
 Column = NDArray[np.float64]
 STANDARD_ERRORS = 2.0  # how many of them a margin has to exceed
@@ -84,7 +84,7 @@ class Race:
     __repr__ = __str__
 
 
-def race(learn: "Learner", lrs: Iterable[Any], steps: int = 100, *, schedule: Scheduler | None = None,
+def race(learn: "Trainer", lrs: Iterable[Any], steps: int = 100, *, schedule: Scheduler | None = None,
          callbacks: Iterable[Callback] = ()) -> Race:
     """Train shortly with each of `lrs`, from the same weights on the same batches, and say which wins.
 
@@ -176,7 +176,7 @@ class _Passes:
             batches.close()
 
 
-def _run(learn: "Learner", lr: Any, steps: int, schedule: list[Scheduler], running: list[Callback],
+def _run(learn: "Trainer", lr: Any, steps: int, schedule: list[Scheduler], running: list[Callback],
          title: str, validates: bool = True) -> _Watch:
     """One candidate's fit, in a sandbox: leaving it also puts the random generators back for the next one."""
     watch = _Watch()
@@ -191,7 +191,7 @@ def _run(learn: "Learner", lr: Any, steps: int, schedule: list[Scheduler], runni
     return watch
 
 
-def _check_candidates(learn: "Learner", lrs: Any) -> tuple[Any, ...]:
+def _check_candidates(learn: "Trainer", lrs: Any) -> tuple[Any, ...]:
     candidates = tuple(check_items("lrs", lrs, "a list of learning rates", example="race([1e-3, 3e-3, 1e-2])"))
     if len(candidates) < 2:
         raise ValueError(f"lrs must hold at least 2 learning rates, got {len(candidates)}. "

@@ -8,17 +8,18 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .. import snapshot
-from ..batches import call_model, describe, tensors
-from ..data import generators, second_copy
-from ..dataloaders import as_dataloaders
-from ..feed import feed
-from ..hooks import hook_outputs
-from ..signals import DeferredInterrupt
-from ..tables import table
+from ..base import snapshot
+from ..base.batch import call_model
+from ..base.hooks import hook_outputs
+from ..base.nest import describe, tensors
+from ..data.dataloaders import as_dataloaders
+from ..data.feed import feed
+from ..data.loader import generators, second_copy
+from ..machine.signals import DeferredInterrupt
+from ..show.tables import table
 
 if TYPE_CHECKING:
-    from ..learner import Learner
+    from ..training.trainer import Trainer
 
 MOST_LINES = 60  # of a printed table: a longer model is shown by its outer modules
 ROOT = "(model)"  # the name of the model among its modules
@@ -90,7 +91,7 @@ class Summary:
         return list(merged.values())
 
 
-def summary(learn: "Learner") -> Summary:
+def summary(learn: "Trainer") -> Summary:
     """Run one batch of the training data through the model of `learn`, in eval mode, and say what came out.
 
     Modes, buffers and random generators, those of the loaders too, are put back; nothing is trained. All outputs of

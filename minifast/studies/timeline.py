@@ -8,18 +8,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.optim import Optimizer
 
-from .. import fitting, loop
-from ..advice import remedies
-from ..callback import Callback, Emitter, Event
-from ..data import n_batches
+from ..core import loop
+from ..core.callback import Callback, Event
+from ..core.emitter import Emitter
+from ..core.ownership import check_callbacks
+from ..core.state import State
+from ..data.loader import n_batches
+from ..data.waiting import SHARE, remedies
 from ..errors import check_flag, check_int, check_text
-from ..ownership import check_callbacks
-from ..state import State
-from ..tables import shown, table
-from ..waiting import SHARE
+from ..show.tables import shown, table
+from ..training import fitting
 
 if TYPE_CHECKING:
-    from ..learner import Learner
+    from ..training.trainer import Trainer
 
 WARM_UP = 3  # batches
 # What the loop does before each event of a batch.
@@ -78,12 +79,12 @@ class Profile:
     __str__ = __repr__
 
 
-def trace(learn: "Learner", n: int = 2, *, callbacks: Iterable[Callback] = (), accumulate: int = 1) -> Trace:
+def trace(learn: "Trainer", n: int = 2, *, callbacks: Iterable[Callback] = (), accumulate: int = 1) -> Trace:
     """Run `n` training batches and as many of validation, and undo them; gives what happened."""
     return Trace(_run(learn, check_int("n", n), callbacks, accumulate, _TracingEmitter))
 
 
-def profile(learn: "Learner", n: int = 50, *, callbacks: Iterable[Callback] = (), accumulate: int = 1,
+def profile(learn: "Trainer", n: int = 50, *, callbacks: Iterable[Callback] = (), accumulate: int = 1,
             ops: bool = False) -> Profile:
     """Run `n` training batches (one pass at most) and as many of validation, and undo them; gives where the time went.
 
@@ -111,14 +112,14 @@ def profile(learn: "Learner", n: int = 50, *, callbacks: Iterable[Callback] = ()
     return replace(found, advice=_advice(found.share(WORK["before_batch"]), learn))
 
 
-def _advice(share: float, learn: "Learner") -> str:
+def _advice(share: float, learn: "Trainer") -> str:
     remedy = remedies(learn.dls.train, learn.device) if share >= SHARE else ""
     # here the device is waited for after each piece of work; in a fit it may have some left while batches are made
     goes = "goes into" if learn.device.type == "cpu" else "would go into, if the device did nothing meanwhile,"
     return remedy and f"{100 * share:.0f} % of the time {goes} waiting for data: {remedy}"
 
 
-def _run(learn: "Learner", n: int, callbacks: Iterable[Callback], accumulate: int, emitter: type["_TimingEmitter"]
+def _run(learn: "Trainer", n: int, callbacks: Iterable[Callback], accumulate: int, emitter: type["_TimingEmitter"]
          ) -> list[Moment]:
     with learn.sandbox(callbacks := check_callbacks(callbacks, "callbacks")):
         learn.callbacks = [cb for cb in learn.callbacks if cb.in_sandbox]  # the others would write over their files

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..errors import check_callable, check_flag, quoted, torchvision_errors
-from ..tables import listed
+from ..show.tables import listed
 from .stages import SIDE, output_layer, run_on_blank
 
 AUXILIARY = {"aux_logits": False, "aux1": None, "aux2": None, "AuxLogits": None}  # of GoogLeNet and Inception v3

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..dataloaders import check_classes
+from ..data.classes import check_classes
 from ..errors import check_number, quoted
 from .folders import held_back
 from .form import ImageForm

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..batches import describe
+from ..base.nest import describe
 from ..errors import check_callable, check_choice, torchvision_errors
 from .form import ImageForm
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..errors import check_path
 from ..inference.export import export_info, load_exported
-from ..tables import listed, shown
+from ..show.tables import listed, shown
 from .form import ImageForm
 
 BATCH = 64  # pictures that go through the model together

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
-from ..dataloaders import DataLoaders, check_classes
+from ..data.classes import check_classes
+from ..data.dataloaders import DataLoaders
+from ..data.samples import check_data_set
 from ..errors import check_number, quoted
-from ..progress import say
-from ..samples import check_data_set
+from ..show.screen import say
 from .decode import GREY
 from .folders import held_back
 from .form import ImageForm

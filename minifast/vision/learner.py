@@ -9,15 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import snapshot
-from ..batches import Batch, describe
-from ..dataloaders import DataLoaders
+from ..base import snapshot
+from ..base.batch import Batch
+from ..base.nest import describe
+from ..data.dataloaders import DataLoaders
 from ..errors import check_flag
-from ..groups import Splitter
 from ..learner import Learner
-from ..metrics import accuracy
-from ..progress import say
-from ..tables import listed
+from ..optim.groups import Splitter
+from ..show.screen import say
+from ..show.tables import listed
+from ..standard.metrics import accuracy
 from .architectures import check_takes, image_model
 from .classifier import classify
 from .loaders import ImageDataLoaders, normalized_as
@@ -56,8 +57,8 @@ class VisionLearner(Learner):
             self.form = dls.form
         self._dls = dls
 
-    def _data(self, dl: Iterable[Batch] | str | None) -> Iterable[Batch]:
-        data = super()._data(dl)  # may be a test set, with the mean and std of its own pictures
+    def evaleval_data(self, dl: Iterable[Batch] | str | None) -> Iterable[Batch]:
+        data = super().eval_data(dl)  # may be a test set, with the mean and std of its own pictures
         if isinstance(data, Mapping):
             return {name: normalized_as(self.form, loader) for name, loader in data.items()}
         return normalized_as(self.form, data)

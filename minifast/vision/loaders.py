@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from .. import in_memory, snapshot
-from ..batches import Batch
-from ..data import generators, second_copy
-from ..dataloaders import DataLoaders
+from ..base import snapshot
+from ..base.batch import Batch
+from ..data import in_memory
+from ..data.dataloaders import DataLoaders
+from ..data.feed import first_batch
+from ..data.loader import generators, second_copy
+from ..data.tensor_loader import TensorLoader
 from ..errors import check_flag
-from ..feed import first_batch
-from ..tables import listed
-from ..tensor_loader import TensorLoader
+from ..show.tables import listed
 from .augment import BatchTransform
 from .form import ImageForm
 from .options import Options

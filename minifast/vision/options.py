@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import check_device, check_flag, check_int, check_items
-from ..memory import available
+from ..machine.limits import available
 from .augment import Augment, augmentation, check_augment
 from .form import MOST_PIXELS, ImageForm
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from ..errors import check_flag, check_int
-from ..pictures import grid, to_pictures
+from ..show.pictures import grid, to_pictures
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from .. import snapshot
-from ..groups import is_norm
-from ..hooks import hook_outputs
+from ..base import snapshot
+from ..base.hooks import hook_outputs
+from ..optim.groups import is_norm
 
 SIDE = 224  # pixels: of the images on which the groups are found; most image models are made for it
 WRAPPER = 0.9  # a module with more of the body's parameters than this is a wrapper around layers, not a layer

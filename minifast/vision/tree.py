@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..datasets import valid_loader
+from ..data.feed import feed
+from ..data.torch_loaders import valid_loader
 from ..errors import check_flag, check_number, check_path, check_text
-from ..feed import feed
-from ..progress import say
-from ..signals import DeferredInterrupt
-from ..tables import listed
+from ..machine.signals import DeferredInterrupt
+from ..show.screen import say
+from ..show.tables import listed
 from . import folders
 from .folders import Sample
 from .form import ImageForm

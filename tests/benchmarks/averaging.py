@@ -12,7 +12,7 @@ from torch import nn
 
 import minifast
 from minifast.callbacks.averaging import EMA, SWA
-from minifast.callbacks.snapshots import SnapshotEnsemble
+from minifast.callbacks.ensemble import SnapshotEnsemble
 from minifast.demo import convnet
 
 STEPS = 45  # of 32 images an epoch

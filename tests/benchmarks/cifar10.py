@@ -24,8 +24,8 @@ from speedrun.model import make_model
 from speedrun.recipe import SIZES
 
 from minifast import Callback
-from minifast.callback import Order
-from minifast.tables import table
+from minifast.core.callback import Order
+from minifast.show.tables import table
 
 FILE = "cifar10_jpeg.npz"
 DEFAULT_DATA = Path(__file__).resolve().parents[3] / "shared" / "data"

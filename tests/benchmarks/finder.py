@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from minifast import Learner, digits
-from minifast.scalars import Ema
+from minifast.finder.verdict import _scatter
+from minifast.record.scalars import Ema
 from minifast.suggest import largest_fall, usable
-from minifast.verdict import _scatter
 
 OPTIMIZERS = {"AdamW": torch.optim.AdamW, "SGD": lambda groups, lr: torch.optim.SGD(groups, lr=lr, momentum=0.9)}
 

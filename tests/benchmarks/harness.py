@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from minifast import tables
+from minifast.show import tables
 
 
 @dataclass(frozen=True)

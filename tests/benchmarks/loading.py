@@ -10,8 +10,8 @@ from harness import Options, Table, interleave, seconds
 from torch.utils.data import DataLoader, TensorDataset
 
 from minifast import TensorLoader, overlap
-from minifast.feed import feed
-from minifast.signals import DeferredInterrupt
+from minifast.data.feed import feed
+from minifast.machine.signals import DeferredInterrupt
 
 CPU = torch.device("cpu")
 

@@ -7,7 +7,7 @@ from torch import nn
 from workloads import check_agree, twins
 
 from minifast import Learner
-from minifast.fused import updater
+from minifast.optim.fused import updater
 
 REFERENCE, FUSED, LEARNER, INDIRECT = "by hand: torch's default", "by hand: fused", "Learner", "Learner, opt.step()"
 

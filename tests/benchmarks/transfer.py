@@ -12,7 +12,7 @@ from small_resnet import small_resnet
 from torch import nn
 
 from minifast import ChannelsLast
-from minifast.tables import table
+from minifast.show.tables import table
 from minifast.vision import from_arrays, vision_learner
 
 N_SOURCE = 5  # classes that the network knows already; the others are to be learned

@@ -28,9 +28,10 @@ from speedrun.data import load
 from torch.nn import functional as F
 from transfer import METHODS, RATES, shown_transfer, transfer
 
-from minifast import Callback, ChannelsLast, OneCycle, snapshot
-from minifast.callback import Order
-from minifast.tables import table
+from minifast import Callback, ChannelsLast, OneCycle
+from minifast.base import snapshot
+from minifast.core.callback import Order
+from minifast.show.tables import table
 from minifast.vision import from_arrays, vision_learner
 
 LEARNER, BY_HAND = "vision_learner", "loop by hand"

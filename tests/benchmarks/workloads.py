@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import minifast
-from minifast import fused
+from minifast.optim import fused
 
 MAX_LR = 0.01
 OPTIMIZERS = {"AdamW": torch.optim.AdamW, "SGD, momentum": partial(torch.optim.SGD, momentum=0.9)}

@@ -20,7 +20,8 @@ import torch.utils.data._utils.worker
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from minifast import Callback, Learner, workers
+from minifast import Callback, Learner
+from minifast.machine import workers
 
 HELD_UP = 1.0  # seconds
 PATIENCE = 8.0  # seconds: torch's watchdog looks every 5

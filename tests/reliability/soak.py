@@ -15,7 +15,9 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from minifast import ActivationStats, Callback, CancelFit, Learner, OneCycle, fitting, loop
+from minifast import ActivationStats, Callback, CancelFit, Learner, OneCycle
+from minifast.core import loop
+from minifast.training import fitting
 
 PER_EPOCH = 1000
 

@@ -19,10 +19,10 @@ from minifast import (
     EarlyStopping,
     MixedPrecision,
     SaveBest,
-    progress,
 )
-from minifast.callback import EVENTS
-from minifast.files import load_tree
+from minifast.core.callback import EVENTS
+from minifast.files.reading import load_tree
+from minifast.standard import progress
 
 
 def saving(run, *callbacks, every_steps=1, **options):

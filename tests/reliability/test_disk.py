@@ -19,8 +19,10 @@ import torch
 from forks import in_fork, told, virtual_size
 from helpers import bits, learner
 
-from minifast import SaveBest, files
-from minifast.files import load_tree, probe, replacing, save_tree, sweep
+from minifast import SaveBest
+from minifast.files import writing as files
+from minifast.files.reading import load_tree
+from minifast.files.writing import probe, replacing, save_tree, sweep
 
 OLD = {"weight": torch.arange(1000.0), "epoch": 1}
 NEW = {"weight": torch.arange(60_000.0) + 1, "epoch": 2}

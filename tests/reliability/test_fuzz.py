@@ -35,20 +35,10 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_stat
 from torch import nn
 
 import minifast
-from minifast import (
-    Callback,
-    CancelFit,
-    DataLoaders,
-    Learner,
-    OneCycle,
-    RunLog,
-    TensorLoader,
-    accuracy,
-    schedules,
-)
-from minifast.callback import EVENTS
-from minifast.data import valid_sets
-from minifast.fitting import FitOptions
+from minifast import Callback, CancelFit, DataLoaders, Learner, OneCycle, RunLog, TensorLoader, accuracy, schedules
+from minifast.core.callback import EVENTS
+from minifast.data.loader import valid_sets
+from minifast.training.fitting import FitOptions
 
 FULL = os.environ.get("MINIFAST_FULL") == "1"
 EXAMPLES = 200 if FULL else 40  # of junk for each parameter
@@ -292,7 +282,7 @@ def is_auto(value):
     return isinstance(value, str) and value == "auto"
 
 
-AX = P(New(lambda: minifast.plots.axes()), (none, lambda value: hasattr(value, "plot")))
+AX = P(New(lambda: minifast.show.plots.axes()), (none, lambda value: hasattr(value, "plot")))
 CALLBACKS = P(New(ends), (is_callbacks,), says=("callback", "both"))
 FIT = {"wd": number(0.1, none), "callbacks": CALLBACKS, "steps_per_epoch": count(1, none), "accumulate": count(),
        "effective_batch_size": count(8, none), "minutes": number(TICKING, none, also={"callbacks": New(ends)}),
@@ -416,7 +406,7 @@ TABLE: dict[str, dict[str, P]] = {
     "Learner.tta": {"dl": DL, "transform": function(also={}), "n": count(), "beta": number(), "use_max": flag()},
     "Learner.show_results": {
         "n": count(), "dl": P(New(lambda: images().dls.valid), DL.forms, says=DL.says),
-        "figure": P(New(lambda: minifast.plots.axes().figure), (none, lambda value: hasattr(value, "subplots")))},
+        "figure": P(New(lambda: minifast.show.plots.axes().figure), (none, lambda value: hasattr(value, "subplots")))},
     "Learner.export": {"path": path("exported"),
                        "inputs": P(New(lambda: torch.zeros(2, 3)), (anything,), says=("inputs", "model"),
                                    raises=(NotImplementedError,)),  # torch's word for a tensor without values

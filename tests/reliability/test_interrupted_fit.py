@@ -10,8 +10,8 @@ from helpers import At, bits, rngs, trained
 from torch import nn
 
 from minifast import EMA, Checkpoint, DataLoaders, Learner, SaveBest, TensorLoader, accuracy
-from minifast.callback import EVENTS
-from minifast.files import load_tree
+from minifast.core.callback import EVENTS
+from minifast.files.reading import load_tree
 
 SIGNALS = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: SystemExit}
 

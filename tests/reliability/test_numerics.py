@@ -29,10 +29,10 @@ from minifast import (
     RunLog,
     SaveBest,
     accuracy,
-    finite,
     plot_runs,
 )
-from minifast.finite import Unchecked
+from minifast.standard import finite
+from minifast.standard.finite import Unchecked
 
 NAN, INF = math.nan, math.inf
 OPTIMIZERS = {

@@ -291,7 +291,7 @@ def test_a_limit_in_time_counts_over_a_kill(tmp_path, monkeypatch):
     """A clock that counts looks at it: so two such fits are the same."""
     def fit(learn, callbacks, resume):
         now = itertools.count()
-        monkeypatch.setattr("minifast.budget.time", SimpleNamespace(monotonic=lambda: float(next(now))))
+        monkeypatch.setattr("minifast.schedules.time_limit.time", SimpleNamespace(monotonic=lambda: float(next(now))))
         learn.fit_one_cycle(lr_max=0.01, minutes=15 / 60, callbacks=callbacks, resume=resume)
 
     reference = uninterrupted(fit, learner())

@@ -17,8 +17,10 @@ import pytest
 import torch
 from helpers import At, batches, bits, everything, learner, throw, trained
 
-from minifast import Callback, Checkpoint, SaveBest, files
-from minifast.files import load_tree, save_tree
+from minifast import Callback, Checkpoint, SaveBest
+from minifast.files import writing as files
+from minifast.files.reading import load_tree
+from minifast.files.writing import save_tree
 
 NAMES = re.compile(r"step-\d{8}\.ckpt|best\.ckpt")
 

@@ -26,8 +26,9 @@ from torch import nn
 
 import minifast
 from minifast import export_info, load_exported, plot_runs, read_run
-from minifast.files import load_tree, save_tree
-from minifast.trees import check_plain
+from minifast.files.reading import load_tree
+from minifast.files.trees import check_plain
+from minifast.files.writing import save_tree
 
 PACKAGE = Path(minifast.__file__).resolve().parent
 MB = 10**6

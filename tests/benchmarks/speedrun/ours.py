@@ -2,21 +2,11 @@
 from functools import partial
 
 import torch
+from minifast.recipe import triangle
 from torch import nn
 
-from minifast import (
-    Callback,
-    ChannelsLast,
-    DataLoaders,
-    Learner,
-    MixedPrecision,
-    Schedule,
-    TensorLoader,
-    accuracy,
-)
-
-from .data import Augment, Normalize
-from .recipe import triangle
+from minifast import Callback, ChannelsLast, DataLoaders, Learner, MixedPrecision, Schedule, TensorLoader, accuracy
+from minifast.data.loader import Augment, Normalize
 
 
 class Lookahead(Callback):

@@ -2,10 +2,10 @@
 import contextlib
 
 import torch
+from minifast.recipe import triangle
 from torch.nn import functional as F
 
-from .data import Augment, Normalize
-from .recipe import triangle
+from minifast.data.loader import Augment, Normalize
 
 
 def epochs(model, data, recipe, device, seed, *, half=False, compile=False, graph=False):

@@ -3,7 +3,7 @@ import functools
 import mmap
 import struct
 
-from minifast import loop
+from minifast.core import loop
 from minifast.resume.checkpoint import Checkpoint
 from minifast.resume.folder import FitFolder
 

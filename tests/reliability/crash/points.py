@@ -6,11 +6,11 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 
-from minifast import files
+from minifast.server import Bench
+from minifast.shares import in_shares
 
-from . import disk, place, scripts
-from .server import Bench
-from .shares import in_shares
+from minifast import disk, place, scripts
+from minifast.files import writing as files
 
 CALLS = ("fsync", "replace", "unlink", "link", "mkdir", "ftruncate", "pwrite")  # of os, which change the disk
 NEEDED = {"write", "fsync", "replace", "unlink", "link", "open"}  # a save without one of them is not what was meant
@@ -118,7 +118,7 @@ def count(script, buffer=None):
         assert outcome.status == 0, outcome.log
         names = path.read_text().splitlines()
     missing = NEEDED - {name.split()[-1] for name in names}
-    assert not missing, f"no such call was seen: {missing}. Does minifast.files still go through files.write and os?"
+    assert not missing, f"no such call was seen: {missing}. Does minifast.files still go through os?"
     assert not unsynced(names), f"a file has its name before it is on the disk: points {unsynced(names)}"
     return names
 

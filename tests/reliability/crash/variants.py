@@ -10,18 +10,18 @@ from itertools import islice
 from pathlib import Path
 
 import torch
+from minifast.points import die_in_write
+from minifast.server import Bench
 from torch.utils.data import BatchSampler
 
-from minifast import EMA, files, rng
+from minifast import EMA, scripts
+from minifast.base import rng
 from minifast.callbacks.monitors import SaveBest
-from minifast.record import FitRecord
-from minifast.recorder import Recorder
+from minifast.core.state import State
+from minifast.files import writing as files
+from minifast.record.record import FitRecord
 from minifast.resume import replay, saved_state, session
-from minifast.state import State
-
-from . import scripts
-from .points import die_in_write
-from .server import Bench
+from minifast.standard.recorder import Recorder
 
 
 def no_random_numbers():

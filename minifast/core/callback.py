@@ -1,0 +1,137 @@
+"""The callback protocol: the events in their order, who hears them, and how a callback ends things early."""
+import inspect
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from difflib import get_close_matches
+from enum import IntEnum
+from typing import Any, ClassVar
+
+from torch import nn
+
+from ..base import snapshot
+from .state import State
+
+
+class Cancel(Exception):
+    """A request, not an error: skip to the matching `after_` event."""
+
+
+class CancelBatch(Cancel):
+    """Drop this batch: no step, and its gradients reach no other. Inside an accumulation window: drop the window."""
+
+
+class CancelEpoch(Cancel):
+    """End this epoch: no more batches, no validation."""
+
+
+class CancelFit(Cancel):
+    """End the fit."""
+
+
+class Order(IntEnum):
+    """When a callback hears an event: lower first, list order within a band. `after_fit` runs in reverse."""
+
+    SETUP = 0  # recording and metrics: what others read in the same event
+    HYPER = 100  # schedules
+    USER = 200  # the default
+    RECORD = 300  # progress and loggers: what looks at the result
+
+
+class Callback:
+    """Override any event; the others cost nothing. In the order they happen:
+
+        before_fit
+        | before_epoch
+        | | before_batch   after_pred   after_loss   after_backward      of each training (micro-)batch
+        | | before_step   after_step                                     of each weight update
+        | | after_batch                                                  of each training batch, cancelled ones too
+        | | before_validate
+        | | | before_valid_batch   after_valid_batch
+        | | after_validate
+        | after_epoch
+        after_fit                                                        always, last callback first
+
+    A batch that was cancelled has left in the state what the one before it put there (`pred`, `loss`, ...).
+
+    >>> class Stop(Callback):
+    ...     def after_bacth(self, state): ...
+    Traceback (most recent call last):
+    TypeError: Stop.after_bacth is not an event: did you mean after_batch?
+    """
+
+    order: int = Order.USER
+    sets: tuple[str, ...] = ()  # the hyper-parameters it writes ("lr", "momentum", ...): one owner each in a fit
+    in_lr_find: ClassVar[bool] = False  # whether it also runs inside `lr_find`
+    in_sandbox: bool = True  # False: it writes what a sandbox cannot undo, so `check`, `trace`, `profile` leave it out
+    saves: ClassVar[tuple[str, ...]] = ()  # the attributes to keep over a kill
+
+    def before_fit(self, state: State) -> None: """Check settings, take snapshots."""
+    def before_epoch(self, state: State) -> None: """`state.epoch` is new."""
+    def before_batch(self, state: State) -> None: """Write hyper-parameters; may replace `state.batch`."""
+    def after_pred(self, state: State) -> None: """`state.pred` is new."""
+    def after_loss(self, state: State) -> None: """`state.loss` is new and still has its graph."""
+    def after_backward(self, state: State) -> None: """The gradients of this micro-batch were added."""
+    def before_step(self, state: State) -> None: """Once per update, gradients averaged over its window: clip here."""
+    def after_step(self, state: State) -> None: """Once per update: the weights have moved, `step_loss` is new."""
+    def after_batch(self, state: State) -> None: """Every training batch, cancelled ones too."""
+    def before_validate(self, state: State) -> None: """The model is in eval mode."""
+    def before_valid_batch(self, state: State) -> None: """May replace `state.batch`."""
+    def after_valid_batch(self, state: State) -> None: """`pred`, `target` and `loss` of one validation batch."""
+    def after_validate(self, state: State) -> None: """`state.metrics` is complete."""
+    def after_epoch(self, state: State) -> None: """Every epoch, cancelled ones too."""
+    def after_fit(self, state: State) -> None: """However the fit ended, last callback first: undo `before_fit`."""
+
+    def evaluating(self, model: nn.Module) -> AbstractContextManager[Any]:
+        """Entered around every validation and, for callbacks of the Learner, every prediction: e.g. other weights.
+
+        In a fit it lasts from before `before_validate` to the last `after_valid_batch`.
+        """
+        return nullcontext()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Copies of the attributes named in `saves`, as far as they exist.
+
+        Plain values only: tensors, numbers, text, None, and lists and dicts of them. To go on where a fit was killed,
+        a callback that is made with the same arguments hears `before_fit`, with `state.step` and `state.epoch` where
+        the fit goes on, and then `load_state_dict`.
+        """
+        return {name: snapshot.clone(getattr(self, name)) for name in self.saves if hasattr(self, name)}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Take up what `state_dict` gave; an attribute that did not exist then is gone again."""
+        if saved and self.saves and saved.keys().isdisjoint(self.saves):
+            raise ValueError(f"this is not the state of {self!r:.200}: it holds {', '.join(map(repr, saved))}, "
+                             f"expected {', '.join(map(repr, self.saves))}.")
+        for name in self.saves:
+            if name in saved:
+                setattr(self, name, snapshot.clone(saved[name]))
+            else:
+                vars(self).pop(name, None)
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        for name in ("sets", "saves"):
+            if isinstance(vars(cls).get(name), str):
+                raise TypeError(f"{cls.__name__}.{name} must be a tuple of names, got {vars(cls)[name]!r}: write "
+                                f"({vars(cls)[name]!r},) with a comma.")
+        for name, member in vars(cls).items():
+            if callable(member):
+                _check_event(cls.__name__, name, member)
+
+
+Event = Callable[[Callback, State], None]
+EVENTS: dict[str, Event] = {name: f for name, f in vars(Callback).items() if name.startswith(("before_", "after_"))}
+
+
+def _check_event(owner: str, name: str, member: Any) -> None:
+    if name in EVENTS:
+        try:
+            inspect.signature(member).bind("self", "state")
+        except TypeError:
+            raise TypeError(f"{owner}.{name}{inspect.signature(member)} must take (self, state).") from None
+        if inspect.iscoroutinefunction(member) or inspect.isgeneratorfunction(member):
+            raise TypeError(f"{owner}.{name} must be a plain function: a coroutine or generator would never run.")
+    elif name.startswith(("before_", "after_")) or (name[0] != "_" and get_close_matches(name, EVENTS, 1, cutoff=0.9)):
+        near = get_close_matches(name, EVENTS, 1)
+        hint = f"did you mean {near[0]}?" if near else f"the events are {', '.join(EVENTS)}."
+        raise TypeError(f"{owner}.{name} is not an event: {hint}")

@@ -1,0 +1,51 @@
+"""Which callbacks a fit runs: checked, without duplicates, one owner for each hyper-parameter."""
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from ..errors import check_items
+from .callback import Callback
+
+CHECKPOINTS = "the checkpoints"  # what the callback owns that keeps a fit over a kill
+
+
+def check_callbacks(callbacks: Any, where: str) -> list[Callback]:
+    """`callbacks` as a new list. Raises TypeError for what is no callback instance."""
+    if isinstance(callbacks, Callback):
+        return [callbacks]
+    checked = check_items(where, callbacks, "a list of callbacks")
+    for callback in checked:
+        if isinstance(callback, type):
+            name = callback.__name__
+            raise TypeError(f"{where} must hold callbacks, but {name} is a class: pass an instance, did you mean "
+                            f"{name}(...)?")
+        if not isinstance(callback, Callback):
+            raise TypeError(f"{where} must hold callbacks, got {callback!r:.80} ({type(callback).__name__}). "
+                            "Subclass minifast.Callback.")
+    return checked
+
+
+def resolve(learners: Sequence[Callback], fits: Sequence[Callback]) -> list[Callback]:
+    """The callbacks of one fit: the learner's, then the fit's own.
+
+    A callback of the fit that owns a hyper-parameter takes the place of the learner's owner of it. Raises ValueError
+    for the same instance twice, and for two owners of one hyper-parameter where neither takes the other's place.
+    """
+    taken = {hyper for callback in fits for hyper in callback.sets}
+    callbacks = [callback for callback in learners if not taken & set(callback.sets)] + list(fits)
+    seen: set[int] = set()
+    owners: dict[str, Callback] = {}
+    for callback in callbacks:
+        if id(callback) in seen:
+            raise ValueError(f"the same callback is given twice: {callback!r:.200}. Make a second one if you want two.")
+        seen.add(id(callback))
+        for hyper in callback.sets:
+            if hyper in owners:
+                raise ValueError(f"both {owners[hyper]!r:.200} and {callback!r:.200} set {hyper!r}, one would "
+                                 "overwrite the other. Leave one of them out.")
+            owners[hyper] = callback
+    return callbacks
+
+
+def owner_of(hyper: str, callbacks: Iterable[Callback]) -> Callback | None:
+    """The callback that sets `hyper`, if any."""
+    return next((callback for callback in callbacks if hyper in callback.sets), None)

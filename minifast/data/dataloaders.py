@@ -1,0 +1,148 @@
+"""The pair of loaders that a Learner trains on, and where it comes from."""
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from ..base.batch import Batch
+from .classes import _common_classes, check_classes
+from .tensor_loader import TensorLoader
+
+if TYPE_CHECKING:
+    from .in_memory import Transform
+
+
+@dataclass
+class DataLoaders:
+    """The training data and, if there is any, the validation data: iterables of batches.
+
+    A torch `DataLoader`, a `TensorLoader`, a list of batches, or any object whose `__iter__` starts a new pass. Several
+    validation sets are a dict of name -> loader: then the columns of the epoch rows begin with the name. A worker
+    process that hangs is waited for until the `timeout` of its DataLoader, which torch leaves at 0: for ever.
+
+    classes: the name of each class, class 0 first, where targets are class indices; tables and plots write them.
+
+    >>> dls = DataLoaders([(torch.zeros(2, 3), torch.zeros(2))])
+    >>> dls.valid is None
+    True
+    """
+
+    train: Iterable[Batch]
+    valid: Iterable[Batch] | Mapping[str, Iterable[Batch]] | None = None
+    classes: Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
+        self.classes = None if self.classes is None else check_classes(self.classes)
+        sets = self.valid if isinstance(self.valid, Mapping) and self.valid else {"valid": self.valid}
+        if not all(isinstance(name, str) and name for name in sets):
+            raise ValueError(f"valid must name each of its loaders, got {list(sets)}. "
+                             "Pass e.g. {'clean': loader, 'noisy': other}.")
+        if isinstance(self.valid, Mapping) and self.valid:
+            sets = {f"valid[{name!r}]": loader for name, loader in sets.items()}
+        for name, loader in (("train", self.train), *sets.items()):
+            if self.valid is None and name == "valid":
+                continue
+            if isinstance(loader, (list, tuple)) and loader and isinstance(loader[0], (DataLoader, TensorLoader)):
+                raise TypeError(f"{name} must hold batches, got a {type(loader).__name__} of loaders. Several "
+                                "validation sets are a dict of them, e.g. {'clean': loader, 'noisy': other}.")
+            is_one_thing = isinstance(loader, (str, bytes, Mapping, Tensor, np.ndarray))
+            if is_one_thing or not isinstance(loader, Iterable):
+                raise TypeError(f"{name} must be an iterable of batches, got {type(loader).__name__}. "
+                                "Pass e.g. a torch DataLoader.")
+
+    @classmethod
+    def in_memory(cls, train: Any, valid: Any = None, *, batch_size: int = 64, transform: "Transform | None" = None,
+                  valid_transform: "Transform | None" = None, device: torch.device | str | None = None,
+                  drop_last: bool = False, generator: torch.Generator | None = None, num_workers: int | None = None,
+                  verbose: bool = True) -> "DataLoaders":
+        """`TensorLoader`s of data sets that are read once, now, and kept: one that shuffles, and the validation's.
+
+        train, valid: map-style data sets, with len() and [i] (torchvision's, a Subset, a TensorDataset, a list);
+        several validation sets are a dict of them. A sample is any nest of tensors, numpy arrays, numbers and PIL
+        images, all of one shape and dtype. Batches have the nest of the samples and the dtypes that a DataLoader
+        gives them (a float becomes float64); a PIL image becomes uint8 (channels, height, width).
+
+        transform: of a training batch, where it is kept: random augmentation, uint8 to float; valid_transform: of a
+        validation batch. Each is called with the batch (the nest of the samples) and gives the batch. What the data
+        sets do by themselves is done once; a training set that gives other samples when it is read again is refused,
+        as its augmentation would be frozen. Four samples are read four times with other random numbers: what changes
+        one in a hundred is not seen.
+
+        device: where they are kept; None: in the memory of the CPU. num_workers: processes that read; None: none if
+        reading takes a few seconds, else one per core, 8 at most. batch_size, drop_last (of training), generator (of
+        the order): as in `TensorLoader`. verbose: a bar while it reads, where there is a screen, and a line when done.
+        No random generator is advanced, and none of a data set's own that is found. `classes` are those of `train`, as
+        in `from_datasets`.
+
+        Raises MemoryError if it does not fit, before all is read; TypeError for what is no map-style data set or
+        cannot be kept; ValueError for samples that differ, an empty set, and random augmentation.
+
+        >>> dls = DataLoaders.in_memory([([0.5, i], i % 2) for i in range(6)], batch_size=4, verbose=False)
+        >>> [x, z], y = next(iter(dls.train))
+        >>> x.shape, y.dtype
+        (torch.Size([4]), torch.int64)
+        """
+        from . import in_memory  # not before it is used: so `import minifast` takes no longer for it
+        classes = _common_classes(train, valid)
+        return cls(*in_memory.loaders(train, valid, batch_size=batch_size, transform=transform,
+                                      valid_transform=valid_transform, device=device, drop_last=drop_last,
+                                      generator=generator, num_workers=num_workers, verbose=verbose), classes)
+
+    @classmethod
+    def from_datasets(cls, train: Any, valid: Any = None, *, batch_size: int = 64, num_workers: int | None = None,
+                      **options: Any) -> "DataLoaders":
+        """Torch DataLoaders over data sets: shuffled for training, in order for validation.
+
+        train, valid: map-style data sets, IterableDatasets, or lists of samples; of `valid` also a dict of name -> data
+        set. batch_size: samples a batch, >= 1. num_workers: processes that load, >= 0; None: one for each CPU but
+        one, 8 at most; none for data that is in memory (TensorDataset, a list), for an IterableDataset, and where
+        workers are not forked (Windows, macOS). options: those of torch's DataLoader; `shuffle`, `sampler` and
+        `drop_last` are for training only.
+
+        What torch leaves off and is on here: `pin_memory` where there is a CUDA device; `drop_last` for training where
+        the last batch would have one sample, of which BatchNorm cannot take statistics. `persistent_workers` stays
+        off: workers that persist save their start in each epoch, but their random generators cannot be saved, so a
+        resumed fit would go on with other augmentation.
+
+        `classes` are those of the training set, or of the one that it is a `Subset` of, if it has `.classes`, as
+        torchvision's have, and no `target_transform`. Raises TypeError or ValueError for what is no data set or no
+        option, ValueError for a validation set that gives another class the same number: two `ImageFolder`s do that
+        if one of them lacks a class.
+
+        >>> dls = DataLoaders.from_datasets([(torch.zeros(3), 0)] * 65, batch_size=32)
+        >>> len(dls.train), dls.train.num_workers, dls.valid
+        (2, 0, None)
+        """
+        from . import torch_loaders
+        torch_loaders.check_datasets(train, valid)
+        torch_loaders.check_options(batch_size, num_workers, options)
+
+        def make(dataset: Any) -> Iterable[Batch]:
+            return torch_loaders.valid_loader(dataset, batch_size, num_workers, **options)
+
+        classes = _common_classes(train, valid)
+        if isinstance(valid, Mapping):
+            valid = {name: make(dataset) for name, dataset in valid.items()}
+        return cls(torch_loaders.train_loader(train, batch_size, num_workers, **options),
+                   valid if valid is None or isinstance(valid, Mapping) else make(valid), classes)
+
+
+def as_dataloaders(model: Any, dls: Any) -> DataLoaders:
+    """`dls` as `DataLoaders`. Raises TypeError for what is no data, or for model and data swapped."""
+    if isinstance(dls, nn.Module) and not isinstance(model, nn.Module):
+        raise TypeError(f"model and data are swapped: got Learner({type(model).__name__}, {type(dls).__name__}). "
+                        "The call is Learner(model, dls, loss_func).")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {model!r:.80} ({type(model).__name__}).")
+    if isinstance(dls, DataLoaders):
+        return dls
+    if isinstance(dls, tuple) and len(dls) == 2:
+        return DataLoaders(*dls)
+    raise TypeError(f"dls must be DataLoaders(train, valid) or a tuple (train, valid), got a {type(dls).__name__}. "
+                    "Without validation data pass DataLoaders(train).")
+
+

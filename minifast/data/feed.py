@@ -1,0 +1,187 @@
+"""One pass over a loader: its batches on the device, its errors explained, its workers ended."""
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing
+from functools import cache, partial
+from time import perf_counter
+
+import torch
+from torch import Tensor
+
+from ..base.batch import Batch
+from ..base.nest import describe, to_device
+from ..machine.signals import DeferredInterrupt
+from ..machine.workers import bound_to_this_process, deaths_ignored, explain
+from .waiting import Waiting
+
+BLINK = 1e-4  # seconds; a batch that comes within it was not waited for
+END = object()
+
+
+def feed(loader: Iterable[Batch], device: torch.device, limit: int | None, interrupt: DeferredInterrupt,
+         what: str = "the data", first: int = 0, iterator: Iterator[Batch] | None = None,
+         waiting: Waiting | None = None, noted: Callable[[Batch], None] | None = None) -> Generator[Batch, None, None]:
+    """The batches of one pass over `loader`, up to batch `limit`, on `device`. Close it: that ends its workers.
+
+    A loader may have a `batch_transform`, e.g. augmentation: a function that gives a new batch for each batch, called
+    once it is on the device. It runs in this process, when the batch is asked for, so that its random numbers come in
+    one order too, and a resumed fit goes on with the same ones.
+
+    first: how many batches of the pass are behind already, of which `iterator` is the rest. waiting: is told how long
+    each batch was waited for. noted: is given each batch as it came from the loader.
+
+    A batch is drawn when it is asked for, and none behind `limit`: what loader and model draw from the random
+    generators comes in one order on every device. An error of the loader gains a note that counts the batch. One that
+    comes after SIGINT or SIGTERM is the interrupt itself: worker processes get the signal too and die of it.
+    """
+    waiting = Waiting() if waiting is None else waiting
+    side = SideStream(device) if device.type == "cuda" else None
+    has_work = None if side is None else side.has_work
+    batches = _drawn(loader, limit, interrupt, what, first, iterator, waiting, noted, has_work)
+    if side is not None:
+        batches = _each(batches, side)
+    elif device.type != "cpu":  # batches come from loaders on the CPU: nothing to walk through
+        batches = _each(batches, lambda batch: to_device(batch, device))
+    transform = getattr(loader, "batch_transform", None)
+    return batches if transform is None else _each(batches, partial(_transformed, transform, what))
+
+
+def first_batch(loader: Iterable[Batch], device: torch.device) -> Batch:
+    """The first batch of a pass over `loader`, as `feed` gives it; None if there is none. Its workers are ended."""
+    with closing(feed(loader, device, 1, DeferredInterrupt())) as batches:
+        return next(batches, None)
+
+
+def _each(batches: Generator[Batch, None, None], change: Callable[[Batch], Batch]) -> Generator[Batch, None, None]:
+    with closing(batches):
+        for batch in batches:
+            yield change(batch)
+
+
+def _transformed(transform: Callable[[Batch], Batch], what: str, batch: Batch) -> Batch:
+    try:
+        return transform(batch)
+    except Exception as error:
+        error.add_note(f"in the batch_transform of {what}, called with {describe(batch)}")
+        raise
+
+
+def _drawn(loader: Iterable[Batch], limit: int | None, interrupt: DeferredInterrupt, what: str, first: int,
+           iterator: Iterator[Batch] | None, waiting: Waiting, noted: Callable[[Batch], None] | None,
+           has_work: Callable[[], bool] | None) -> Generator[Batch, None, None]:
+    """The batches as the loader gives them.
+
+    has_work: whether the device still computes. While it does, nobody waits for a batch, however long the host takes
+    to make one. Where it has run dry in the meantime, the whole time counts: when it ran dry is not known. On the CPU,
+    where the process that loads is the one that computes, all of the time is exact.
+    """
+    count = first
+    try:
+        if limit is not None and first >= limit:
+            return
+        asked = perf_counter()
+        iterator = begin(loader) if iterator is None else iterator
+        while limit is None or count < limit:
+            batch = next(iterator, END)  # not `for`: what an `__iter__` gives need not be iterable itself
+            if batch is END:
+                return
+            came = perf_counter()
+            if count == first:
+                waiting.begin(came - asked)
+            elif has_work is None or came - asked < BLINK or not has_work():
+                waiting.waited += came - asked
+            else:
+                waiting.worked += came - asked
+            if noted is not None:
+                noted(batch)
+            yield batch
+            count += 1
+            asked = perf_counter()
+            waiting.worked += asked - came
+    except Exception as error:
+        if interrupt.pending:
+            # between two batches, as by `check`; without workers, half a batch may have drawn random numbers
+            interrupt.was_raised = bool(getattr(loader, "num_workers", 0))
+            raise interrupt.exception() from error
+        error.add_note(f"while loading batch {count} of {what} ({type(loader).__name__})")
+        explain(error, iterator)
+        raise
+    finally:
+        # an error's traceback keeps the iterator, and with it the worker processes, alive for as long as it is kept
+        end_workers(loader, iterator)
+
+
+def end_workers(loader: Iterable[Batch], iterator: Iterator[Batch] | None) -> None:
+    """End the worker processes of a pass over `loader`, unless they are to serve for more passes."""
+    shut_down = getattr(iterator, "_shutdown_workers", None)
+    if shut_down is not None and not getattr(loader, "persistent_workers", False):
+        with deaths_ignored():
+            shut_down()
+
+
+@bound_to_this_process()
+def begin(loader: Iterable[Batch]) -> Iterator[Batch]:
+    """`iter(loader)`."""
+    try:
+        return iter(loader)
+    except (RuntimeError, OSError):
+        if getattr(loader, "_iterator", None) is None:
+            raise
+        loader._iterator = None  # type: ignore[attr-defined]  # persistent workers died, e.g. of Ctrl-C in a terminal
+        return iter(loader)
+
+
+# Bytes. The copy of a smaller tensor takes less time than the calls that would put it beside the computation, and CUDA
+# takes up to 64 kB out of unpinned memory at once, however much work is queued.
+WORTH = 2**16
+
+
+class SideStream:
+    """Moves batches to a CUDA device. Large tensors go on a stream of their own, beside the work that is queued.
+
+    Nothing is read ahead: a batch is drawn from its loader where it always was, after the step before it was launched.
+    That is early enough. The launches of a step return long before the GPU has done them, so the host draws the next
+    batch while the GPU computes; and its copy does not queue up behind that computation, but runs at the same time.
+    Drawing a batch earlier would win nothing more, but change the order of random numbers: batches would be other ones
+    than on a CPU, and a resumed fit could not go on with the same bits.
+
+    Copies out of unpinned memory, too: they make the host wait for the copy alone, not for all that was queued before.
+    What moves itself, by a `.to` of its own, does so on the current stream: nobody knows which memory it holds.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._stream, self._copied = device, _side(device), torch.cuda.Event()
+        self._current: torch.cuda.Stream | None = None  # the one that waits, while a batch has copies under way
+
+    def __call__(self, batch: Batch) -> Batch:
+        """The batch on the device, for work on the current stream; the host does not wait."""
+        self._current = None
+        batch = to_device(batch, self._device, self._copy)
+        if self._current is not None:
+            self._copied.record(self._stream)
+            self._current.wait_event(self._copied)
+        return batch
+
+    def has_work(self) -> bool:
+        """Whether the device has anything left to do. It is asked, not waited for."""
+        return not torch.cuda.current_stream(self._device).query()
+
+    def _copy(self, tensor: Tensor) -> Tensor:
+        if tensor.device.type != "cpu" or not _is_plain(tensor) or tensor.nbytes < WORTH:
+            return tensor.to(self._device, non_blocking=True)
+        if self._current is None:
+            self._current = torch.cuda.current_stream(self._device)
+        with torch.cuda.stream(self._stream):
+            copy = tensor.to(self._device, non_blocking=True)
+        copy.record_stream(self._current)  # its memory serves no other copy before what uses it there is done
+        return copy
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether it is one piece of memory; subclasses, sparse and nested tensors may hold several."""
+    return type(tensor) is Tensor and tensor.layout is torch.strided and not tensor.is_nested
+
+
+@cache
+def _side(device: torch.device) -> torch.cuda.Stream:
+    """One stream for each device, for good: memory is kept by stream, and a new one would take as much again."""
+    return torch.cuda.Stream(device)

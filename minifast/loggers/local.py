@@ -1,0 +1,172 @@
+"""Loggers that write files: a CSV of the epochs, and the record of a whole run."""
+import csv
+import errno
+import io
+import os
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from ..core.state import State
+from ..errors import check_flag, check_number, check_path
+from ..files.writing import replacing
+from ..record.runs import record_file, scalar, to_line
+from ..show import tables
+from .base import Logger, PathLike, opening
+from .settings import now, settings
+
+
+@dataclass(eq=False)
+class CSVLogger(Logger):
+    """Writes the epoch rows (epoch, train_loss, valid_loss, metrics, time in s) to a CSV file, as each epoch ends.
+
+    path: the file; its folder is made. append: go on after the rows that it holds, as in the second of two fits; else
+    the first epoch that ends replaces them. A column that appears later is added to the header: the file is then
+    written anew, in one move, and earlier rows have an empty cell there. A resumed fit goes on where its state was
+    saved. The steps are written by `learn.recorder.to_csv`.
+
+    Raises OSError in `before_fit` if the file cannot be written. An error later is logged once; training goes on.
+
+    >>> CSVLogger("epochs.csv")
+    CSVLogger(path='epochs.csv', append=False)
+    """
+
+    path: PathLike
+    append: bool = False
+    saves: ClassVar[tuple[str, ...]] = (*Logger.saves, "_rows")
+
+    def __post_init__(self) -> None:
+        self.path = check_path("path", self.path)
+        check_flag("append", self.append)
+
+    @property
+    def target(self) -> str:
+        return os.fspath(self.path)
+
+    def open(self, state: State) -> None:
+        self._columns: list[str] = []  # of the header; none: the file is not what it should be, and is written anew
+        self._rows: list[dict[str, Any]] = []  # all that the file should hold
+        with opening("CSVLogger", self.path):
+            _make_writable(Path(self.path))
+            if self.append:
+                self._columns, self._rows = _read_csv(Path(self.path))
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        super().load_state_dict(saved)
+        self._columns = []
+
+    def write_epoch(self, step: int, row: dict[str, Any]) -> None:
+        cells = {name: "" if value is None else str(scalar(value)) for name, value in row.items()}
+        columns, self._columns = self._columns, []  # should this fail half way, all of it is written anew
+        if columns and cells.keys() <= set(columns):
+            _append(Path(self.path), _csv_lines(columns, [cells]))
+        else:
+            columns = list(dict.fromkeys([*columns, *tables.columns([*self._rows, cells])]))
+            header = {name: name for name in columns}
+            _replace(Path(self.path), _csv_lines(columns, [header, *self._rows, cells]))
+        self._columns = columns
+        self._rows.append(cells)
+
+
+@dataclass(eq=False)
+class RunLog(Logger):
+    """Records a run as it goes, in a file that is only ever appended to: settings, steps, epochs, and how it ended.
+
+    path: a folder, in which it writes run.jsonl, or a file *.jsonl; folders are made. every_seconds: how often the
+    steps are written, >= 0; they are also written when an epoch or the fit ends. A kill loses at most the steps since
+    then: each record is one line, written by one call. More fits append to the same file, and a resumed one continues
+    its own record. `read_run` reads it, `plot_runs` draws several; the format is described in minifast/loggers/runs.py.
+
+    Raises OSError in `before_fit` if the file cannot be written. An error later is logged once; training goes on, and
+    what is missing is written when that is possible again.
+
+    >>> RunLog("runs/first")
+    RunLog(path='runs/first', every_seconds=5.0)
+    """
+
+    path: PathLike
+    every_seconds: float = 5.0
+    saves: ClassVar[tuple[str, ...]] = (*Logger.saves, "_id")
+
+    def __post_init__(self) -> None:
+        self.path = check_path("path", self.path)
+        self.every_seconds = check_number("every_seconds", self.every_seconds, minimum=0)
+
+    @property
+    def target(self) -> str:
+        return str(self._file)
+
+    def open(self, state: State) -> None:
+        self._id = uuid.uuid4().hex[:12]  # from the system: no random generator that is seeded moves
+        self._file = record_file(self.path)
+        self._settings: dict[str, Any] | None = settings(state)  # None: written
+        with opening("RunLog", self._file):
+            _make_writable(self._file)
+
+    def before_epoch(self, state: State) -> None:
+        super().before_epoch(state)
+        self._try(self._write_settings)
+
+    def write_steps(self, first: int, columns: dict[str, list[float]]) -> None:
+        self._write("steps", {"first": first, "columns": columns})
+
+    def write_epoch(self, step: int, row: dict[str, Any]) -> None:
+        self._write("epoch", {"step": step, "row": row})
+
+    def close(self, state: State) -> None:
+        if self._has_begun:
+            n_epochs = len(state.recorder.newest.epochs)
+            ended = _ended(state, n_epochs)
+            self._write("end", {"time": now(), "ended": ended, "step": state.step, "epochs": n_epochs})
+
+    def _write(self, kind: str, content: dict[str, Any]) -> None:
+        self._write_settings()
+        _append(self._file, to_line({"kind": kind, "fit": self._id, **content}))
+
+    def _write_settings(self) -> None:
+        if self._settings is not None:  # not in `before_fit`: only after it a fit learns that it is a resumed one
+            _append(self._file, to_line({"kind": "fit", "fit": self._id, "step": self._n_steps, **self._settings}))
+            self._settings = None
+
+
+def _ended(state: State, n_epochs: int) -> str:
+    """How the fit ended, as far as that can be seen: an error and a CancelFit look the same from here."""
+    if n_epochs == state.n_epochs or (state.n_epochs is None and state.is_ending):
+        return "finished"
+    return "interrupted" if state.interrupt.pending else "stopped"
+
+
+def _make_writable(path: Path) -> None:
+    """Make the folder and the file, if they are not there. Raises OSError if the file cannot be written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _append(path, b"")
+
+
+def _append(path: Path, lines: bytes) -> None:
+    """Add whole lines in one write, after a line break if the last line is torn. Raises OSError if not all fits."""
+    with open(path, "a+b", buffering=0) as file:
+        if lines and file.seek(0, os.SEEK_END):
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                lines = b"\n" + lines
+        if file.write(lines) != len(lines):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Write the file anew: a kill leaves either the old one or the new one."""
+    with replacing(path.resolve()) as file:  # a link stays a link
+        file.write(content)
+
+
+def _csv_lines(columns: list[str], rows: list[dict[str, Any]]) -> bytes:
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator="\n").writerows([row.get(name, "") for name in columns] for row in rows)
+    return text.getvalue().encode()
+
+
+def _read_csv(path: Path) -> tuple[list[str], list[dict[str, Any]]]:
+    with open(path, newline="", encoding="utf-8") as file:
+        header, *rows = [*csv.reader(file)] or [[]]
+    return header, [dict(zip(header, row, strict=False)) for row in rows]

@@ -1,0 +1,289 @@
+"""Run records: what `RunLog` writes, read back and drawn over one another. No model, no fit, no pickle is needed.
+
+The file is JSON lines, one record a line, each with its "kind" and the id of its "fit":
+
+    fit    the settings; again, with the "step" it went on from, each time the fit is resumed
+    steps  "first": number of the first step, "columns": name -> one value per step
+    epoch  "step": updates done when it ended, "row": the epoch row
+    end    "ended": finished, stopped or interrupted; a fit without it was killed, or still runs
+
+JSON has no nan and no inf: in columns and rows they are the strings "NaN", "Infinity" and "-Infinity". Where a step or
+an epoch is there more than once, because a fit was resumed from an earlier state, the newest counts.
+"""
+import glob
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import check_items, check_path, check_text
+from ..show import plots, tables
+from .scalars import Ema
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Column = NDArray[np.float64]
+PathLike = str | os.PathLike[str]
+NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+@dataclass(eq=False, repr=False)
+class LoggedFit:
+    """One fit of a run. `starts`: its settings, first when it began, then one for each time it was resumed."""
+
+    starts: list[dict[str, Any]] = field(default_factory=list)
+    steps: dict[str, Column] = field(default_factory=dict)  # step, lr, momentum, loss, ...: each (steps,)
+    epochs: list[dict[str, Any]] = field(default_factory=list)
+    end: dict[str, Any] | None = None  # None: it was killed, or still runs
+
+
+@dataclass(eq=False, repr=False)
+class Run:
+    """A run that was read from `path`: its fits, oldest first. `skipped`: lines that were no whole record."""
+
+    path: Path
+    fits: list[LoggedFit]
+    skipped: int = 0
+
+    @property
+    def name(self) -> str:
+        """Of its folder, or of its file if that is not called run.jsonl."""
+        return self.path.resolve().parent.name if self.path.name == "run.jsonl" else self.path.stem
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the newest fit began with: versions, device, model, optimizer, schedule, callbacks, ..."""
+        return self.fits[-1].starts[0] if self.fits and self.fits[-1].starts else {}
+
+    @property
+    def steps(self) -> dict[str, Column]:
+        """The columns of all fits end to end, each (steps,); "step" counts on over them, "fit" is their number.
+
+        nan where a fit has no such column.
+        """
+        parts, first = [], 0
+        for number, fit in enumerate(self.fits):
+            n = len(fit.steps.get("step", ()))
+            if n:
+                parts.append({**fit.steps, "step": fit.steps["step"] + first, "fit": np.full(n, float(number))})
+                first += int(fit.steps["step"][-1]) + 1
+        return {name: np.concatenate([part.get(name, np.full(len(part["step"]), np.nan)) for part in parts])
+                for name in tables.columns(parts)}
+
+    @property
+    def epochs(self) -> list[dict[str, Any]]:
+        """The epoch rows of all fits end to end; "epoch" counts on over them, "fit" is their number."""
+        rows, first = [], 0
+        for number, fit in enumerate(self.fits):
+            rows += [{**row, "epoch": row["epoch"] + first, "fit": number} for row in fit.epochs]
+            first += fit.epochs[-1]["epoch"] + 1 if fit.epochs else 0
+        return rows
+
+    def __repr__(self) -> str:
+        n_steps = sum(len(fit.steps.get("step", ())) for fit in self.fits)
+        return f"Run({str(self.path)!r}: {len(self.fits)} fits, {n_steps} steps, {len(self.epochs)} epochs)"
+
+
+def read_run(path: PathLike) -> Run:
+    """The run in a folder's run.jsonl, or in the file `path`.
+
+    A line that is torn, as by a kill, or otherwise no record is skipped and counted. Raises FileNotFoundError if
+    there is no such file, ValueError if no line is a record.
+    """
+    file = record_file(check_path("path", path))
+    if not file.is_file():
+        raise FileNotFoundError(f"no run found at {os.fspath(path)!r}: there is no file {file}. Record one with "
+                                "callbacks=[RunLog(path)].")
+    run = _read(file)
+    if not run.fits:
+        raise ValueError(f"{file} is no run record: none of its {run.skipped} lines can be read. Pass what "
+                         "RunLog wrote.")
+    return run
+
+
+def plot_runs(runs: PathLike | Iterable[PathLike] = "runs/*", metric: str | None = None, *,
+              ax: "Axes | None" = None) -> "Axes":
+    """Draw one column of several runs over one another, named after their folders.
+
+    runs: a glob pattern, a folder, a file, or several of them; what a pattern finds besides runs is left out. metric: a
+    column of the epochs (train_loss, a metric), drawn against the epoch, or of the steps (loss, lr, ...), drawn against
+    the step; "loss" is drawn pale with its smoothed form on top. Runs may differ in length; in the legend a run says
+    so if it has no such column. None: valid_loss, or train_loss if no run has one.
+
+    Raises FileNotFoundError if no run is found, ValueError with the columns there are if no run has `metric`.
+    """
+    if metric is not None:
+        check_text("metric", metric)
+    found = _find(runs)
+    columns = [(run.steps, run.epochs) for run in found]
+    if metric is None:
+        metric = "valid_loss" if any("valid_loss" in row for _, rows in columns for row in rows) else "train_loss"
+    in_steps = any(metric in steps for steps, _ in columns)
+    if not in_steps and not any(metric in row for _, rows in columns for row in rows):
+        of_steps = tables.columns(steps for steps, _ in columns)
+        of_epochs = tables.columns(row for _, rows in columns for row in rows)
+        raise ValueError(f"no run has a column {metric!r}. Columns of the steps: {', '.join(of_steps) or 'none'}; of "
+                         f"the epochs: {', '.join(of_epochs) or 'none'}.")
+    ax = plots.axes(ax)
+    n_points = 0
+    for i, (name, (steps, rows)) in enumerate(zip(_names(found), columns, strict=True)):
+        color = _color(i, len(found))
+        if in_steps:
+            x, y = (steps["step"], steps[metric]) if metric in steps else (np.empty(0), np.empty(0))
+        else:
+            x, y = np.array([(row["epoch"], row[metric]) for row in rows if metric in row], float).reshape(-1, 2).T
+        n_points = max(n_points, len(x))
+        if in_steps and metric == "loss":
+            ax.plot(x, y, color=color, alpha=0.3, linewidth=1)
+            ema = Ema()
+            y = np.array([ema.add(value) for value in y])
+        ax.plot(x, y, color=color, label=name if len(x) else f"{name}: no {metric}",
+                marker="o" if len(x) == 1 or (not in_steps and len(x) <= 50) else None, markersize=4)
+    plots.count_on_x(ax, plots.STEPS if in_steps else "epoch")
+    ax.set_ylabel("loss (pale: each step, line: smoothed)" if in_steps and metric == "loss"
+                  else plots.LABELS.get(metric, metric))
+    ax.legend(loc="best" if n_points * len(found) < 10_000 else "upper right", fontsize="small",
+              ncols=1 if len(found) <= 12 else 2)
+    return ax
+
+
+def record_file(path: PathLike) -> Path:
+    """The file of the run at `path`: itself if it is one or is called *.jsonl, else run.jsonl in that folder.
+
+    >>> record_file("runs/a").as_posix(), record_file("runs/a.jsonl").as_posix()
+    ('runs/a/run.jsonl', 'runs/a.jsonl')
+    """
+    path = Path(path)
+    return path if path.suffix == ".jsonl" or path.is_file() else path / "run.jsonl"
+
+
+def to_line(record: Mapping[str, Any]) -> bytes:
+    r"""`record` as one line of JSON; what JSON does not know becomes its nearest: a number, a list, or its repr.
+
+    >>> to_line({"loss": [0.5, math.inf], "device": Path})
+    b'{"loss":[0.5,"Infinity"],"device":"<class \'pathlib.Path\'>"}\n'
+    """
+    return json.dumps(plain(record), allow_nan=False, separators=(",", ":")).encode() + b"\n"
+
+
+def plain(value: Any) -> Any:
+    """`value` as JSON knows it."""
+    if value is None or isinstance(value, (bool, str, int)):
+        return value
+    if isinstance(value, float):
+        number = float(value)
+        return number if math.isfinite(number) else "NaN" if number != number else f"{'-' * (number < 0)}Infinity"
+    if isinstance(value, Mapping):
+        return {str(key): plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(inner) for inner in value]
+    number = scalar(value)
+    return f"{value!r:.500}" if number is value else plain(number)
+
+
+def scalar(value: Any) -> Any:
+    """`value`, of numpy's and torch's scalars the plain number."""
+    return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
+
+
+def _read(file: Path) -> Run:
+    fits: dict[str, _Parts] = {}
+    skipped = 0
+    for line in file.read_bytes().split(b"\n"):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            known = fits.get(record["fit"]) or _Parts()
+            known.take(record)
+            fits[record["fit"]] = known
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
+            skipped += 1
+    return Run(file, [parts.fit() for parts in fits.values()], skipped)
+
+
+class _Parts:
+    """The records of one fit, in the order of the file."""
+
+    def __init__(self) -> None:
+        self.starts: list[dict[str, Any]] = []
+        self.blocks: list[dict[str, Column]] = []
+        self.rows: dict[int, dict[str, Any]] = {}
+        self.end: dict[str, Any] | None = None
+
+    def take(self, record: dict[str, Any]) -> None:
+        """Add one record; an error if it is none, and then nothing is added."""
+        kind = record["kind"]
+        if kind == "fit":
+            self.starts.append(record)
+            self.end = None
+        elif kind == "steps":
+            columns = {name: np.array([float(value) for value in values]) for name, values in record["columns"].items()}
+            n = len(columns["loss"])
+            steps = np.arange(n, dtype=np.float64) + float(record["first"])
+            if any(len(column) != n for column in columns.values()):
+                raise ValueError("columns of different lengths")
+            self.blocks.append({"step": steps, **columns})
+        elif kind == "epoch":
+            row = {name: NON_FINITE.get(value, value) if isinstance(value, str) else value
+                   for name, value in record["row"].items()}
+            self.rows[int(row["epoch"])] = row
+        elif kind == "end":
+            self.end = record
+        else:
+            raise ValueError("not a kind of record")
+
+    def fit(self) -> LoggedFit:
+        """All of it, the newest of each step and each epoch."""
+        names = tables.columns(self.blocks)
+        columns = {name: np.concatenate([block.get(name, np.full(len(block["step"]), np.nan)) for block in self.blocks])
+                   for name in names}
+        if columns:
+            newest = len(columns["step"]) - 1 - np.unique(columns["step"][::-1], return_index=True)[1]
+            columns = {name: column[newest] for name, column in columns.items()}
+        return LoggedFit(self.starts, columns, [self.rows[epoch] for epoch in sorted(self.rows)], self.end)
+
+
+def _find(runs: PathLike | Iterable[PathLike]) -> list[Run]:
+    given = [runs] if isinstance(runs, (str, os.PathLike)) else check_items("runs", runs, "paths")
+    found: dict[Path, Run] = {}
+    for path in given:
+        check_path("runs", path)
+        matching = {file: run for file, run in ((file, _read(file)) for file in _files(path)) if run.fits}
+        if not matching:
+            raise FileNotFoundError(f"no run found for {os.fspath(path)!r}, seen from {os.getcwd()!r}. A run is a "
+                                    "folder with a run.jsonl, or a file *.jsonl: record one with "
+                                    "callbacks=[RunLog('runs/first')].")
+        found |= matching
+    if not found:
+        raise ValueError("no run to draw: the list is empty. Pass e.g. plot_runs('runs/*').")
+    return list(found.values())
+
+
+def _files(path: PathLike) -> Iterator[Path]:
+    """The record files that `path`, as it is or as a pattern, stands for."""
+    path = os.fspath(path)
+    if os.path.isdir(path) and not record_file(path).is_file():
+        path = os.path.join(glob.escape(path), "*")  # a folder of runs
+    paths = [path] if os.path.exists(path) else [found for found in sorted(glob.glob(path, recursive=True))
+                                                 if os.path.isdir(found) or found.endswith(".jsonl")]
+    return (file for file in map(record_file, paths) if file.is_file())
+
+
+def _names(runs: list[Run]) -> list[str]:
+    names = [run.name for run in runs]
+    return [name if names.count(name) == 1 else str(run.path) for run, name in zip(runs, names, strict=True)]
+
+
+def _color(i: int, n: int) -> Any:
+    if n <= 10:
+        return f"C{i}"
+    from matplotlib import colormaps
+    return colormaps["viridis"](i / (n - 1))

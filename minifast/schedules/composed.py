@@ -1,0 +1,114 @@
+"""Schedules made of shapes and of other schedules."""
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..core.state import State
+from ..errors import check_items, check_number
+from .scheduler import Scheduler
+from .shapes import Shape, piece_at
+
+
+@dataclass(frozen=True)
+class PiecewiseLR(Scheduler):
+    """Schedules one after the other, each over its share of the steps.
+
+    pieces: (share, schedule) pairs; the shares are > 0 and add up to 1, the schedules own the same hyper-parameters.
+    Raises ValueError otherwise.
+
+    >>> from minifast import CosineAnnealing, LinearLR
+    >>> warm_up_then_cosine = PiecewiseLR([(0.2, LinearLR(0.1, 1.0)), (0.8, CosineAnnealing(warmup_frac=0))])
+    >>> [round(lr, 3) for lr in warm_up_then_cosine.values(10)["lr"]][:4]
+    [0.1, 0.55, 1.0, 0.962]
+    """
+
+    pieces: Sequence[tuple[float, Scheduler]]
+
+    def __post_init__(self) -> None:
+        try:
+            pieces = tuple((share, piece) for share, piece in check_items("pieces", self.pieces, "pairs"))
+        except (TypeError, ValueError):
+            raise TypeError(f"pieces must be (share, schedule) pairs, got {self.pieces!r:.80}.") from None
+        for i, (share, piece) in enumerate(pieces):
+            check_number(f"the share in pieces[{i}]", share, above=0, maximum=1)
+            if not isinstance(piece, Scheduler):
+                raise TypeError(f"pieces must be (share, schedule) pairs, got {piece!r:.80} as a schedule.")
+        total = sum(share for share, _ in pieces)
+        if not math.isclose(total, 1, abs_tol=1e-6):
+            raise ValueError(f"the shares of the pieces must add up to 1, got {total:g}.")
+        if len({piece.sets for _, piece in pieces}) > 1:
+            raise ValueError(f"the pieces must own the same hyper-parameters, got "
+                             f"{', '.join('+'.join(piece.sets) for _, piece in pieces)}.")
+        object.__setattr__(self, "pieces", pieces)
+        object.__setattr__(self, "sets", pieces[0][1].sets)
+
+    def value(self, hyper: str, step: int, n_steps: int) -> float:
+        i, start, end = piece_at(step, n_steps, [share for share, _ in self.pieces])
+        return self.pieces[i][1].value(hyper, step - start, end - start)
+
+    def cycle_ends(self, n_steps: int) -> tuple[int, ...]:
+        """Where the cycles of the pieces end in a falling rate (a warm-up is no cycle), and the last step."""
+        shares = [share for share, _ in self.pieces]
+        ends = {n_steps - 1}
+        start = 0
+        while start < n_steps and "lr" in self.sets:
+            i, _, end = piece_at(start, n_steps, shares)
+            piece, n = self.pieces[i][1], end - start
+            ends |= {start + last for last in piece.cycle_ends(n)
+                     if last and piece.value("lr", last, n) < piece.value("lr", last - 1, n)}
+            start = end
+        return tuple(sorted(ends))
+
+
+@dataclass(frozen=True)
+class Schedule(Scheduler):
+    """Any hyper-parameter as a function of (step, n_steps): `Schedule({"lr": cosine, "weight_decay": linear})`.
+
+    shapes: hyper-parameter -> function of the 0-based step and the number of steps, or the name of one, with its
+    function as `shape`. "lr" and "weight_decay" are fractions of each group's own (so norms and biases stay without
+    decay); "momentum", and any other key of the optimizer's param_groups, is the value itself. What is scheduled is
+    restored when the fit ends, but for the learning rate, which every fit sets. Raises TypeError for what cannot be
+    called, and ValueError before the fit for a hyper-parameter that the optimizer does not have.
+
+    >>> from minifast.schedules import cosine
+    >>> [round(wd, 3) for wd in Schedule("weight_decay", cosine).values(4)["weight_decay"]]
+    [1.0, 0.854, 0.5, 0.146]
+    """
+
+    shapes: Mapping[str, Shape] | tuple[tuple[str, Shape], ...] | str
+    shape: Shape | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        shapes: Any = {self.shapes: self.shape} if isinstance(self.shapes, str) else self.shapes
+        if isinstance(shapes, tuple) and all(isinstance(pair, tuple) and len(pair) == 2 for pair in shapes):
+            shapes = dict(shapes)  # the form in which it is kept
+        if not isinstance(shapes, Mapping) or not shapes:
+            raise TypeError(f"Schedule takes a name and a shape, or a dict of them, got {self.shapes!r:.80}. "
+                            'Pass e.g. Schedule("weight_decay", cosine).')
+        for hyper, shape in shapes.items():
+            if not callable(shape):
+                raise TypeError(f"the shape of {hyper!r} must be a function of (step, n_steps), got {shape!r:.80}.")
+        object.__setattr__(self, "shapes", tuple(shapes.items()))  # hashable, as a value should be
+        object.__setattr__(self, "shape", None)
+        object.__setattr__(self, "sets", tuple(shapes))
+
+    def before_fit(self, state: State) -> None:
+        super().before_fit(state)
+        for hyper in self.sets:
+            if hyper != "momentum" and not all(hyper in group for group in state.opt.param_groups):
+                raise ValueError(f"{type(state.opt).__name__} has no {hyper!r} to schedule. It has "
+                                 f"{', '.join(state.opt.defaults)}.")
+
+    def __repr__(self) -> str:
+        """With the names of its functions, not their addresses.
+
+        >>> from minifast.schedules import cosine
+        >>> Schedule({"lr": cosine})
+        Schedule({'lr': cosine})
+        """
+        shapes = [f"{hyper!r}: {getattr(shape, '__name__', repr(shape))}" for hyper, shape in dict(self.shapes).items()]  # type: ignore[arg-type]
+        return f"Schedule({{{', '.join(shapes)}}})"
+
+    def value(self, hyper: str, step: int, n_steps: int) -> float:
+        return float(dict(self.shapes)[hyper](step, n_steps))  # type: ignore[arg-type]

@@ -1,0 +1,137 @@
+"""What every schedule callback has in common: it writes before each batch, and can be looked at before that."""
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..core.callback import Callback, Order
+from ..core.state import State
+from ..errors import check_int, check_items, check_number
+from ..optim.hypers import has_momentum, set_lrs, set_momentum
+from ..optim.rates import check_lr, spread_lrs
+from ..show.plots import plot_hypers
+from ..show.tables import Table
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+class Scheduler(Callback):
+    """A callback that writes hyper-parameters before every batch, as a pure function of the step.
+
+    Subclasses are frozen dataclasses that name what they own in `sets` and define `value`. They remember nothing, so
+    what `values`, `table` and `plot` show without training is, to the last bit, what a fit of that length does.
+    """
+
+    order = Order.HYPER
+    sets = ("lr",)
+    max_lr: Any = None  # a peak of the schedule's own, in every form of a learning rate; None: the fit's
+
+    def value(self, hyper: str, step: int, n_steps: int) -> float:
+        """What update `step` (0-based) of `n_steps` uses.
+
+        "lr" and "weight_decay": the fraction of each group's own; "momentum" and any other: the value itself.
+        """
+        raise NotImplementedError(f"{type(self).__name__} is to define value(hyper, step, n_steps) -> float.")
+
+    def cycle_ends(self, n_steps: int) -> tuple[int, ...]:
+        """The 0-based steps after which a cycle of the learning rate is complete; a schedule without cycles is one.
+
+        >>> from minifast import CircularLR
+        >>> CircularLR(n_cycles=3).cycle_ends(15)
+        (4, 9, 14)
+        """
+        return (n_steps - 1,)
+
+    def check_steps(self, n_steps: int) -> None:
+        """Warn or raise if `n_steps` updates are not what the schedule is made for."""
+
+    def before_fit(self, state: State) -> None:
+        if self.max_lr is not None:
+            state.lrs = spread_lrs(self.max_lr, state.group_names, "max_lr")
+        if "momentum" in self.sets and not has_momentum(state.opt):
+            raise ValueError(f"{self!r} schedules the momentum, but {type(state.opt).__name__} has none. "
+                             "Pass moms=None.")
+        self.check_steps(state.n_steps)
+
+    def before_batch(self, state: State) -> None:
+        step = state.position
+        for hyper in self.sets:
+            write(state, hyper, self.value(hyper, step, state.n_steps))
+
+    def values(self, n_steps: int, peak: float | None = None) -> dict[str, list[float]]:
+        """What each of `n_steps` updates will use: {"lr": [...], "momentum": [...]}, as far as it is scheduled.
+
+        peak: the peak learning rate, > 0; None: the schedule's own `max_lr` (of the last layer group), else 1.0.
+
+        Raises ValueError for n_steps < 1 and a peak that is no number > 0.
+        """
+        n_steps = check_int("n_steps", n_steps)
+        own = 1.0 if self.max_lr is None else last_lr(self.max_lr)
+        scale = own if peak is None else check_number("peak", peak, above=0)
+        self.check_steps(n_steps)
+        return {hyper: [(scale if hyper == "lr" else 1.0) * self.value(hyper, step, n_steps)
+                        for step in range(n_steps)] for hyper in self.sets}
+
+    def table(self, n_epochs: int, steps_per_epoch: int, peak: float | None = None) -> Table:
+        """What the first update of each epoch uses: rows of epoch (0-based), step, lr, ...; prints as a table.
+
+        Raises ValueError for counts < 1.
+        """
+        n_epochs, per_epoch = check_int("n_epochs", n_epochs), check_int("steps_per_epoch", steps_per_epoch)
+        values = self.values(n_epochs * per_epoch, peak)
+        return Table({"epoch": epoch, "step": epoch * per_epoch}
+                     | {hyper: column[epoch * per_epoch] for hyper, column in values.items()}
+                     for epoch in range(n_epochs))
+
+    def plot(self, n_steps: int, peak: float | None = None, *, ax: "Axes | None" = None) -> "Axes":
+        """Draw what a fit of `n_steps` updates will use; gives the axes of the first hyper-parameter."""
+        return plot_hypers({hyper: np.array(column) for hyper, column in self.values(n_steps, peak).items()},
+                           title=repr(self), ax=ax)
+
+
+def write(state: State, hyper: str, value: float) -> None:
+    """Write one scheduled value into the optimizer; learning rates are scaled by `state.lr_scale` here and only here.
+
+    The values are plain floats.
+    """
+    if hyper == "lr":
+        scale = value * state.lr_scale
+        set_lrs(state.opt, [lr * scale for lr in state.lrs])
+    elif hyper == "momentum":
+        set_momentum(state.opt, value)
+    elif hyper == "weight_decay":
+        for group, weight_decay in zip(state.opt.param_groups, state.weight_decays, strict=True):
+            group["weight_decay"] = weight_decay * value
+    else:
+        for group in state.opt.param_groups:
+            group[hyper] = value
+
+
+def own_momentum(schedule: Scheduler, moms: Any, counts: tuple[int, ...] = (2,)) -> None:
+    """Check `moms` and make a frozen schedule their owner; a single number is a constant momentum.
+
+    Raises ValueError unless there are as many as one of `counts`, each in [0, 1).
+    """
+    if moms is None:
+        return
+    is_number = isinstance(moms, (int, float)) or getattr(moms, "ndim", None) == 0
+    try:
+        values = (moms, moms) if is_number else tuple(check_items("moms", moms, "momentums"))
+    except TypeError:
+        values = ()
+    if len(values) not in counts:
+        raise ValueError(f"moms must hold {' or '.join(map(str, counts))} momentums or be None, got {moms!r:.80}. "
+                         "Pass e.g. moms=(0.95, 0.85).")
+    checked = tuple(check_number(f"moms[{i}]", value, minimum=0, below=1) for i, value in enumerate(values))
+    object.__setattr__(schedule, "moms", checked)
+    object.__setattr__(schedule, "sets", ("lr", "momentum"))
+
+
+def last_lr(lr: Any) -> float:
+    """The learning rate of the last layer group, however many there are.
+
+    >>> last_lr(slice(1e-5, 1e-3)), last_lr([0.1, 0.2]), last_lr(3)
+    (0.001, 0.2, 3.0)
+    """
+    lr = check_lr("lr", lr)
+    return float(lr.stop if isinstance(lr, slice) else lr[-1] if isinstance(lr, tuple) else lr)
