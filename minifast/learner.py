@@ -7,14 +7,11 @@ from typing import TYPE_CHECKING, Any, cast
 from .base.batch import Batch
 from .core.callback import Callback
 from .core.ownership import check_callbacks
-from .errors import check_int, check_path
+from .errors import check_int
 from .finder.finder import LRFinder
 from .finder.result import LRFind
 from .optim.rates import LR
 from .schedules.scheduler import Scheduler
-from .show.screen import say
-from .show.tables import shown
-from .training import fitting
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -70,8 +67,7 @@ class Learner(Trainer):
             return find_repeatedly(self, start_lr, end_lr, num_it, repeats=repeats, stop_div=stop_div,
                                    callbacks=callbacks)
         finder = LRFinder(start_lr, end_lr, num_it, stop_div=stop_div)
-        fitting.check_assigned(self)
-        fitting.find(self, finder, check_callbacks(callbacks, "callbacks"))
+        self.fit(self.lr, callbacks=[finder, *check_callbacks(callbacks, "callbacks")])
         return cast(LRFind, self.recorder.lr_find)
 
     def race(self, lrs: Iterable[LR], steps: int = 100, *, schedule: Scheduler | None = None,
@@ -116,7 +112,7 @@ class Learner(Trainer):
 
         Random generators and buffers are left as they were. Raises ValueError for data that is good for one pass.
         """
-        fitting.check_assigned(self)
+        self.check_assigned()
         from .studies.summary import summary
         return summary(self)
 
@@ -171,16 +167,3 @@ class Learner(Trainer):
         """
         from .inference.export import export
         return export(self, path, inputs=inputs, labels=labels, metadata=metadata)
-
-    def load_best(self, path: str | os.PathLike[str]) -> "Learner":
-        """Load the weights of the best epoch of a run, as `SaveBest` and `Checkpoint(path)` have kept them.
-
-        path: the folder of the run (then it is its last fit's), of a fit, or a best.ckpt. The weights are those that
-        were validated: of an `EMA`, the average. Raises FileNotFoundError if there is none, ValueError for one that is
-        damaged or does not fit, and then changes nothing.
-        """
-        from .resume.best import load_best
-        best = load_best(self.model, check_path("path", path))
-        if self.verbose:
-            say(f"loaded the weights of epoch {best['epoch']}: {best['monitor']} {shown(best['value'])}")
-        return self

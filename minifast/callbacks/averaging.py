@@ -246,7 +246,7 @@ class SWA(WeightAverage):
         self.averages = {}
 
     def _add_if_late(self, state: State, steps: int) -> None:
-        done = steps if state.schedule_step is None else state.schedule_step + 1
+        done = steps if state.elapsed is None else state.elapsed + 1
         if not self._is_newest and done >= self.start * state.n_steps - 1e-9:  # 0.28 * 25 is 7.000000000000001
             self._add(1 / (self.n_averaged + 1))
             self._is_newest = True

@@ -71,7 +71,7 @@ class SnapshotEnsemble(Callback):
 
     def after_step(self, state: State) -> None:
         self._n_steps = state.step + 1
-        passed = sum(end <= state.position for end in self._ends[self._n_passed:])
+        passed = sum(end <= state.schedule_step for end in self._ends[self._n_passed:])
         if passed:
             self._n_passed += passed
             self._take(state)

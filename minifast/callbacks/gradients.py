@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from ..core.callback import Callback
+from ..core.ownership import finite_check
 from ..core.state import State
 from ..errors import check_number
 
@@ -33,7 +34,7 @@ class GradientNorm(Callback):
         self._norm = nn.utils.get_total_norm(self._grads())
 
     def after_step(self, state: State) -> None:
-        state.recorder.newest.log("grad_norm", self._norm)
+        state.record.log("grad_norm", self._norm)
 
     def after_fit(self, state: State) -> None:
         self._params = []
@@ -77,15 +78,19 @@ class GradientClip(GradientNorm):
         if self.value is not None:
             self.value = check_number("value", self.value, above=0, example="GradientClip(value=0.5)")
 
+    def before_fit(self, state: State) -> None:
+        super().before_fit(state)
+        self._check = finite_check(state.callbacks)
+
     def before_step(self, state: State) -> None:
         super().before_step(state)
-        if state.finite_check is not None:
-            state.finite_check.check_gradient(state, self._norm)
+        if self._check is not None:
+            self._check.check_gradient(state, self._norm)
         if self.norm is not None:
             nn.utils.clip_grads_with_norm_(self._params, self.norm, self._norm)
         elif self.value is not None:
             nn.utils.clip_grad_value_(self._params, self.value)
-        refused = state.finite_check.to_zero if state.finite_check is not None else None
+        refused = None if self._check is None else self._check.to_zero
         if refused is not None:
             for grad in self._grads():
                 (grad._values() if grad.is_sparse else grad).masked_fill_(refused, 0.0)

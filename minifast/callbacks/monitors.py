@@ -13,13 +13,12 @@ from torch import Tensor
 from ..base import snapshot
 from ..core.callback import Callback
 from ..core.emitter import evaluating
-from ..core.state import Best, State
+from ..core.state import State
 from ..errors import check_flag, check_int, check_number, check_path
 from ..files.weights import load_weights, save_weights
-from ..show.screen import say
+from ..record.record import Best
 from ..show.tables import shown
 from ..standard.meters import snake_case
-from ..standard.progress import Progress
 from .swap import FINAL_WEIGHTS
 
 log = logging.getLogger("minifast")
@@ -93,7 +92,7 @@ class Monitor(Callback):
         return self.best is None or self._sign * (value - self.best) > self.min_delta
 
     def _check_name(self, state: State) -> None:
-        names = [name for name in state.metric_names if name != "epoch"]
+        names = [name for name in state.record.row_names if name != "epoch"]
         if self.monitor in names:
             return
         columns = f"the columns of this fit are {', '.join(names)}"
@@ -161,8 +160,8 @@ class EarlyStopping(Monitor):
             state.is_ending = True
 
     def after_fit(self, state: State) -> None:
-        if self.reason is not None and any(isinstance(cb, Progress) for cb in state.callbacks):
-            say(self.reason)
+        if self.reason is not None:
+            state.say(self.reason)
 
     def _why(self, epoch: int) -> str:
         while_ = f"stopped early after epoch {epoch}: for {self._waited} epoch{'s' * (self._waited > 1)} {self.monitor}"
@@ -242,7 +241,7 @@ class SaveBest(Monitor):
                 return
         self.keep_best(state, value)
         if self is next((cb for cb in state.callbacks if isinstance(cb, SaveBest)), self):  # of several the first
-            state.best = Best(self.monitor, value, state.epoch)
+            state.record.best = Best(self.monitor, value, state.epoch)
 
     def after_fit(self, state: State) -> None:
         if not self.restore or self.best_epoch is None:

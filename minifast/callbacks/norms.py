@@ -40,7 +40,7 @@ def update_norms(state: State) -> None:
             norm.reset_running_stats()
             norm.momentum = None  # the mean of all batches
         index = -1
-        with closing(feed(state.train_dl, state.device, state.max_batches, state.interrupt)) as batches:
+        with closing(feed(state.train_dl, state.device, state.source.limit, state.interrupt)) as batches:
             for index, batch in enumerate(batches):  # noqa: B007
                 call_model(state.forward, state.unpack(batch)[0])
                 state.interrupt.check()

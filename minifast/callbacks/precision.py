@@ -75,7 +75,7 @@ class MixedPrecision(Callback):
 
     def before_batch(self, state: State) -> None:
         if self.scaler is not None:
-            state.loss_scale = self.scaler.scale(self._one)
+            state.window.loss_scale = self.scaler.scale(self._one)
 
     def after_loss(self, state: State) -> None:
         if state.loss.dtype in DTYPES.values():  # of a loss that computes in half precision by itself

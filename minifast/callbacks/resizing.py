@@ -75,7 +75,7 @@ class ProgressiveResizing(Callback):
         if isinstance(y, Tensor) and y.ndim > 2 and y.shape[-2:] == x.shape[-2:]:
             raise ValueError(f"ProgressiveResizing leaves targets as they are, but these, {describe(y)}, are as large "
                              f"as the images, {describe(x)}: they would not fit the smaller ones.")
-        scale = self.scale(state.position, state.n_steps)
+        scale = self.scale(state.schedule_step, state.n_steps)
         size = [self._side(side, scale) for side in x.shape[-2:]]
         if size != list(x.shape[-2:]):
             state.batch = _like(state.batch, F.interpolate(x, size, mode="bilinear", antialias=True), y)

@@ -69,12 +69,12 @@ class Unfreeze(Callback):
 
     def before_fit(self, state: State) -> None:
         first = self.steps(state.n_steps)
-        frozen = [part for part in _find(self.parts, state) if first[part.name] > state.position]
+        frozen = [part for part in _find(self.parts, state) if first[part.name] > state.schedule_step]
         of_norms = _params_of_norms(state.model) if self.train_bn else set()
         held = {id(p) for part in frozen for p in part.params} - of_norms
         if not any(p.requires_grad and id(p) not in held for p in state.model.parameters()):
-            raise ValueError(f"{self!r:.200} leaves nothing to train in update {state.position} of {state.n_steps}. "
-                             "Give one part, e.g. the head, the share 0, or do not name it.")
+            raise ValueError(f"{self!r:.200} leaves nothing to train in update {state.schedule_step} of "
+                             f"{state.n_steps}. Give one part, e.g. the head, the share 0, or do not name it.")
         self._frozen = sorted(frozen, key=lambda part: first[part.name])
         self._due = [first[part.name] for part in self._frozen]  # in step with _frozen
         self._was = [(p, p.requires_grad) for part in frozen for p in part.params]
@@ -85,11 +85,11 @@ class Unfreeze(Callback):
             state.norms_in_eval += tuple(norm for part in frozen for norm in part.norms)
 
     def before_batch(self, state: State) -> None:
-        if not self._due or state.position < self._due[0]:
+        if not self._due or state.schedule_step < self._due[0]:
             return
         if state.batch_index % state.accumulate:
             return  # with a time limit positions pass within a window: half a gradient is none
-        while self._due and state.position >= self._due[0]:
+        while self._due and state.schedule_step >= self._due[0]:
             del self._due[0]
             self._thaw(self._frozen.pop(0), state)
         fill_momentum(state.opt, any("momentum" in callback.sets for callback in state.callbacks))

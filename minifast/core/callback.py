@@ -1,4 +1,7 @@
-"""The callback protocol: the events in their order, who hears them, and how a callback ends things early."""
+"""The callback protocol: the events in their order, and how a callback ends things early.
+
+`Callback` and `State` know each other, on purpose: the one circle between files of minifast (see state.py).
+"""
 import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext

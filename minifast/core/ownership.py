@@ -1,11 +1,30 @@
-"""Which callbacks a fit runs: checked, without duplicates, one owner for each hyper-parameter."""
+"""Which callbacks a fit runs: checked, without duplicates, one owner for each hyper-parameter and each role."""
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Protocol, cast
+
+from torch import Tensor
 
 from ..errors import check_items
 from .callback import Callback
+from .state import State
 
-CHECKPOINTS = "the checkpoints"  # what the callback owns that keeps a fit over a kill
+# Roles: of each, a fit has one callback that owns it.
+CHECKPOINTS = "the checkpoints"  # keeps the fit over a kill
+FINITE_CHECK = "the finite check"  # refuses updates that are not finite
+
+
+class FiniteCheck(Protocol):
+    """What others ask of the callback that refuses updates which are not finite."""
+
+    def check(self, state: State) -> None:
+        """Raise what was found so far: for what is about to keep the weights."""
+
+    def check_gradient(self, state: State, norm: Tensor) -> None:
+        """Refuse the gradient of this update if its `norm`, (), is not finite: for what clips, in `before_step`."""
+
+    @property
+    def to_zero(self) -> Tensor | None:
+        """() bool on the device, where a refused gradient is to be zeroed since the optimizer does not skip it."""
 
 
 def check_callbacks(callbacks: Any, where: str) -> list[Callback]:
@@ -49,3 +68,9 @@ def resolve(learners: Sequence[Callback], fits: Sequence[Callback]) -> list[Call
 def owner_of(hyper: str, callbacks: Iterable[Callback]) -> Callback | None:
     """The callback that sets `hyper`, if any."""
     return next((callback for callback in callbacks if hyper in callback.sets), None)
+
+
+def finite_check(callbacks: Iterable[Callback]) -> FiniteCheck | None:
+    """The callback that refuses what is not finite; None in a fit that does without."""
+    owner = owner_of(FINITE_CHECK, callbacks)
+    return cast(FiniteCheck, owner) if hasattr(owner, "check_gradient") else None

@@ -29,6 +29,7 @@ class Window:
         self._loss: Any = 0.0  # the sum of the losses so far, or the one there is
         self._unit: float = 1  # the weight of the first micro-batch
         self.weight: Weight = 0  # what the losses so far are means over
+        self.loss_scale: Tensor | None = None  # () the gradient that backward begins with, if not 1: for fp16
         self._forget()
         opt.zero_grad()
 
@@ -39,18 +40,18 @@ class Window:
         self.is_full = (batch_index + 1) % self._size == 0 or batch_index + 1 == self._n_batches
         return not self._is_dropped
 
-    def backward(self, loss: Tensor, weight: Weight, gradient: Tensor | None = None) -> None:
-        """Add the gradient of `loss`, a mean over `weight` samples, starting from `gradient` () (None: 1)."""
+    def backward(self, loss: Tensor, weight: Weight) -> None:
+        """Add the gradient of `loss`, a mean over `weight` samples."""
         if not self._is_sum:
-            self._back(loss, gradient)
+            self._back(loss)
             self._loss, self.weight = loss.detach(), weight
         elif isinstance(weight, Tensor):
-            self._back(loss * weight / self._unit, gradient)  # in this order: an integer tensor / 5 would be float32
+            self._back(loss * weight / self._unit)  # in this order: an integer tensor / 5 would be float32
             self._loss = loss.detach() * weight + self._loss
             self.weight = self.weight + weight
         else:
             self._unit = self._unit if self.is_open else weight or 1
-            self._back(loss if weight == self._unit else loss * (weight / self._unit), gradient)
+            self._back(loss if weight == self._unit else loss * (weight / self._unit))
             self._loss = loss.detach() * weight + self._loss
             self.weight = self.weight + weight
         self.is_open = True
@@ -116,8 +117,9 @@ class Window:
                                    for value in (saved["loss"], saved["weight"]))
         self.is_open = saved["is_open"]
 
-    def _back(self, loss: Tensor, gradient: Tensor | None) -> None:
-        """`loss.backward(gradient)`, by the shortest way."""
+    def _back(self, loss: Tensor) -> None:
+        """`loss.backward(self.loss_scale)`, by the shortest way."""
+        gradient = self.loss_scale
         if loss.ndim:  # one number in another shape
             loss.backward(gradient)
             return

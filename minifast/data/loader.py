@@ -41,17 +41,20 @@ def n_batches(loader: Iterable[Batch]) -> int | None:
         return None
 
 
-def count_steps(loader: Iterable[Batch], steps_per_epoch: int | None, accumulate: int) -> tuple[int, int, int | None]:
+def count_steps(loader: Iterable[Batch], steps_per_epoch: int | None, accumulate: int, *, is_sized: bool = True
+                ) -> tuple[int | None, int | None, int | None]:
     """How long an epoch is: (weight updates, batches, batches to stop after or None for all that the loader has).
 
-    Raises ValueError for a loader that does not know its length, without `steps_per_epoch`, and for more steps than
-    one pass makes.
+    Raises ValueError for a loader that does not know its length, without `steps_per_epoch` (unless it need not be
+    sized: then nothing is known), and for more steps than one pass makes.
 
     >>> count_steps([1, 2, 3, 4, 5], None, accumulate=2)
     (3, 5, None)
     """
     accumulate, batches = check_int("accumulate", accumulate), n_batches(loader)
     if steps_per_epoch is None:
+        if batches is None and not is_sized:
+            return None, None, None
         if batches is None:
             raise ValueError(f"the training data ({type(loader).__name__}) has no len(), and a schedule has to know "
                              "how long it is. Pass steps_per_epoch=, the weight updates per epoch.")

@@ -66,7 +66,7 @@ class LRFinder(Callback):
     def before_fit(self, state: State) -> None:
         self._forget()
         self._ramps = self.ramps(state.group_names)
-        self._pass_length = state.steps_per_epoch
+        self._pass_length, state.n_steps = state.steps_per_epoch, self.num_it
 
     def before_batch(self, state: State) -> None:
         progress = state.step / self.num_it

@@ -78,7 +78,7 @@ class Logger(Callback):
             self._try(self.close, state)
 
     def _look(self, state: State) -> None:
-        record, first = state.recorder.newest, self._n_steps
+        record, first = state.record, self._n_steps
         if len(record) > first and self._try(self.write_steps, first, step_columns(record, first)):
             self._n_steps = len(record)
         for row, step in zip(record.epochs[self._n_epochs:], record.epoch_ends[self._n_epochs:], strict=True):

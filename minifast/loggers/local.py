@@ -116,7 +116,7 @@ class RunLog(Logger):
 
     def close(self, state: State) -> None:
         if self._has_begun:
-            n_epochs = len(state.recorder.newest.epochs)
+            n_epochs = len(state.record.epochs)
             ended = _ended(state, n_epochs)
             self._write("end", {"time": now(), "ended": ended, "step": state.step, "epochs": n_epochs})
 

@@ -8,6 +8,7 @@ import torch
 
 from ..core.callback import Callback
 from ..core.state import State
+from ..standard.recorder import Recorder
 
 
 def settings(state: State) -> dict[str, Any]:
@@ -32,7 +33,7 @@ def settings(state: State) -> dict[str, Any]:
         "accumulate": state.accumulate,
         "batch_size": getattr(state.train_dl, "batch_size", None),
         "schedule": next((shown(callback) for callback in state.callbacks if "lr" in callback.sets), None),
-        "callbacks": [shown(callback) for callback in state.callbacks if callback is not state.recorder],
+        "callbacks": [shown(callback) for callback in state.callbacks if not isinstance(callback, Recorder)],
     }
 
 

@@ -4,7 +4,7 @@ import math
 import os
 from array import array
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,11 +22,21 @@ Column = NDArray[np.float64]
 OWN_COLUMNS = ("fit", "step", "lr", "momentum", "loss", "smooth_loss")  # and lr_<layer group>: of a file with all steps
 
 
+class Best(NamedTuple):
+    """The epoch that a callback holds for the best one so far."""
+
+    monitor: str  # the column of the epoch table
+    value: float
+    epoch: int  # 0-based
+
+
 class FitRecord:
     """The columns and epoch rows of one fit. Steps are weight updates; arrays are float64 copies."""
 
     def __init__(self, group_names: Sequence[str] = ("model",)) -> None:
         self.group_names = tuple(group_names)
+        self.row_names: tuple[str, ...] = ()  # what every complete epoch row has; written by Metrics
+        self.best: Best | None = None  # written by SaveBest after its epoch, read by Checkpoint
         self.epochs: list[dict[str, Any]] = []  # epoch, train_loss, valid_loss, metrics, time in seconds
         self.epoch_ends: list[int] = []  # steps done when each epoch ended
         self.lr_columns = [array("d") for _ in self.group_names]
@@ -109,10 +119,9 @@ class FitRecord:
                 "weights": torch.from_numpy(self.weight_column.read()),
                 "columns": {name: torch.from_numpy(column.read()) for name, column in self.columns.items()}}
 
-    @classmethod
-    def from_state_dict(cls, saved: Mapping[str, Any]) -> "FitRecord":
-        """The record that `state_dict` was taken of. Raises ValueError for anything else."""
-        record, n = cls(saved["group_names"]), len(saved["moms"])
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Become the record that `state_dict` was taken of. Raises ValueError for anything else."""
+        record, n = FitRecord(saved["group_names"]), len(saved["moms"])
         columns = [*saved["lrs"], saved["moms"], saved["losses"], saved["weights"]]
         if (len(saved["lrs"]) != len(record.group_names) or any(column.shape != (n,) for column in columns)
                 or any(column.ndim != 1 or len(column) > n for column in saved["columns"].values())
@@ -125,7 +134,7 @@ class FitRecord:
         record.loss_column = ScalarColumn(saved["losses"].tolist())
         record.weight_column = ScalarColumn(saved["weights"].tolist())
         record.columns = {name: ScalarColumn(column.tolist()) for name, column in saved["columns"].items()}
-        return record
+        vars(self).update(vars(record) | {"row_names": self.row_names, "best": self.best})
 
     def plot_lr(self, show_moms: bool = False, *, ax: "Axes | None" = None) -> "Axes":
         """Draw the learning rate of every layer group at each step and, if asked, the momentum on a second axis."""

@@ -11,12 +11,10 @@ from typing import Any
 from ..base import rng
 from ..core.callback import Callback
 from ..core.emitter import evaluating
-from ..core.ownership import CHECKPOINTS
+from ..core.ownership import CHECKPOINTS, finite_check
 from ..core.state import State
 from ..errors import check_int, check_number, check_path
 from ..files.trees import check_plain
-from ..show.screen import say
-from ..standard.progress import Progress
 from . import saved_state
 from .folder import FitFolder
 from .identity import environment, texts
@@ -109,7 +107,7 @@ class Checkpoint(Callback):
         self._is_epoch_end = self._is_saved = self._is_in_batch = False
         self._n_done = state.batch_index + 1
         if self._n_done == 1 and remembers(state.train_dl):
-            self._first_batch = digest(state.loaded)
+            self._first_batch = digest(state.source.newest)
         is_due = state.step >= self._next_step or time.monotonic() >= self._next_time
         if state.interrupt.pending or (is_due and not state.window.is_open):
             self._save(state)
@@ -123,7 +121,7 @@ class Checkpoint(Callback):
     def after_epoch(self, state: State) -> None:
         self._before_validation, self._is_epoch_end, self._is_saved = None, True, False
         self._is_validating = self._is_in_batch = False
-        is_best = state.best is not None and state.best.epoch == state.epoch
+        is_best = state.record.best is not None and state.record.best.epoch == state.epoch
         if is_best or state.interrupt.pending or time.monotonic() >= self._next_time:
             self._save(state, is_best=is_best)
 
@@ -134,9 +132,9 @@ class Checkpoint(Callback):
                     self._save(state)
                 elif not self._is_saved and self._before_validation is not None:
                     self._save(state, moment=self._before_validation)
-                if self._is_saved and state.step and any(isinstance(cb, Progress) for cb in state.callbacks):
-                    say(f"interrupted: the state after {state.step} updates is in {self._place.path}. The same call "
-                        'with resume="auto" goes on from there.')
+                if self._is_saved and state.step:
+                    state.say(f"interrupted: the state after {state.step} updates is in {self._place.path}. The same "
+                              'call with resume="auto" goes on from there.')
         finally:
             self._before_validation = None
 
@@ -163,8 +161,9 @@ class Checkpoint(Callback):
     def _save(self, state: State, is_best: bool = False, moment: dict[str, Any] | None = None) -> None:
         """Write a checkpoint, if that is possible."""
         began = time.monotonic()
-        if state.finite_check is not None:  # what is not finite must not take the place of what is
-            state.finite_check.check(state)
+        finite = finite_check(state.callbacks)
+        if finite is not None:  # what is not finite must not take the place of what is
+            finite.check(state)
         if not saved_state.has_finite_weights(state.model):
             log.warning("no checkpoint after update %d: the weights are not finite. Older ones stay.", state.step)
             return self._plan_next(state)
@@ -182,7 +181,7 @@ class Checkpoint(Callback):
         self._plan_next(state)
 
     def _write(self, state: State, moment: dict[str, Any], is_best: bool = False) -> None:
-        best = state.best if is_best else None
+        best = state.record.best if is_best else None
         tree = {**moment, "model": saved_state.capture_model(state.model),
                 "optimizer": saved_state.capture_optimizer(state.model, state.opt),
                 "loss": saved_state.capture_loss(self._loss),
@@ -207,7 +206,7 @@ class Checkpoint(Callback):
         kind = way(loader)
         in_pass = kind != "state" and self._n_done and not self._is_epoch_end
         return {"is_first_pass": self._is_first_pass, "first": self._first_batch,
-                "last": digest(state.loaded) if in_pass else None,
+                "last": digest(state.source.newest) if in_pass else None,
                 "validating": [name for name, loader in state.valid_sets if getattr(loader, "_iterator", None)],
                 "state": loader.state_dict() if kind == "state" else None}
 

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from ..base import rng
-from ..core.state import Entry, State
+from ..core.source import Entry
+from ..core.state import State
 from ..core.window import Window
 from ..data.feed import begin
 from . import replay, saved_state
@@ -29,7 +30,7 @@ class WayBack:
         self._n_done = self._position["n_done"]
 
     def go(self) -> str:
-        """Go there; gives what is to be said of it. `state.entry` is set if the fit enters in the middle of an epoch.
+        """Go there; gives what is to be said of it. Sets `state.source.entry` if that is in the middle of an epoch.
 
         Raises ValueError for what cannot be taken up, before any batch is drawn.
         """
@@ -37,14 +38,14 @@ class WayBack:
         with taking_up(self._path):
             self._check()
         drawn = ""
-        if is_epoch_end or state.is_ending or self._n_done == state.max_batches:
+        if is_epoch_end or state.is_ending or self._n_done == state.source.limit:
             if not state.is_ending and not (is_epoch_end and state.epoch + 1 == state.n_epochs):
                 self._end_pass()
         else:
             drawn = self._enter_pass()
         if not is_epoch_end:
-            state.entry = state.entry or Entry(self._n_done, limit=self._n_done)
-            state.entry.window = None if state.entry.is_cut else self._window
+            state.source.entry = state.source.entry or Entry(self._n_done, limit=self._n_done)
+            state.source.entry.window = None if state.source.entry.is_cut else self._window
         for name, loader in state.valid_sets:
             if name in self._noted["validating"] and getattr(loader, "persistent_workers", False):
                 begin(loader)  # as in `_start_workers`
@@ -79,9 +80,9 @@ class WayBack:
         again = replay.forward(loader, n_done, state.interrupt)
         if kind == "draw" and (again.is_over or not self._is_same(again, is_whole)):
             replay.leave(loader, again.iterator)
-            state.entry = self._new_pass(is_whole)
+            state.source.entry = self._new_pass(is_whole)
             return ""
-        state.entry = Entry(n_done, again.iterator, state.max_batches)
+        state.source.entry = Entry(n_done, again.iterator, state.source.limit)
         self._doubt()
         return (f"; these batches were drawn again and dropped, as the training data ({type(loader).__name__}) can be "
                 "brought there in no other way") if kind == "draw" else ""
@@ -90,7 +91,7 @@ class WayBack:
         """Have the loader be where it was when the epoch had drawn all its batches; a new pass comes next."""
         state, loader, n_done = self._state, self._loader, self._n_done
         self._start_workers()
-        is_exhausted = state.max_batches is None and n_done == state.n_batches and self._position["is_epoch_end"]
+        is_exhausted = state.source.limit is None and n_done == state.n_batches and self._position["is_epoch_end"]
         if replay.way(loader) == "state":
             if not is_exhausted:  # else the next pass would be the rest of this one
                 replay.leave(loader, begin(loader))

@@ -12,6 +12,7 @@ from ..base import rng, snapshot
 from ..core.callback import Callback
 from ..core.state import State
 from ..data.loader import generators
+from ..standard.recorder import Recorder
 from .identity import OWN_CHOICE, misfits
 
 
@@ -117,16 +118,16 @@ def load_optimizer(opt: Optimizer, saved: Mapping[str, Any]) -> None:
 def all_or_nothing(state: State) -> Iterator[None]:
     """If the block fails, model, optimizer, callbacks, Recorder and random generators are what they were."""
     undo = snapshot.capture(state.model, state.opt, loader_generators(state))
-    undo_recorder = state.recorder.keep()
-    watched = [(cb, dict(vars(cb))) for cb in state.callbacks if cb is not state.recorder]
+    undo_recorder = [cb.keep() for cb in state.callbacks if isinstance(cb, Recorder)]
+    watched = [(thing, dict(vars(thing))) for thing in (*state.callbacks, state.record)]
     try:
         yield
     except BaseException:
-        for cb, attributes in watched:
-            vars(cb).clear()
-            vars(cb).update(attributes)
-        undo_recorder()
-        undo()
+        for thing, attributes in watched:
+            vars(thing).clear()
+            vars(thing).update(attributes)
+        for put_back in (*undo_recorder, undo):
+            put_back()
         raise
 
 

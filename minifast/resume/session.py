@@ -1,6 +1,6 @@
 """One fit that is saved, resumed, or both."""
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,9 @@ from torch import nn
 from ..base import rng
 from ..core import loop
 from ..core.callback import Callback, CancelFit
+from ..core.emitter import Emitter
 from ..core.state import State
 from ..files.writing import probe, sweep
-from ..show.screen import say
-from ..standard.progress import Progress
 from . import saved_state
 from .checkpoint import Checkpoint
 from .folder import FitFolder, locked, newest
@@ -43,7 +42,7 @@ def run(state: State, fits_ended: Mapping[str, int], resume: Resume) -> dict[str
             kept.restore_final()
         else:
             kept.begin()
-            loop.run(state)
+            loop.run(state, kept.emitter)
             kept.finish()
     _ended_here.add(key)
     return {**fits_ended, at.real_run: at.number}
@@ -105,7 +104,7 @@ class Session:
         if self._saved is None or self._path is None:
             return
         state, position = self._state, self._saved["position"]
-        state.step, state.epoch, state.take_up = position["step"], position["epoch"], self._take_up
+        state.step, state.epoch = position["step"], position["epoch"]
         if self._folder is not None and self._path.resolve().parent == self._folder.path.resolve():
             for path in self._folder.set_aside(state.step):
                 log.warning("%s is not what the fit goes on from: it was renamed to *.superseded", path)
@@ -129,12 +128,16 @@ class Session:
         """The fit has ended, one way or another."""
         if self._saver is not None:
             self._saver.end()
-        entry = self._state.entry
+        entry = self._state.source.entry
         if entry is not None and entry.iterator is not None:  # it was brought forward, and then not entered
             leave(self._state.train_dl, entry.iterator)
 
+    def emitter(self, callbacks: Sequence[Callback], state: State) -> Emitter:
+        """Who emits the events of this fit."""
+        return Emitter(callbacks, state) if self._saved is None else _TakingUp(callbacks, state, self._take_up)
+
     def _take_up(self, state: State) -> None:
-        """What `State.take_up` is: everything as it was, once all callbacks have heard `before_fit`."""
+        """Make everything what it was, once all callbacks have heard `before_fit`."""
         saved, path = self._saved, self._path
         assert saved is not None
         assert path is not None
@@ -149,7 +152,7 @@ class Session:
             text = WayBack(state, saved, path).go()
         self._say(text)
         self._saved = None  # it takes as much memory as all that it was taken up into
-        if state.entry is not None:
+        if state.source.entry is not None:
             for cb in new:  # they come into an epoch that has begun
                 cb.before_epoch(state)
         elif state.is_ending or state.epoch + 1 == state.n_epochs:
@@ -170,8 +173,27 @@ class Session:
         return [cb for name, cb in own.items() if name not in saved["callbacks"]]
 
     def _say(self, text: str) -> None:
-        text = f"{self._path}: {text}"
-        if any(isinstance(cb, Progress) for cb in self._state.callbacks):
-            say(text)
-        else:
-            log.info(text)
+        self._state.say(f"{self._path}: {text}")
+
+
+class _TakingUp(Emitter):
+    """The events of a fit that goes on: what it was is taken up behind `before_fit`.
+
+    If it goes on in the middle of an epoch, `before_epoch` was heard before, and is passed over once.
+    """
+
+    def __init__(self, callbacks: Sequence[Callback], state: State, take_up: Callable[[State], None]) -> None:
+        super().__init__(callbacks, state)
+        self._take_up = take_up
+
+    @contextmanager
+    def fit(self) -> Iterator[None]:
+        with super().fit():
+            self._take_up(self.state)
+            if self.state.source.entry is not None:
+                heard = self.hooks[Callback.before_epoch]
+                self.hooks[Callback.before_epoch] = (lambda state: self._hear_again(heard),)
+            yield
+
+    def _hear_again(self, heard: tuple[Any, ...]) -> None:
+        self.hooks[Callback.before_epoch] = heard

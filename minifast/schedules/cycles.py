@@ -1,18 +1,10 @@
 """The words of `fit`: cycles, their lengths and `use_clr`, turned into epochs and a schedule."""
 from collections.abc import Sequence
-from typing import Any
 
 from ..errors import check_int, check_items
 from . import shapes
 from .lr import CircularLR, CircularLRBeta, CosineAnnealing, check_cycles
 from .scheduler import Scheduler
-
-
-def check_not_swapped(lr: Any, n_cycle: Any) -> None:
-    """Raise ValueError for `fit(3, 1e-2)`, which has the arguments of another library's order."""
-    if isinstance(lr, int) and isinstance(n_cycle, float) and 0 < n_cycle < 1 <= lr:
-        raise ValueError(f"fit(lr, n_cycle) takes the learning rate first, got lr={lr}, n_cycle={n_cycle:g}. "
-                         f"Did you mean fit({n_cycle:g}, {lr})?")
 
 
 def epochs_and_schedule(n_cycle: int, cycle_len: int | None, cycle_mult: int, use_clr: Sequence[float] | None,

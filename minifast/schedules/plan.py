@@ -1,15 +1,26 @@
 """What a fit will do, before it does it."""
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..optim.rates import spread_lrs
 from ..show import plots
 from ..show.tables import Table
+from .scheduler import Scheduler
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+
+def plan_of(schedule: Scheduler, n_epochs: int, steps_per_epoch: int, group_names: tuple[str, ...], lr: Any) -> "Plan":
+    """What a fit with `schedule` does to each layer group; lr: its peak, where the schedule has none of its own."""
+    lrs = np.array(spread_lrs(lr if schedule.max_lr is None else schedule.max_lr, group_names))
+    values = {hyper: np.array(column) for hyper, column in schedule.values(n_epochs * steps_per_epoch, 1.0).items()}
+    if "lr" in values:
+        values["lr"] = values["lr"][:, None] * lrs
+    return Plan(n_epochs, steps_per_epoch, group_names, values, repr(schedule))
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -54,7 +54,7 @@ class Scheduler(Callback):
         self.check_steps(state.n_steps)
 
     def before_batch(self, state: State) -> None:
-        step = state.position
+        step = state.schedule_step
         for hyper in self.sets:
             write(state, hyper, self.value(hyper, step, state.n_steps))
 

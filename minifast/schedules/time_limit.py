@@ -45,7 +45,7 @@ class TimeLimit(Callback):
         self._last_look = now
         share = min(1.0, self._used / (60 * self.minutes))
         done = state.step if state.n_epochs is not None else 0
-        state.schedule_step = max(done, int(share * (state.n_steps - 1)))
+        state.elapsed = max(done, int(share * (state.n_steps - 1)))
         self._batches_late += share >= 1
 
     def after_step(self, state: State) -> None:

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from ..base.losses import ignored_label, is_cross_entropy
 from ..base.nest import tensors
 from ..core.callback import Callback, Order
+from ..core.ownership import FINITE_CHECK
 from ..core.state import State
 from ..errors import NonFiniteGradient, NonFiniteLoss, check_flag
 from ..optim.hypers import group_lrs
@@ -58,7 +59,7 @@ class FiniteLoss(Callback):
     strict: bool = False
 
     order = Order.SETUP + 1  # after MixedPrecision, which skips overflows; before clipping, which would follow from it
-    sets = ("the finite check",)  # one of them in a fit
+    sets = (FINITE_CHECK,)
 
     def __post_init__(self) -> None:
         check_flag("strict", self.strict)
@@ -74,7 +75,6 @@ class FiniteLoss(Callback):
 
     def before_fit(self, state: State) -> None:
         self._begin(self.strict or reads_at_once(state.device))
-        state.finite_check = self
         self._next_look = time.perf_counter() + LOOK_EVERY
         if not self._is_exact:
             self._flag = torch.zeros((), device=state.device)
@@ -99,7 +99,7 @@ class FiniteLoss(Callback):
                 raise NonFiniteLoss(f"{_at('loss is', loss, state.epoch, state.step, state.group_names, rates)} "
                                     f"{what_is_left(state.model)} {cause or ADVICE}")
         else:
-            self._first_row = state.step - len(state.recorder.newest)
+            self._first_row = state.step - len(state.record)
             self._note(self._flag, state.step_loss)
 
     def check_gradient(self, state: State, norm: Tensor) -> None:
@@ -159,7 +159,7 @@ class FiniteLoss(Callback):
 
     def _found_late(self, state: State) -> ValueError:
         """What to raise for a flag that was found raised: the record tells at which step that was."""
-        record = state.recorder.newest
+        record = state.record
         losses = record.losses
         norms = record.column("grad_norm") if self._is_clipping else np.zeros(len(losses))
         bad_loss, bad_norm = (_first_bad(column) for column in (losses, norms))

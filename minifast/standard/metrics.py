@@ -108,8 +108,8 @@ class Metrics(Callback):
         return names
 
     def before_fit(self, state: State) -> None:
-        names = dict.fromkeys([*state.metric_names, *self.names(name for name, _ in state.valid_sets)])
-        state.metric_names = (*(name for name in names if name != "time"), "time")
+        names = dict.fromkeys([*state.record.row_names, *self.names(name for name, _ in state.valid_sets)])
+        state.record.row_names = (*(name for name in names if name != "time"), "time")
         self._reset(self._train, state)
 
     def before_epoch(self, state: State) -> None:

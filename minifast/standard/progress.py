@@ -32,6 +32,7 @@ class Progress(Callback):
 
     def before_fit(self, state: State) -> None:
         self._columns: list[str] = []
+        self._say_outside, state.say = state.say, self.say  # lines go above the bar
         self._screen = screen(state.n_steps, BAR if state.n_epochs is not None else BAR_OF_TIME)
         self._next_look, self._is_told = 0.0, bool(self.title)
         self._look(state)
@@ -56,6 +57,7 @@ class Progress(Callback):
         self._screen.line("\n".join(lines))
 
     def after_fit(self, state: State) -> None:
+        state.say = self._say_outside
         self._screen.close()
 
     def say(self, text: str) -> None:
@@ -66,18 +68,19 @@ class Progress(Callback):
         return "  ".join(cell.rjust(width) for cell, width in zip(cells, self._widths, strict=True)).rstrip()
 
     def _look(self, state: State, doing: str = "") -> None:
+        waiting = state.source.waiting
         if not self._is_told:
-            said = notice(state.waiting, state.train_dl, state.device)
+            said = notice(waiting, state.train_dl, state.device)
             if said:
                 self._screen.line(said)
                 self._is_told = True
         if self._screen.has_bar:
-            loss, lr = state.recorder.newest.smooth_loss(), float(state.opt.param_groups[-1]["lr"])
+            loss, lr = state.record.smooth_loss(), float(state.opt.param_groups[-1]["lr"])
             # the rate gives way: a line of 80 columns has no room for both
-            last = f"{state.waiting.share:.0%} waiting for data" if state.waiting.is_long else f"lr {lr:.2e}"
+            last = f"{waiting.share:.0%} waiting for data" if waiting.is_long else f"lr {lr:.2e}"
             note = doing or (f"loss {shown(loss)}, {last}" if state.step else "")
             n_epochs = "" if state.n_epochs is None else f"/{state.n_epochs}"
-            at = state.schedule_step or 0  # what a limit in time says
+            at = state.elapsed or 0  # what a limit in time says
             done = max(at, state.step) if state.n_epochs is not None else at
             self._screen.bar(done, self.title or f"epoch {state.epoch + 1}{n_epochs}", note)
         self._next_look = time.perf_counter() + REFRESH

@@ -27,20 +27,18 @@ class Recorder(Callback):
     def __init__(self) -> None:
         self.fits: list[FitRecord] = []
         self.lr_find: LRFind | None = None
-        self.newest = FitRecord()
+        self.newest = self._record = FitRecord()  # _record: of the fit under way
         self._is_new, self._epoch = True, -1
         self._first_step, self._began = 0, 0.0
 
     def before_fit(self, state: State) -> None:
-        self._is_new, self._epoch = True, -1
+        self._record, self._is_new, self._epoch = state.record, True, -1
         heads = {group["layer_group"]: group for group in reversed(state.opt.param_groups)}
         self._heads = [heads[i] for i in range(len(state.group_names))]
 
     def before_epoch(self, state: State) -> None:
         if self._is_new:  # not before: a fit that another callback refuses to begin leaves the record as it was
-            self._is_new = False
-            self._set_aside()
-            self.newest = FitRecord(state.group_names)
+            self._begin()
         self._epoch, self._began, self._first_step = state.epoch, time.perf_counter(), len(self.newest)
         state.metrics = {"epoch": state.epoch}
 
@@ -73,12 +71,13 @@ class Recorder(Callback):
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Go on with the record that `state_dict` gave; what is recorded now becomes an earlier fit."""
-        newest, epoch, first_step = FitRecord.from_state_dict(saved), saved["epoch"], saved["first_step"]
-        if type(epoch) is not int or type(first_step) is not int or not 0 <= first_step <= len(newest):
+        epoch, first_step, n = saved["epoch"], saved["first_step"], len(saved["moms"])
+        if type(epoch) is not int or type(first_step) is not int or not 0 <= first_step <= n:
             raise ValueError(f"this is not the state of a Recorder: epoch {epoch!r:.80}, first step {first_step!r:.80}")
         began = time.perf_counter() - saved["seconds"]
-        self._set_aside()
-        self.newest, self._is_new, self._epoch, self._first_step, self._began = newest, False, epoch, first_step, began
+        self._record.load_state_dict(saved)
+        self._begin()
+        self._epoch, self._first_step, self._began = epoch, first_step, began
 
     def keep(self) -> Callable[[], None]:
         """Note what is recorded so far; returns what restores it."""
@@ -88,9 +87,11 @@ class Recorder(Callback):
             self.newest, self.fits[:], self.lr_find = newest, fits, found
         return restore
 
-    def _set_aside(self) -> None:
+    def _begin(self) -> None:
+        """The record of this fit is the newest one from now on."""
         if len(self.newest) or self.newest.epochs:
             self.fits.append(self.newest)
+        self.newest, self._is_new = self._record, False
 
     def _note_train_loss(self, state: State) -> None:
         if len(self.newest) > self._first_step and "train_loss" not in state.metrics:

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from ..base.batch import call_model, n_samples, scores
 from ..base.losses import is_cross_entropy, is_loss, mean_and_weight
 from ..base.nest import describe, map_tensors, tensors
-from ..core import loop
 from ..core.callback import Callback, CancelFit, Order
 from ..core.checks import check_loss, check_target, check_trainable
 from ..core.state import State
@@ -75,8 +74,7 @@ class Looks:
         with self.learn.sandbox():
             self.learn.callbacks = [cb for cb in self.learn.callbacks if cb.in_sandbox]
             state = self._one_epoch(peek)
-            with fitting.fitting(self.learn, state, None):
-                loop.run(state)
+            fitting.run(self.learn, state)
         return peek.batch
 
     def output(self) -> None:
@@ -94,7 +92,7 @@ class Looks:
 
     def _is_broadcast(self) -> bool:
         """Whether the loss, which gets an output and a target of as many numbers, mixes their samples."""
-        loss_func = fitting.loss_func(self.learn)
+        loss_func = self.learn.loss
         try:
             given = mean_and_weight(loss_func(self.pred, self.target), self.n)[0]
         except Exception:
@@ -107,7 +105,7 @@ class Looks:
 
     def loss(self) -> None:
         """The loss of the untrained model against what guessing costs."""
-        loss, _ = mean_and_weight(fitting.loss_func(self.learn)(self.pred, self.target), self.n)
+        loss, _ = mean_and_weight(self.learn.loss(self.pred, self.target), self.n)
         check_loss(loss)
         self.loss_tensor, value = loss, float(loss.detach())
         if not math.isfinite(value) and self.bad:
@@ -231,7 +229,7 @@ class Looks:
             inputs, target = self.learn.unpack(batch)
             pred = call_model(self.learn.model, inputs)
             check_target(pred, target, self.learn.loss_func)
-            loss, _ = mean_and_weight(fitting.loss_func(self.learn)(pred, target), n_samples(target, inputs))
+            loss, _ = mean_and_weight(self.learn.loss(pred, target), n_samples(target, inputs))
             for metric in self.learn.metrics:
                 if not hasattr(metric, "update"):
                     metric(scores(pred), target)

@@ -19,7 +19,6 @@ from ..optim.rates import LR
 from ..show.screen import say
 from ..standard.progress import Progress
 from ..suggest import Curve
-from ..training import fitting
 
 if TYPE_CHECKING:
     from ..training.trainer import Trainer
@@ -63,7 +62,7 @@ def find_repeatedly(learn: "Trainer", start_lr: LR = 1e-7, end_lr: LR = 10.0, nu
             if k:
                 _reseed(seeds[k], own)
             shown = [Progress(f"lr_find {k + 1}/{repeats}")] if verbose else []
-            fitting.find(learn, LRFinder(start_lr, end_lr, num_it, stop_div=stop_div), [*callbacks, *shown])
+            learn.fit(learn.lr, callbacks=[LRFinder(start_lr, end_lr, num_it, stop_div=stop_div), *callbacks, *shown])
             runs.append(cast(LRFind, learn.recorder.lr_find))
     found = median_of(runs)
     learn.recorder.lr_find = found

@@ -6,7 +6,6 @@ from ..data.feed import first_batch
 from ..errors import check_int
 from ..optim.rates import check_lr
 from ..standard.finite import Unchecked
-from ..training import fitting
 
 if TYPE_CHECKING:
     from ..training.trainer import Trainer
@@ -16,7 +15,7 @@ def overfit(learn: "Trainer", steps: int = 100, lr: Any = None) -> list[float]:
     """Train on one batch for `steps` weight updates and undo it; gives the loss of each; see `Learner.overfit`."""
     steps = check_int("steps", steps, example="overfit(100)")
     lr = learn.lr if lr is None else check_lr("lr", lr)
-    fitting.check_assigned(learn)
+    learn.check_assigned()
     with learn.sandbox():
         batch = first_batch(learn.dls.train, learn.device)
         if batch is None:

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from ..training import fitting
 from .checklist import Looks
 from .report import Finding, Report
 
@@ -15,7 +14,7 @@ if TYPE_CHECKING:
 def check(learn: "Trainer") -> Report:
     """Try out data, model and loss, and undo it; see `Learner.check`."""
     report = Report()
-    fitting.check_assigned(learn)
+    learn.check_assigned()
     with learn.sandbox(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what is worth saying is in the report
         look = Looks(learn, report)

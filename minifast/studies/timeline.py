@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.optim import Optimizer
 
-from ..core import loop
 from ..core.callback import Callback, Event
 from ..core.emitter import Emitter
 from ..core.ownership import check_callbacks
@@ -126,12 +125,11 @@ def _run(learn: "Trainer", n: int, callbacks: Iterable[Callback], accumulate: in
         callbacks = [cb for cb in callbacks if cb.in_sandbox]
         state = fitting.prepare(learn, 1, learn.lr, None, callbacks=callbacks, accumulate=accumulate, verbose=False,
                                 steps_per_epoch=n if n_batches(learn.dls.train) is None else None)
-        limit = n if state.max_batches is None else min(n, state.max_batches)
-        state.max_batches, state.n_batches = limit, limit if state.n_batches is None else min(limit, state.n_batches)
+        limit = n if state.source.limit is None else min(n, state.source.limit)
+        state.source.limit, state.n_batches = limit, limit if state.n_batches is None else min(limit, state.n_batches)
         state.valid_sets = [(name, _First(loader, n)) for name, loader in state.valid_sets]
         moments: list[Moment] = []
-        with fitting.fitting(learn, state, None):
-            loop.run(state, partial(emitter, moments))
+        fitting.run(learn, state, emitter=partial(emitter, moments))
     return moments
 
 
