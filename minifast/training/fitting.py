@@ -232,7 +232,7 @@ def _callbacks(learn: "Trainer", given: list[Callback]) -> list[Callback]:
 def fitting(learn: "Trainer", state: State, wd: float | None) -> Iterator[None]:
     """One fit at a time, with weight decay `wd`; what it sets, but the learning rate, is put back afterwards."""
     learn.is_fitting = True
-    scheduled = {hyper for callback in state.callbacks for hyper in callback.sets}
+    scheduled = {hyper for callback in state.callbacks for hyper in callback.owns}
     restore = keep_hypers(learn.opt, {*scheduled, "weight_decay"} - {"lr"})
     fill_momentum(learn.opt, "momentum" in scheduled)
     try:
