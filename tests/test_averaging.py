@@ -109,7 +109,7 @@ class Killed(Callback):
 
     def __init__(self, make, event, n):
         self.make, self.event, self.n, self.inner, self.count = make, event, n, make(), 0
-        self.order, self.sets = self.inner.order, self.inner.sets
+        self.order, self.owns = self.inner.order, self.inner.owns
 
     def hear(self, state, event):
         getattr(self.inner, event)(state)
@@ -684,7 +684,7 @@ def test_flags_are_flags():
                                      SWA(0.5, every=3, apply=False, in_validation=False)])
 def test_repr_rebuilds_it(average):
     assert repr(eval(repr(average))) == repr(average)
-    assert eval(repr(average)).sets == average.sets
+    assert eval(repr(average)).owns == average.owns
 
 
 def test_start_is_not_missed_by_rounding():

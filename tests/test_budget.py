@@ -65,7 +65,7 @@ def test_every_schedule_begins_at_its_beginning_and_ends_at_its_end(clock, sched
     learn.fit(0.1, minutes=1, callbacks=[schedule, each(clock, seconds)])
     assert lrs(learn)[0] == 0.1 * schedule.value("lr", 0, TICKS)
     assert lrs(learn)[-1] == 0.1 * schedule.value("lr", TICKS - 1, TICKS)
-    if "momentum" in schedule.sets:
+    if "momentum" in schedule.owns:
         assert learn.opt.seen[-1]["momentum"] == schedule.value("momentum", TICKS - 1, TICKS)
 
 

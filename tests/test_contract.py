@@ -118,7 +118,7 @@ def test_repr_rebuilds_it(make, name):
     again = eval(repr(callback), NAMES | vars(minifast.schedules))  # a Schedule prints the names of its functions
     assert type(again) is type(callback)
     assert repr(again) == repr(callback)
-    assert again.sets == callback.sets
+    assert again.owns == callback.owns
 
 
 @pytest.mark.parametrize("name", MAKE)
@@ -250,7 +250,7 @@ class Late(Callback):
 
     def __init__(self, inner, at, wake):
         self.inner, self.at, self.wake, self.count, self.awake = inner, at, wake, 0, False
-        self.order, self.sets = inner.order, inner.sets
+        self.order, self.owns = inner.order, inner.owns
 
     def evaluating(self, model):
         return self.inner.evaluating(model) if self.awake else super().evaluating(model)
@@ -382,7 +382,7 @@ REFUSED = {}  # frozenset of two names -> words of the error
 def test_two_together_train_or_are_refused(make, pair):
     learn = learner()
     callbacks = [make(name) for name in pair]
-    if set(callbacks[0].sets) & set(callbacks[1].sets):
+    if set(callbacks[0].owns) & set(callbacks[1].owns):
         with pytest.raises(ValueError, match=r"both .* and .* set '.*', one would overwrite"):
             learn.fit(0.01, callbacks=callbacks, steps_per_epoch=3)
     elif frozenset(pair) in REFUSED:

@@ -474,7 +474,7 @@ def test_it_multiplies_every_schedule(schedule):
     own = schedule.values(16, 0.1)["lr"]
     assert [seen["lr"] for seen in learn.opt.seen] == pytest.approx(
         [lr * factors[i // 2] for i, lr in enumerate(own)], rel=1e-15)  # fmt: skip
-    if "momentum" in schedule.sets:
+    if "momentum" in schedule.owns:
         assert [seen["momentum"] for seen in learn.opt.seen] == schedule.values(16)["momentum"], "left alone"
 
 

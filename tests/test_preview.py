@@ -220,7 +220,7 @@ def test_the_table_answers_what_people_ask():
 @ignore_short_cycles
 def test_tables_and_plots_are_the_values(schedule):
     values = schedule.values(12)
-    assert list(values) == list(schedule.sets)
+    assert list(values) == list(schedule.owns)
     for epoch, row in enumerate(schedule.table(4, 3)):
         assert row == {"epoch": epoch, "step": 3 * epoch} | {hyper: values[hyper][3 * epoch] for hyper in values}
     ax = schedule.plot(12)
@@ -262,7 +262,7 @@ def test_repr_rebuilds_it(schedule):
     rebuilt = eval(repr(schedule), vars(minifast))
     assert rebuilt == schedule
     assert repr(rebuilt) == repr(schedule)
-    assert rebuilt.sets == schedule.sets
+    assert rebuilt.owns == schedule.owns
 
 
 @every_schedule
@@ -271,7 +271,7 @@ def test_it_is_frozen_and_can_be_copied(schedule):
         setattr(schedule, [*vars(schedule), "peak"][0], 1)
     for twin in (copy.copy(schedule), pickle.loads(pickle.dumps(schedule)), dataclasses.replace(schedule)):
         assert twin == schedule
-        assert twin.sets == schedule.sets
+        assert twin.owns == schedule.owns
         assert twin.values(40) == schedule.values(40)
 
 

@@ -5,6 +5,7 @@ import gc
 import sys
 import weakref
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 
 import pytest
@@ -27,6 +28,7 @@ from minifast import (
     State,
 )
 from minifast.core.callback import EVENTS
+from minifast.standard.finite import FiniteLoss
 
 CANCELS = [CancelBatch, CancelEpoch, CancelFit]
 
@@ -702,11 +704,11 @@ def test_an_inherited_event_is_heard():
 class Owner(Callback):
     """Owns what it is told to own, and does nothing."""
 
-    def __init__(self, *sets):
-        self.sets = sets
+    def __init__(self, *owns):
+        self.owns = owns
 
     def __repr__(self):
-        return f"Owner{self.sets}"
+        return f"Owner{self.owns}"
 
 
 @pytest.mark.parametrize(
@@ -849,10 +851,51 @@ def test_an_error_inside_the_block_is_not_that_of_evaluating():
 # ---- slips in a class of one's own
 
 
-@pytest.mark.parametrize("name", ["sets", "saves"])
+@pytest.mark.parametrize("name", ["owns", "sets", "saves"])
 def test_a_forgotten_comma(name):
     with pytest.raises(TypeError, match=rf"Mine.{name} must be a tuple of names, got 'lr': write \('lr',\)"):
         type("Mine", (Callback,), {name: ("lr")})
+
+
+@dataclass(frozen=True)
+class Frozen(Callback):
+    sets: tuple = ("a",)
+
+
+class Former(Callback):
+    sets = ("lr", "momentum")
+
+    def __init__(self, *own):
+        if own:
+            self.sets = own
+
+
+class Computed(Callback):
+    @property
+    def sets(self):
+        return ("b",)
+
+
+@pytest.mark.parametrize(("callback", "owns"), [
+    (Former(), ("lr", "momentum")), (Former("momentum"), ("momentum",)), (type("Sub", (Former,), {})(), Former.owns),
+    (type("Sub", (Former,), {"owns": ("c",)})(), ("c",)), (Frozen(), ("a",)), (Frozen(("d",)), ("d",)),
+    (Computed(), ("b",)), (Callback(), ()), (OneCycle(0.1), ("lr", "momentum")), (OneCycle(0.1, moms=None), ("lr",)),
+], ids=repr)
+def test_sets_is_the_former_name_of_owns(callback, owns):
+    assert callback.owns == callback.sets == owns
+    assert copy.copy(callback).owns == copy.deepcopy(callback).owns == owns
+
+
+def test_a_class_with_the_former_name_is_an_owner_like_any_other():
+    assert Former.sets == Former.owns == ("lr", "momentum")
+    assert Callback.sets == Callback.owns == ()
+    assert type("Twin", (Callback,), {"sets": FiniteLoss.sets}).owns == FiniteLoss.owns
+    with pytest.raises(ValueError, match=r"both OneCycle.* and .*Former.* set 'lr'"):
+        learner().fit(0.1, callbacks=[OneCycle(0.1), Former()])
+    kept, owner = [], Former()
+    look = At("before_fit", lambda state: kept.extend(state.callbacks))
+    learner(callbacks=[OneCycle(0.1)]).fit(0.1, callbacks=[owner, look])
+    assert [callback for callback in kept if "lr" in callback.owns] == [owner]  # the Learner's schedule has made room
 
 
 def test_an_event_that_would_never_run():

@@ -200,7 +200,7 @@ def test_a_fit_without_a_step_has_none():
 
 def test_an_owner_of_lr_that_is_no_schedule_has_one_cycle():
     class Own(Callback):
-        sets = ("lr",)
+        owns = ("lr",)
 
     ensemble = SnapshotEnsemble()
     learn = fit(ensemble, lambda learn: learn.fit(0.1, 2, callbacks=[Own()]))

@@ -31,7 +31,7 @@ class WeightAverage(Callback):
 
     def _prepare(self) -> None:
         self.in_validation = check_flag("in_validation", self.in_validation)
-        self.sets = _IN_VALIDATION if self.in_validation else ()
+        self.owns = _IN_VALIDATION if self.in_validation else ()
         self._slots: dict[str, Slot] = {}
         self._start_anew()
 
@@ -202,7 +202,7 @@ class SWA(WeightAverage):
         self.every = None if self.every is None else check_int("every", self.every)
         self.apply = check_flag("apply", self.apply)
         self._prepare()
-        self.sets += (FINAL_WEIGHTS,) if self.apply else ()
+        self.owns += (FINAL_WEIGHTS,) if self.apply else ()
 
     def before_fit(self, state: State) -> None:
         super().before_fit(state)

@@ -25,7 +25,7 @@ class GradientNorm(Callback):
     array([3., 3.])
     """
 
-    sets = ("grad_norm",)  # one writer of this column in a fit
+    owns = ("grad_norm",)  # one writer of this column in a fit
 
     def before_fit(self, state: State) -> None:
         self._params = [p for group in state.opt.param_groups for p in group["params"]]

@@ -45,7 +45,7 @@ class AutoMicrobatch(Callback):
     min_size: int = 1
 
     order = Order.SETUP  # innermost, whatever else wraps `state.gradient`
-    sets = ("the micro-batch size",)  # one of them in a fit
+    owns = ("the micro-batch size",)  # one of them in a fit
     in_lr_find = True
     saves = ("current_size",)
 

@@ -24,7 +24,7 @@ class Mixing(Callback):
     """What `MixUp` and `CutMix` have in common: each training batch is mixed with itself, moved on by one sample."""
 
     in_lr_find = True  # mixed batches have a loss of their own
-    sets = ("the mixing of samples",)  # one of them in a fit
+    owns = ("the mixing of samples",)  # one of them in a fit
     num_classes: int | None
 
     def _transforms(self) -> list[Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]]:

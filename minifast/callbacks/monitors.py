@@ -205,7 +205,7 @@ class SaveBest(Monitor):
         if self.path is not None:
             self.path = check_path("path", self.path)
         self.in_sandbox = self.path is None
-        self.sets = (FINAL_WEIGHTS,) if self.restore else ()
+        self.owns = (FINAL_WEIGHTS,) if self.restore else ()
         super().__post_init__()
 
     def _forget(self) -> None:

@@ -45,7 +45,7 @@ class MixedPrecision(Callback):
     precision: str = "bf16"
 
     order = Order.SETUP  # unscales before anyone looks at the gradients
-    sets = ("the precision",)  # one of them in a fit
+    owns = ("the precision",)  # one of them in a fit
     in_lr_find = True
 
     def __post_init__(self) -> None:

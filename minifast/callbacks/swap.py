@@ -10,7 +10,7 @@ from ..machine.signals import DeferredInterrupt
 from ..show.tables import listed
 
 Slot = tuple[dict[str, Any], str]  # where a module keeps one of its tensors: it may put another one there
-FINAL_WEIGHTS = "the weights that the fit ends with"  # what a callback owns (`sets`) that puts them into the model
+FINAL_WEIGHTS = "the weights that the fit ends with"  # what a callback owns (`owns`) that puts them into the model
 _INTS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 

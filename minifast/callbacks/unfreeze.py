@@ -43,7 +43,7 @@ class Unfreeze(Callback):
     train_bn: bool = True
 
     order = Order.HYPER
-    sets = ("requires_grad",)  # one of them in a fit
+    owns = ("requires_grad",)  # one of them in a fit
 
     def __post_init__(self) -> None:
         example = 'Unfreeze({"layer4": 0.3})'
@@ -92,7 +92,7 @@ class Unfreeze(Callback):
         while self._due and state.schedule_step >= self._due[0]:
             del self._due[0]
             self._thaw(self._frozen.pop(0), state)
-        fill_momentum(state.opt, any("momentum" in callback.sets for callback in state.callbacks))
+        fill_momentum(state.opt, any("momentum" in callback.owns for callback in state.callbacks))
 
     def after_fit(self, state: State) -> None:
         frozen = {id(p) for part in self._frozen for p in part.params}

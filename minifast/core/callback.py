@@ -40,6 +40,16 @@ class Order(IntEnum):
     RECORD = 300  # progress and loggers: what looks at the result
 
 
+class _FormerName:
+    """`sets`, as `owns` was called before: callbacks that were written with it work as they did."""
+
+    def __get__(self, callback: "Callback | None", kind: "type[Callback]") -> tuple[str, ...]:
+        return (kind if callback is None else callback).owns
+
+    def __set__(self, callback: "Callback", value: tuple[str, ...]) -> None:
+        object.__setattr__(callback, "owns", value)  # as frozen dataclasses allow it
+
+
 class Callback:
     """Override any event; the others cost nothing. In the order they happen:
 
@@ -63,7 +73,8 @@ class Callback:
     """
 
     order: int = Order.USER
-    sets: tuple[str, ...] = ()  # the hyper-parameters it writes ("lr", "momentum", ...): one owner each in a fit
+    owns: tuple[str, ...] = ()  # the hyper-parameters it writes ("lr", ...) and its roles: one owner each in a fit
+    sets: Any = _FormerName()
     in_lr_find: ClassVar[bool] = False  # whether it also runs inside `lr_find`
     in_sandbox: bool = True  # False: it writes what a sandbox cannot undo, so `check`, `trace`, `profile` leave it out
     saves: ClassVar[tuple[str, ...]] = ()  # the attributes to keep over a kill
@@ -113,10 +124,13 @@ class Callback:
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        for name in ("sets", "saves"):
+        for name in ("owns", "sets", "saves"):
             if isinstance(vars(cls).get(name), str):
                 raise TypeError(f"{cls.__name__}.{name} must be a tuple of names, got {vars(cls)[name]!r}: write "
                                 f"({vars(cls)[name]!r},) with a comma.")
+        if "sets" in vars(cls):
+            cls.owns = vars(cls)["sets"]
+            del cls.sets
         for name, member in vars(cls).items():
             if callable(member):
                 _check_event(cls.__name__, name, member)

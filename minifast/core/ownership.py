@@ -49,15 +49,15 @@ def resolve(learners: Sequence[Callback], fits: Sequence[Callback]) -> list[Call
     A callback of the fit that owns a hyper-parameter takes the place of the learner's owner of it. Raises ValueError
     for the same instance twice, and for two owners of one hyper-parameter where neither takes the other's place.
     """
-    taken = {hyper for callback in fits for hyper in callback.sets}
-    callbacks = [callback for callback in learners if not taken & set(callback.sets)] + list(fits)
+    taken = {hyper for callback in fits for hyper in callback.owns}
+    callbacks = [callback for callback in learners if not taken & set(callback.owns)] + list(fits)
     seen: set[int] = set()
     owners: dict[str, Callback] = {}
     for callback in callbacks:
         if id(callback) in seen:
             raise ValueError(f"the same callback is given twice: {callback!r:.200}. Make a second one if you want two.")
         seen.add(id(callback))
-        for hyper in callback.sets:
+        for hyper in callback.owns:
             if hyper in owners:
                 raise ValueError(f"both {owners[hyper]!r:.200} and {callback!r:.200} set {hyper!r}, one would "
                                  "overwrite the other. Leave one of them out.")
@@ -67,7 +67,7 @@ def resolve(learners: Sequence[Callback], fits: Sequence[Callback]) -> list[Call
 
 def owner_of(hyper: str, callbacks: Iterable[Callback]) -> Callback | None:
     """The callback that sets `hyper`, if any."""
-    return next((callback for callback in callbacks if hyper in callback.sets), None)
+    return next((callback for callback in callbacks if hyper in callback.owns), None)
 
 
 def finite_check(callbacks: Iterable[Callback]) -> FiniteCheck | None:

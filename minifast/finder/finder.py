@@ -38,7 +38,7 @@ class LRFinder(Callback):
     stop_div: bool = field(default=True, kw_only=True)
 
     order = Order.HYPER
-    sets = ("lr",)
+    owns = ("lr",)
 
     def __post_init__(self) -> None:
         self.start_lr, self.end_lr = check_lr("start_lr", self.start_lr), check_lr("end_lr", self.end_lr)

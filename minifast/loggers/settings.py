@@ -32,7 +32,7 @@ def settings(state: State) -> dict[str, Any]:
         "steps_per_epoch": state.steps_per_epoch,
         "accumulate": state.accumulate,
         "batch_size": getattr(state.train_dl, "batch_size", None),
-        "schedule": next((shown(callback) for callback in state.callbacks if "lr" in callback.sets), None),
+        "schedule": next((shown(callback) for callback in state.callbacks if "lr" in callback.owns), None),
         "callbacks": [shown(callback) for callback in state.callbacks if not isinstance(callback, Recorder)],
     }
 

@@ -57,7 +57,7 @@ class Checkpoint(Callback):
     keep: int = 2
 
     order = sys.maxsize  # hears each event last: then what all others keep is of one moment
-    sets = (CHECKPOINTS,)  # one of them in a fit
+    owns = (CHECKPOINTS,)  # one of them in a fit
     in_sandbox = False
 
     def __post_init__(self) -> None:

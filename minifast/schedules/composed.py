@@ -37,11 +37,11 @@ class PiecewiseLR(Scheduler):
         total = sum(share for share, _ in pieces)
         if not math.isclose(total, 1, abs_tol=1e-6):
             raise ValueError(f"the shares of the pieces must add up to 1, got {total:g}.")
-        if len({piece.sets for _, piece in pieces}) > 1:
+        if len({piece.owns for _, piece in pieces}) > 1:
             raise ValueError(f"the pieces must own the same hyper-parameters, got "
-                             f"{', '.join('+'.join(piece.sets) for _, piece in pieces)}.")
+                             f"{', '.join('+'.join(piece.owns) for _, piece in pieces)}.")
         object.__setattr__(self, "pieces", pieces)
-        object.__setattr__(self, "sets", pieces[0][1].sets)
+        object.__setattr__(self, "owns", pieces[0][1].owns)
 
     def value(self, hyper: str, step: int, n_steps: int) -> float:
         i, start, end = piece_at(step, n_steps, [share for share, _ in self.pieces])
@@ -52,7 +52,7 @@ class PiecewiseLR(Scheduler):
         shares = [share for share, _ in self.pieces]
         ends = {n_steps - 1}
         start = 0
-        while start < n_steps and "lr" in self.sets:
+        while start < n_steps and "lr" in self.owns:
             i, _, end = piece_at(start, n_steps, shares)
             piece, n = self.pieces[i][1], end - start
             ends |= {start + last for last in piece.cycle_ends(n)
@@ -91,11 +91,11 @@ class Schedule(Scheduler):
                 raise TypeError(f"the shape of {hyper!r} must be a function of (step, n_steps), got {shape!r:.80}.")
         object.__setattr__(self, "shapes", tuple(shapes.items()))  # hashable, as a value should be
         object.__setattr__(self, "shape", None)
-        object.__setattr__(self, "sets", tuple(shapes))
+        object.__setattr__(self, "owns", tuple(shapes))
 
     def before_fit(self, state: State) -> None:
         super().before_fit(state)
-        for hyper in self.sets:
+        for hyper in self.owns:
             if hyper != "momentum" and not all(hyper in group for group in state.opt.param_groups):
                 raise ValueError(f"{type(state.opt).__name__} has no {hyper!r} to schedule. It has "
                                  f"{', '.join(state.opt.defaults)}.")

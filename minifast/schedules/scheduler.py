@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 class Scheduler(Callback):
     """A callback that writes hyper-parameters before every batch, as a pure function of the step.
 
-    Subclasses are frozen dataclasses that name what they own in `sets` and define `value`. They remember nothing, so
+    Subclasses are frozen dataclasses that name what they own in `owns` and define `value`. They remember nothing, so
     what `values`, `table` and `plot` show without training is, to the last bit, what a fit of that length does.
     """
 
     order = Order.HYPER
-    sets = ("lr",)
+    owns = ("lr",)
     max_lr: Any = None  # a peak of the schedule's own, in every form of a learning rate; None: the fit's
 
     def value(self, hyper: str, step: int, n_steps: int) -> float:
@@ -48,14 +48,14 @@ class Scheduler(Callback):
     def before_fit(self, state: State) -> None:
         if self.max_lr is not None:
             state.lrs = spread_lrs(self.max_lr, state.group_names, "max_lr")
-        if "momentum" in self.sets and not has_momentum(state.opt):
+        if "momentum" in self.owns and not has_momentum(state.opt):
             raise ValueError(f"{self!r} schedules the momentum, but {type(state.opt).__name__} has none. "
                              "Pass moms=None.")
         self.check_steps(state.n_steps)
 
     def before_batch(self, state: State) -> None:
         step = state.schedule_step
-        for hyper in self.sets:
+        for hyper in self.owns:
             write(state, hyper, self.value(hyper, step, state.n_steps))
 
     def values(self, n_steps: int, peak: float | None = None) -> dict[str, list[float]]:
@@ -70,7 +70,7 @@ class Scheduler(Callback):
         scale = own if peak is None else check_number("peak", peak, above=0)
         self.check_steps(n_steps)
         return {hyper: [(scale if hyper == "lr" else 1.0) * self.value(hyper, step, n_steps)
-                        for step in range(n_steps)] for hyper in self.sets}
+                        for step in range(n_steps)] for hyper in self.owns}
 
     def table(self, n_epochs: int, steps_per_epoch: int, peak: float | None = None) -> Table:
         """What the first update of each epoch uses: rows of epoch (0-based), step, lr, ...; prints as a table.
@@ -124,7 +124,7 @@ def own_momentum(schedule: Scheduler, moms: Any, counts: tuple[int, ...] = (2,))
                          "Pass e.g. moms=(0.95, 0.85).")
     checked = tuple(check_number(f"moms[{i}]", value, minimum=0, below=1) for i, value in enumerate(values))
     object.__setattr__(schedule, "moms", checked)
-    object.__setattr__(schedule, "sets", ("lr", "momentum"))
+    object.__setattr__(schedule, "owns", ("lr", "momentum"))
 
 
 def last_lr(lr: Any) -> float:

@@ -28,7 +28,7 @@ class TimeLimit(Callback):
     minutes: float
 
     order = Order.SETUP  # before the schedules
-    sets = ("the time limit",)  # one of them in a fit
+    owns = ("the time limit",)  # one of them in a fit
     saves = ("_used",)
 
     def __post_init__(self) -> None:

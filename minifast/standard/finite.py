@@ -48,7 +48,7 @@ class FiniteLoss(Callback):
     `GradientClip` has gradients refused in the same way (`NonFiniteGradient`). An epoch row with a number that is not
     finite is said once per fit, in a warning: such a value is recorded, but never the best. `lr_find`, `race` and
     `overfit` do without all this: there, a loss that explodes is a result like any other. To do without it in a fit,
-    give that fit a callback of yours with the same `sets`.
+    give that fit a callback of yours with the same `owns`.
 
     Raises TypeError for a `strict` that is neither True nor False.
 
@@ -59,7 +59,7 @@ class FiniteLoss(Callback):
     strict: bool = False
 
     order = Order.SETUP + 1  # after MixedPrecision, which skips overflows; before clipping, which would follow from it
-    sets = (FINITE_CHECK,)
+    owns = (FINITE_CHECK,)
 
     def __post_init__(self) -> None:
         check_flag("strict", self.strict)
@@ -184,7 +184,7 @@ class FiniteLoss(Callback):
 class Unchecked(Callback):
     """In place of `FiniteLoss`, for a fit in which a loss that explodes is a result like any other."""
 
-    sets = FiniteLoss.sets
+    owns = FiniteLoss.owns
 
 
 UNHARMED = "The weights are those of the step before."

@@ -118,8 +118,8 @@ def race(learn: "Trainer", lrs: Iterable[Any], steps: int = 100, *, schedule: Sc
     steps = check_int("steps", steps, example="race([1e-3, 1e-2], steps=100)")
     if schedule is not None and not isinstance(schedule, Scheduler):
         raise TypeError(f"schedule must be None or a schedule such as OneCycle(), got {schedule!r:.80}.")
-    if schedule is not None and ("lr" not in schedule.sets or schedule.max_lr is not None):
-        raise ValueError(f"schedule={schedule!r} sets {'its own peak' if 'lr' in schedule.sets else 'no lr'}: give one "
+    if schedule is not None and ("lr" not in schedule.owns or schedule.max_lr is not None):
+        raise ValueError(f"schedule={schedule!r} sets {'its own peak' if 'lr' in schedule.owns else 'no lr'}: give one "
                          "that takes its peak from the candidates, such as OneCycle().")
     running = [cb for cb in (*learn.callbacks, *check_callbacks(callbacks, "callbacks")) if cb.in_lr_find]
     check_loader(learn.dls.train, 1, learn.model.modules())
@@ -135,7 +135,7 @@ class _Watch(Callback):
     """Keeps the training loss of each step and the validation loss of each batch."""
 
     order = Order.RECORD
-    sets = FiniteLoss.sets  # in its place: a candidate that explodes has lost, and is no error
+    owns = FiniteLoss.owns  # in its place: a candidate that explodes has lost, and is no error
     in_lr_find = True
 
     def __init__(self) -> None:

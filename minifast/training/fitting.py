@@ -232,7 +232,7 @@ def _weight_decays(parts: Parts) -> tuple[float, ...]:
 def _prepared(parts: Parts, state: State, wd: float | None) -> Iterator[None]:
     """One fit at a time, with weight decay `wd`; what it sets, but the learning rate, is put back afterwards."""
     parts.is_fitting = True
-    scheduled = {hyper for callback in state.callbacks for hyper in callback.sets}
+    scheduled = {hyper for callback in state.callbacks for hyper in callback.owns}
     restore = keep_hypers(parts.opt, {*scheduled, "weight_decay"} - {"lr"})
     fill_momentum(parts.opt, "momentum" in scheduled)
     try:

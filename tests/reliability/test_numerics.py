@@ -574,7 +574,7 @@ def test_overfit_gives_the_losses_as_they_are():
 
 def test_there_is_one_check_and_it_can_be_replaced():
     kinds = []
-    look = At("before_fit", lambda state: kinds.append([cb for cb in state.callbacks if cb.sets == FiniteLoss.sets]))
+    look = At("before_fit", lambda state: kinds.append([cb for cb in state.callbacks if cb.owns == FiniteLoss.owns]))
     own, other = FiniteLoss(strict=True), FiniteLoss()
     learner(callbacks=[own]).fit(0.1, callbacks=[look])
     learner(callbacks=[own]).fit(0.1, callbacks=[look, other])

@@ -72,7 +72,7 @@ def test_it_goes_on(make, tmp_path, name):
 def pairs():
     for pair in itertools.combinations(STATEFUL, 2):
         first, second = (eval(MAKE[name], NAMES) for name in pair)
-        if not set(first.sets) & set(second.sets):
+        if not set(first.owns) & set(second.owns):
             yield pair
 
 
