@@ -422,7 +422,7 @@ def test_small_images_are_antialiased():
 
 
 def test_sizes_follow_the_clock_in_a_fit_limited_in_time():
-    at = At("before_batch", lambda state: setattr(state, "schedule_step", state.n_steps - 1))
+    at = At("before_batch", lambda state: setattr(state, "elapsed", state.n_steps - 1))
     at.order = TimeLimit.order
     _, seen = given_by([at, ProgressiveResizing(0.5, 0.4, 0.5)])
     assert {x.shape[-1] for x in seen.inputs} == {8}

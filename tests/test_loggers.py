@@ -65,7 +65,7 @@ class Extra(Callback):
 
     def after_step(self, state):
         if state.step % self.every == 0:
-            state.recorder.newest.log("norm", torch.tensor(float(state.step)))
+            state.record.log("norm", torch.tensor(float(state.step)))
 
     def after_epoch(self, state):
         if state.epoch >= self.first:
@@ -84,12 +84,12 @@ class ByHand:
 
     def __init__(self, n_steps=0, n_epochs=0, learn=None):
         self.state = state_of(learner() if learn is None else learn)
-        self.state.recorder = SimpleNamespace(newest=FitRecord(self.state.group_names))
+        self.state.record = FitRecord(self.state.group_names)
         self.state.step = self.state.epoch = 0
         self.grow(n_steps, n_epochs)
 
     def grow(self, n_steps, n_epochs=0, loss=100.0):
-        record = self.state.recorder.newest
+        record = self.state.record
         for _ in range(n_steps):
             step = len(record)
             for column in record.lr_columns:
@@ -175,8 +175,8 @@ def test_csv_of_what_is_no_float(tmp_path):
            "text": 'a "b", c\nd'}
     by_hand, logger = ByHand(), CSVLogger(path)
     by_hand.start(logger)
-    by_hand.state.recorder.newest.epochs.append(row)
-    by_hand.state.recorder.newest.epoch_ends.append(0)
+    by_hand.state.record.epochs.append(row)
+    by_hand.state.record.epoch_ends.append(0)
     logger.after_epoch(by_hand.state)
     assert rows_of(path) == [list(row), ["0", "nan", "0.5", "2.0", "", 'a "b", c\nd']]
 
@@ -355,7 +355,7 @@ def test_a_resumed_fit_continues_its_own_record(tmp_path):
     log.after_epoch(by_hand.grow(4, 1).state)  # after the state was saved; and then it is killed
     again, by_hand = RunLog(tmp_path, NEVER), ByHand(6, 1)  # saved in the middle of epoch 1
     by_hand.start(again, saved)
-    for column in by_hand.state.recorder.newest.lr_columns:
+    for column in by_hand.state.record.lr_columns:
         column[5] = 55.0  # to see which one is kept
     by_hand.grow(6, 2)
     again.after_epoch(by_hand.state)
@@ -609,7 +609,7 @@ def test_tensorboard_draws_a_loss_that_is_nan_and_no_momentum_where_there_is_non
     pytest.importorskip("tensorboard")
     by_hand, log = ByHand(), TensorBoardLogger(tmp_path, NEVER)
     by_hand.start(log).grow(1).grow(1, loss=math.nan)
-    by_hand.state.recorder.newest.mom_column[1] = math.nan
+    by_hand.state.record.mom_column[1] = math.nan
     log.after_fit(by_hand.state)
     drawn, _ = scalars(tmp_path)
     assert [step for step, _ in drawn["step/loss"]] == [0, 1]

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from minifast import CancelBatch, CancelEpoch, Metrics, accuracy, error_rate, rmse, top_k_accuracy
+from minifast.record.record import FitRecord
 from minifast.standard.meters import metric_name
 from minifast.standard.whole_set import FLUSH_BYTES, WholeSet
 
@@ -488,7 +489,7 @@ def test_train_metrics_go_over_a_kill_in_the_middle_of_an_epoch(make, killed_aft
 
     def new():
         metrics = Metrics(make(), train=True)
-        state = SimpleNamespace(device="cpu", metric_names=(), valid_sets=[("", None)], metrics={"time": 0.0})
+        state = SimpleNamespace(device="cpu", record=FitRecord(), valid_sets=[("", None)], metrics={"time": 0.0})
         metrics.before_fit(state)
         return metrics, state
 

@@ -276,7 +276,7 @@ def test_it_goes_on_where_it_was_killed():
     assert saved["scaler"]["scale"] == 32768
     learner(small(2), model=ScaledBy([1, 1])).fit(0.1, callbacks=[
         At("before_epoch", lambda state: second.load_state_dict(saved)), second,
-        At("after_pred", lambda state: scales.append(state.loss_scale.item()))])  # fmt: skip
+        At("after_pred", lambda state: scales.append(state.window.loss_scale.item()))])  # fmt: skip
     assert scales == [32768, 32768]
     assert second.scaler.get_scale() == 32768
     third = MixedPrecision("fp16")  # and before the first fit
@@ -289,7 +289,7 @@ def test_it_goes_on_where_it_was_killed():
 def test_the_loss_scale_is_a_tensor_that_no_other_precision_has():
     seen = []
     for callbacks in ([MixedPrecision("fp16")], [MixedPrecision("bf16")], []):
-        note = At("after_pred", lambda state: seen.append(state.loss_scale))
+        note = At("after_pred", lambda state: seen.append(state.window.loss_scale))
         learner(small(1)).fit(0.1, callbacks=[*callbacks, note])
     assert (seen[0].shape, seen[0].dtype, seen[0].item()) == ((), torch.float32, 65536)
     assert seen[1:] == [None, None]

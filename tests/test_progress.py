@@ -273,8 +273,8 @@ def test_the_bar_goes_however_the_fit_ends(every_batch, error):
 
 def test_the_bar_shows_that_training_waits_for_its_data(every_batch):
     def wait(state):
-        state.waiting.waited += 6.0
-        state.waiting.worked += 2.0
+        state.source.waiting.waited += 6.0
+        state.source.waiting.worked += 2.0
 
     with Terminal() as terminal:
         trainer(callbacks=[At("before_batch", wait)]).fit(0.01, 2)

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from minifast import Callback, CancelBatch, CancelEpoch, CosineAnnealing, OneCycle, PiecewiseLR, Recorder, digits
+from minifast.record.record import FitRecord
 from minifast.show import plots
 from minifast.standard.finite import Unchecked
 from minifast.standard.metrics import accuracy
@@ -97,7 +98,7 @@ def test_smooth_losses_begin_with_nan_until_there_is_a_number():
 
 def test_looking_in_between_changes_nothing():
     looks = []
-    learn = three_groups(callbacks=[At("after_batch", lambda state: looks.append(state.recorder.newest.smooth_loss()))])
+    learn = three_groups(callbacks=[At("after_batch", lambda state: looks.append(state.record.smooth_loss()))])
     learn.fit(0.01, 2)
     assert looks == learn.recorder.smooth_losses.tolist()
 
@@ -183,7 +184,7 @@ def test_memory_stays_flat():
     recorder, loss = Recorder(), torch.tensor(1.0)
     opt = torch.optim.SGD([nn.Parameter(loss)], lr=0.1)
     opt.param_groups[0]["layer_group"] = 0
-    state = SimpleNamespace(opt=opt, group_names=("model",), epoch=0, step_weight=4, step_loss=loss)
+    state = SimpleNamespace(opt=opt, group_names=("model",), record=FitRecord(), epoch=0, step_weight=4, step_loss=loss)
     recorder.before_fit(state)
     recorder.before_epoch(state)
     tracemalloc.start()
@@ -486,7 +487,7 @@ class Logs(Callback):
 
     def after_step(self, state):
         if state.step % 2:
-            state.recorder.newest.log(self.name, self.make(10.0 * state.step))
+            state.record.log(self.name, self.make(10.0 * state.step))
 
 
 @pytest.mark.parametrize("make", [float, torch.tensor])

@@ -120,7 +120,7 @@ def test_the_names_are_known_before_the_fit():
     named.names = ("low", "high")
     seen = []
     learn = two(metrics=[mae, named, Counting()], train_metrics=True)
-    learn.fit(0.1, callbacks=[Metrics([rmse]), At("before_fit", lambda state: seen.append(state.metric_names))])
+    learn.fit(0.1, callbacks=[Metrics([rmse]), At("before_fit", lambda state: seen.append(state.record.row_names))])
     assert sorted(seen[0]) == sorted(learn.recorder.epochs[0])
     assert seen[0][-1] == "time"
     assert list(learn.recorder.epochs[0])[-1] == "time"
@@ -133,7 +133,7 @@ def test_the_names_of_a_collection_are_known_before_the_fit():
                                                prefix="my_")  # fmt: skip
     seen = []
     learn = two(metrics=[collection, torchmetrics.MeanSquaredError()], train_metrics=True)
-    learn.fit(0.1, 2, callbacks=[At("before_fit", lambda state: seen.append(state.metric_names))])
+    learn.fit(0.1, 2, callbacks=[At("before_fit", lambda state: seen.append(state.record.row_names))])
     row = learn.recorder.epochs[-1]
     assert list(seen[0]) == list(row)
     assert row["noisy_my_MeanSquaredError"] == row["noisy_mean_squared_error"]

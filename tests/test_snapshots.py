@@ -144,7 +144,7 @@ class Jump(Callback):
         self.positions = positions
 
     def before_batch(self, state):
-        state.schedule_step = self.positions[state.step]
+        state.elapsed = self.positions[state.step]
 
 
 def test_a_cycle_end_that_no_step_hits_is_crossed():

@@ -214,7 +214,7 @@ def test_accumulation_thaws_between_updates(k):
 
 def test_a_position_that_passes_within_a_window_thaws_with_the_next_one():
     """As under a time limit. Half a window's gradient would be a wrong one."""
-    clock = At("before_batch", lambda state: setattr(state, "schedule_step", state.batch_index))
+    clock = At("before_batch", lambda state: setattr(state, "elapsed", state.batch_index))
     clock.order = TimeLimit.order
     learn = three_groups(batches(8, dtype=torch.float64), callbacks=[clock, Unfreeze({"body": 0.5})])
     counts = first_moves(learn, 1, accumulate=4)  # 2 updates; share 0.5 is position 1, the second batch
@@ -222,7 +222,7 @@ def test_a_position_that_passes_within_a_window_thaws_with_the_next_one():
 
 
 def test_a_fit_limited_in_time_thaws_by_the_clock():
-    clock = At("before_batch", lambda state: setattr(state, "schedule_step", 9 if state.step >= 2 else 0))
+    clock = At("before_batch", lambda state: setattr(state, "elapsed", 9 if state.step >= 2 else 0))
     clock.order = TimeLimit.order
     found = by_layer(first_moves(three_groups(callbacks=[clock, Unfreeze({"body": 0.9, "neck": 1.0})])))
     assert found == [2, None, 0]

@@ -121,7 +121,7 @@ class Scaled(Callback):
     """What fp16 does: backward begins with a scale, which is taken out again before the step."""
 
     def before_batch(self, state):
-        state.loss_scale = torch.tensor(8.0, dtype=torch.float64)
+        state.window.loss_scale = torch.tensor(8.0, dtype=torch.float64)
 
     def before_step(self, state):
         for p in state.model.parameters():

@@ -634,7 +634,7 @@ OWNERS = {
 def a_record():
     """A learner whose Recorder has something of everything."""
     learn = make_learner(valid=batches(1), metrics=[minifast.rmse])
-    learn.fit(0.01, callbacks=[At("after_step", lambda state: state.recorder.newest.log("logged", 1.0))])
+    learn.fit(0.01, callbacks=[At("after_step", lambda state: state.record.log("logged", 1.0))])
     learn.lr_find(1e-4, 1.0, 20)
     return learn
 

@@ -31,6 +31,7 @@ from minifast import (
     accuracy,
     plot_runs,
 )
+from minifast.core.ownership import finite_check
 from minifast.standard import finite
 from minifast.standard.finite import Unchecked
 
@@ -366,7 +367,7 @@ def test_an_optimizer_whose_state_says_that_it_is_not_fused_is_left_alone(late):
 @pytest.mark.case("N1")
 def test_who_keeps_the_weights_can_ask_first(late):
     def keep(state):
-        state.finite_check.check(state)
+        finite_check(state.callbacks).check(state)
         kept.append(state.step)
 
     for event, steps in (("after_step", [0, 1, 2]), ("after_batch", [1, 2, 3])):
@@ -378,7 +379,7 @@ def test_who_keeps_the_weights_can_ask_first(late):
 
 
 def test_on_the_cpu_there_is_nothing_to_ask():
-    checks = At("after_step", lambda state: state.finite_check.check(state))
+    checks = At("after_step", lambda state: finite_check(state.callbacks).check(state))
     learner(batches(3)).fit(0.1, callbacks=[checks])
 
 
