@@ -24,20 +24,29 @@ from .training.trainer import Trainer
 
 
 class Learner(Trainer):
-    """Trains `model` on `dls` and remembers how it went.
+    """Trains `model` on `dls`, remembers how it went, and answers questions about both.
 
-    model: any `nn.Module`; moved to `device`. dls: `DataLoaders(train, valid)` or a tuple (train, valid) of iterables
-    of batches; valid may be a dict of them by name. loss_func: (output, target) -> the mean loss (), or (sum, count)
-    of a loss that is summed over tokens or the like; None: the output carries `.loss`. opt_func: a torch optimizer
-    class or partial, called once with all parameters in their layer groups; its state persists across fits. lr: the
-    default peak, in every form: float, slice(hi), slice(lo, hi), one value per layer group. splitter: None for one
-    layer group, a callable model -> list of modules or parameter lists, or a dict of name -> glob over parameter names.
-    wd: weight decay, None for the optimizer's own default; norms and biases have none unless `wd_norm_bias`. train_bn:
-    whether norm layers of frozen groups go on training. metrics: functions (pred, target) or objects with update,
-    compute and reset. train_metrics: compute them over the training data too, as `train_<name>`. callbacks: run in
-    every fit. device: None for the accelerator, if there is one. seed: seeds Python, numpy and torch now; None: nothing
-    is seeded. compile: whether fits call the model through `torch.compile`; a dict holds its
-    options: {'mode': 'reduce-overhead'} has torch run small models as CUDA graphs. unpack: batch -> (inputs, target).
+    model: any `nn.Module`; moved to `device`.
+    dls: `DataLoaders(train, valid)` or a tuple (train, valid) of iterables of batches; valid may be a dict of them by
+        name, or None.
+    loss_func: (output, target) -> the mean loss, (), or (sum, count) of a loss that is summed over tokens or the like;
+        None: the output carries `.loss`.
+    opt_func: a torch optimizer class or partial, called once with all parameters in their layer groups. Its state
+        persists across fits.
+    lr: the default peak, in every form: float, slice(hi), slice(lo, hi), one value per layer group.
+    splitter: None for one layer group, a callable model -> list of modules or parameter lists, or a dict of
+        name -> glob over parameter names.
+    wd: weight decay; None for the optimizer's own default.
+    wd_norm_bias: whether norms and biases are decayed too.
+    train_bn: whether norm layers of frozen groups go on training.
+    metrics: functions (pred, target) or objects with update, compute and reset.
+    train_metrics: whether to compute them over the training data too, as `train_<name>`.
+    callbacks: of every fit.
+    device: None for the accelerator, if there is one.
+    seed: an int seeds Python, numpy and torch now; None: nothing is seeded.
+    compile: whether fits call the model through `torch.compile`; a dict holds its options. With
+        {"mode": "reduce-overhead"} torch runs small models as CUDA graphs.
+    unpack: batch -> (inputs, target).
     verbose: print and show progress.
 
     `model, dls, loss_func, metrics, callbacks, opt, recorder` may be read, and assigned between fits.

@@ -131,6 +131,31 @@ class DataLoaders:
                    valid if valid is None or isinstance(valid, Mapping) else make(valid), classes)
 
 
+def eval_data(dls: DataLoaders, dl: Any) -> Any:
+    """The loader, or the loaders by name, that `dl` means: None for the validation data, or the name of one set of it.
+
+    Raises ValueError or TypeError if there is none.
+    """
+    data = dls.valid if dl is None else dl
+    if isinstance(data, str):
+        sets = dls.valid if isinstance(dls.valid, Mapping) else {}
+        if data not in sets:
+            raise ValueError(f"there is no validation set {data!r}: " +
+                             (f"the names are {', '.join(sets)}. Pass one of them, or a loader." if sets else
+                              "there are no names. Pass a loader, or no dl for the validation data."))
+        data = sets[data]
+    if data is None:
+        raise ValueError("there is no validation data. Pass a loader, or make the Learner with "
+                         "DataLoaders(train, valid).")
+    if isinstance(data, Mapping) and not data:
+        raise ValueError("dl must hold at least one validation set, got none.")
+    if isinstance(data, DataLoaders):
+        raise TypeError(f"dl must be one loader, got a {type(data).__name__} with two. Pass dl.valid or dl.train.")
+    if not isinstance(data, Iterable):
+        raise TypeError(f"dl must be an iterable of batches, got {dl!r:.80}.")
+    return data
+
+
 def as_dataloaders(model: Any, dls: Any) -> DataLoaders:
     """`dls` as `DataLoaders`. Raises TypeError for what is no data, or for model and data swapped."""
     if isinstance(dls, nn.Module) and not isinstance(model, nn.Module):

@@ -10,12 +10,12 @@ from torch.utils.data import DataLoader
 from ..base import snapshot
 from ..base.batch import Batch, call_model, scores
 from ..base.nest import describe, join
-from ..core.predict import predict_all
 from ..data.feed import feed
 from ..data.loader import generators, in_order, second_copy
 from ..data.tensor_loader import TensorLoader
 from ..errors import check_flag, check_int, check_number
 from ..machine.signals import DeferredInterrupt
+from ..training.predict import predict_all
 
 if TYPE_CHECKING:
     from ..training.trainer import Trainer

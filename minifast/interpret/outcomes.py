@@ -13,10 +13,10 @@ from torch.nn import functional as F
 from ..base.batch import Batch, call_model, scores
 from ..base.losses import ignored_label, is_loss
 from ..base.nest import describe, map_tensors
-from ..core.predict import sample_losses, sample_of
 from ..data.feed import feed
 from ..data.loader import in_order
 from ..machine.signals import DeferredInterrupt
+from ..training.predict import sample_losses, sample_of
 
 if TYPE_CHECKING:
     from ..training.trainer import Trainer

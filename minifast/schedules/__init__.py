@@ -24,24 +24,6 @@ from .shapes import (
     polynomial,
 )
 
-__all__ = [
-    "Shape",
-    "circular",
-    "circular_beta",
-    "circular_beta_momentum",
-    "circular_momentum",
-    "constant",
-    "cosine",
-    "cosine_restarts",
-    "cycle_at",
-    "cycle_ends",
-    "exponential",
-    "flat_cosine",
-    "linear",
-    "n_units",
-    "one_cycle",
-    "one_cycle_momentum",
-    "piece_at",
-    "piecewise",
-    "polynomial",
-]
+__all__ = ["Shape", "circular", "circular_beta", "circular_beta_momentum", "circular_momentum", "constant", "cosine",
+           "cosine_restarts", "cycle_at", "cycle_ends", "exponential", "flat_cosine", "linear", "n_units", "one_cycle",
+           "one_cycle_momentum", "piece_at", "piecewise", "polynomial"]

@@ -94,10 +94,8 @@ class FiniteLoss(Callback):
         if self._flag is None:
             loss = float(state.step_loss)
             if not math.isfinite(loss):
-                rates = group_lrs(state.opt, len(state.group_names))
                 cause = self._causes.get(state.step) or what_is_wrong(state)
-                raise NonFiniteLoss(f"{_at('loss is', loss, state.epoch, state.step, state.group_names, rates)} "
-                                    f"{what_is_left(state.model)} {cause or ADVICE}")
+                raise NonFiniteLoss(f"{_now(state, 'loss is', loss)} {cause or ADVICE}")
         else:
             self._first_row = state.step - len(state.record)
             self._note(self._flag, state.step_loss)
@@ -108,10 +106,8 @@ class FiniteLoss(Callback):
         if self._flag is not None:
             self._note(self._flag, norm)
         elif not math.isfinite(value := float(norm)):
-            rates = group_lrs(state.opt, len(state.group_names))
-            where = _at("norm of the gradient is", value, state.epoch, state.step, state.group_names, rates)
-            raise NonFiniteGradient(f"{where} {_which_gradients(state.model)} {what_is_left(state.model)} "
-                                    f"{GRADIENT_ADVICE}")
+            which = _which_gradients(state.model)
+            raise NonFiniteGradient(f"{_now(state, NORM, value, which)} {GRADIENT_ADVICE}")
 
     @property
     def to_zero(self) -> Tensor | None:
@@ -173,12 +169,12 @@ class FiniteLoss(Callback):
         epoch = next((epoch["epoch"] for epoch, end in zip(record.epochs, record.epoch_ends, strict=True)
                       if row < end), state.epoch)
         step, rates = self._first_row + row, [column[row] for column in record.lr_columns]
-        late = f"Found at step {state.step}; {STRICT} stops at once"
-        if bad_norm < bad_loss:
-            where = _at("norm of the gradient is", norms[row], epoch, step, state.group_names, rates)
-            return NonFiniteGradient(f"{where} {left} {GRADIENT_ADVICE} {late}, and names the parameters.")
-        where = _at("loss is", losses[row], epoch, step, state.group_names, rates)
-        return NonFiniteLoss(f"{where} {left} {self._causes.get(step) or ADVICE} {late}, and looks at the batch.")
+        is_norm, late = bad_norm < bad_loss, f"Found at step {state.step}; {STRICT} stops at once"
+        what, value = (NORM, norms[row]) if is_norm else ("loss is", losses[row])
+        where = f"{_at(what, value, epoch, step, state.group_names, rates)} {left}"
+        if is_norm:
+            return NonFiniteGradient(f"{where} {GRADIENT_ADVICE} {late}, and names the parameters.")
+        return NonFiniteLoss(f"{where} {self._causes.get(step) or ADVICE} {late}, and looks at the batch.")
 
 
 class Unchecked(Callback):
@@ -187,6 +183,7 @@ class Unchecked(Callback):
     owns = FiniteLoss.owns
 
 
+NORM = "norm of the gradient is"
 UNHARMED = "The weights are those of the step before."
 ADVICE = "Lower the learning rate, clip gradients (GradientClip(norm=1.0)), or look at the batch."
 GRADIENT_ADVICE = ("Look for what has no finite derivative where it is taken (sqrt, log or a norm of 0, a division by "
@@ -250,6 +247,13 @@ def _is_finite(tensor: Tensor) -> bool:
 def _some(names: Sequence[str]) -> str:
     more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
     return ", ".join(names[:MAX_NAMES]) + more
+
+
+def _now(state: State, what: str, value: float, which: str = "") -> str:
+    """What is refused in this step, and what the model is worth now."""
+    rates = group_lrs(state.opt, len(state.group_names))
+    where = _at(what, value, state.epoch, state.step, state.group_names, rates)
+    return " ".join(filter(None, [where, which, what_is_left(state.model)]))
 
 
 def _first_bad(column: Any) -> int:

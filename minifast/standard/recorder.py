@@ -97,24 +97,26 @@ class Recorder(Callback):
         if len(self.newest) > self._first_step and "train_loss" not in state.metrics:
             state.metrics["train_loss"] = self.newest.mean_loss(self._first_step)
 
+    # The newest fit: what `FitRecord` has under the same names.
+
     @property
     def lrs(self) -> Column:
-        """Learning rate of the last layer group at each step of the newest fit, (steps,)."""
+        """Learning rate of the last layer group at each step, (steps,)."""
         return self.newest.lrs
 
     @property
     def lr_groups(self) -> Column:
-        """Learning rate of every layer group at each step of the newest fit, (steps, layer groups)."""
+        """Learning rate of every layer group at each step, (steps, layer groups)."""
         return self.newest.lr_groups
 
     @property
     def moms(self) -> Column:
-        """Momentum (SGD) or beta1 (Adam) at each step of the newest fit, (steps,)."""
+        """Momentum (SGD) or beta1 (Adam) at each step, (steps,)."""
         return self.newest.moms
 
     @property
     def losses(self) -> Column:
-        """Training loss of each step of the newest fit, (steps,)."""
+        """Training loss of each step, (steps,)."""
         return self.newest.losses
 
     @property
@@ -122,45 +124,38 @@ class Recorder(Callback):
         """`losses` as an exponential moving average (0.98, bias-corrected), (steps,)."""
         return self.newest.smooth_losses
 
-    def column(self, name: str) -> Column:
-        """What callbacks have logged under `name` at each step of the newest fit, (steps,), nan where they have not.
-
-        E.g. "grad_norm" of `GradientClip`. Raises KeyError that lists the names there are.
-        """
-        return self.newest.column(name)
-
     @property
     def epochs(self) -> list[dict[str, Any]]:
-        """One row per epoch of the newest fit: epoch, train_loss (the true mean), valid_loss, metrics, time (s)."""
+        """One row per epoch: epoch, train_loss (the true mean), valid_loss, metrics, time (s)."""
         return self.newest.epochs
+
+    def column(self, name: str) -> Column:
+        """What callbacks have logged, e.g. "grad_norm" of `GradientClip`: see `FitRecord.column`."""
+        return self.newest.column(name)
+
+    def plot_lr(self, show_moms: bool = False, *, ax: "Axes | None" = None) -> "Axes":
+        """Draw the learning rates and, if asked, the momentum: see `FitRecord.plot_lr`."""
+        return self.newest.plot_lr(show_moms, ax=ax)
+
+    def plot_losses(self, *, ax: "Axes | None" = None) -> "Axes":
+        """Draw training and validation losses: see `FitRecord.plot_losses`."""
+        return self.newest.plot_losses(ax=ax)
+
+    def plot_metrics(self, *, ax: "Axes | None" = None) -> "Axes":
+        """Draw every metric against the epoch: see `FitRecord.plot_metrics`."""
+        return self.newest.plot_metrics(ax=ax)
+
+    def to_csv(self, path: str | os.PathLike[str], *, epochs: bool = False) -> None:
+        """Write one line per step, or per epoch if `epochs`: see `FitRecord.to_csv`."""
+        self.newest.to_csv(path, epochs=epochs)
 
     def plot(self, skip_start: int = 10, skip_end: int = 5, suggestions: bool = True, *,
              ax: "Axes | None" = None) -> "Axes":
-        """Draw the newest LR finder run: smoothed training loss against the learning rate, suggestions marked.
-
-        skip_start, skip_end: points left out at the ends, fewer where there are few. Raises RuntimeError before the
-        first run of `lr_find`.
-        """
+        """Draw the newest LR finder run: see `LRFind.plot`. Raises RuntimeError before the first run of `lr_find`."""
         if self.lr_find is None:
             raise RuntimeError("there is no LR finder run to plot. Call learn.lr_find() first; learning rates and "
                                "losses of a fit are drawn by plot_lr() and plot_losses().")
         return self.lr_find.plot(skip_start, skip_end, suggestions, ax=ax)
-
-    def plot_lr(self, show_moms: bool = False, *, ax: "Axes | None" = None) -> "Axes":
-        """Draw the learning rate of every layer group at each step and, if asked, the momentum on a second axis."""
-        return self.newest.plot_lr(show_moms, ax=ax)
-
-    def plot_losses(self, *, ax: "Axes | None" = None) -> "Axes":
-        """Draw the training loss of each step, raw and smoothed, and the validation loss where epochs ended."""
-        return self.newest.plot_losses(ax=ax)
-
-    def plot_metrics(self, *, ax: "Axes | None" = None) -> "Axes":
-        """Draw every metric against the epoch. Raises RuntimeError if there is none."""
-        return self.newest.plot_metrics(ax=ax)
-
-    def to_csv(self, path: str | os.PathLike[str], *, epochs: bool = False) -> None:
-        """Write the newest fit as CSV: one line per step, or per epoch if `epochs`."""
-        self.newest.to_csv(path, epochs=epochs)
 
     def __repr__(self) -> str:
         return f"Recorder({len(self.newest)} steps, {len(self.epochs)} epochs, {len(self.fits)} earlier fits)"

@@ -14,8 +14,7 @@ from ..core import loop
 from ..core.callback import Callback
 from ..core.emitter import Emitter, evaluating
 from ..core.ownership import check_callbacks
-from ..core.predict import predict_all
-from ..data.dataloaders import DataLoaders
+from ..data.dataloaders import eval_data
 from ..data.feed import feed
 from ..data.loader import count_steps, generators, in_order, valid_sets
 from ..errors import check_flag, check_int, check_number, check_path
@@ -31,6 +30,7 @@ from ..standard.metrics import Metrics
 from . import fitting
 from .fitting import FitOptions
 from .parts import Parts
+from .predict import predict_all
 from .sandbox import sandbox
 
 if TYPE_CHECKING:
@@ -245,24 +245,7 @@ class Trainer(Parts):
     def eval_data(self, dl: Iterable[Batch] | str | None) -> Iterable[Batch]:
         """The data that `validate(dl)` reads. Raises ValueError or TypeError if there is none."""
         self.check_assigned()
-        data = self.dls.valid if dl is None else dl
-        if isinstance(data, str):  # the name of a validation set
-            sets = self.dls.valid if isinstance(self.dls.valid, Mapping) else {}
-            if data not in sets:
-                raise ValueError(f"there is no validation set {data!r}: " +
-                                 (f"the names are {', '.join(sets)}. Pass one of them, or a loader." if sets else
-                                  "there are no names. Pass a loader, or no dl for the validation data."))
-            data = sets[data]
-        if data is None:
-            raise ValueError("there is no validation data. Pass a loader, or make the Learner with "
-                             "DataLoaders(train, valid).")
-        if isinstance(data, Mapping) and not data:
-            raise ValueError("dl must hold at least one validation set, got none.")
-        if isinstance(data, DataLoaders):
-            raise TypeError(f"dl must be one loader, got a {type(data).__name__} with two. Pass dl.valid or dl.train.")
-        if not isinstance(data, Iterable):
-            raise TypeError(f"dl must be an iterable of batches, got {dl!r:.80}.")
-        return data
+        return eval_data(self.dls, dl)
 
     # ---- files
 
