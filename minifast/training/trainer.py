@@ -245,7 +245,8 @@ class Trainer(Parts):
     def eval_data(self, dl: Iterable[Batch] | str | None) -> Iterable[Batch]:
         """The data that `validate(dl)` reads. Raises ValueError or TypeError if there is none."""
         self.check_assigned()
-        return eval_data(self.dls, dl)
+        data: Iterable[Batch] = eval_data(self.dls, dl)
+        return data
 
     # ---- files
 
