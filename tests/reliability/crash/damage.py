@@ -8,12 +8,13 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from helpers import bits
-from minifast.server import Bench
-from minifast.shares import in_shares
 
-from minifast import disk, scripts
 from minifast.files.reading import load_tree
 from minifast.resume.folder import FitFolder
+
+from . import disk, scripts
+from .server import Bench
+from .shares import in_shares
 
 LAST = 14  # the update after whose checkpoint the run is killed
 PAGE = 4096

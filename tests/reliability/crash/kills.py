@@ -4,10 +4,9 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 
-from minifast.server import Bench, survivors
-from minifast.shares import in_shares
-
-from minifast import place, scripts
+from . import place, scripts
+from .server import Bench, survivors
+from .shares import in_shares
 
 MOST = 4  # kills of one run
 WORKERS_GO = 20  # seconds in which workers have to notice that their parent is gone: torch looks every 5

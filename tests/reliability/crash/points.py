@@ -6,11 +6,11 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 
-from minifast.server import Bench
-from minifast.shares import in_shares
-
-from minifast import disk, place, scripts
 from minifast.files import writing as files
+
+from . import disk, place, scripts
+from .server import Bench
+from .shares import in_shares
 
 CALLS = ("fsync", "replace", "unlink", "link", "mkdir", "ftruncate", "pwrite")  # of os, which change the disk
 NEEDED = {"write", "fsync", "replace", "unlink", "link", "open"}  # a save without one of them is not what was meant

@@ -8,7 +8,9 @@ from helpers import bits, trained
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from minifast import EMA, Checkpoint, DataLoaders, Learner, SaveBest, TensorLoader, disk
+from minifast import EMA, Checkpoint, DataLoaders, Learner, SaveBest, TensorLoader
+
+from . import disk
 
 BATCH_SIZE, N_VALID = 8, 24
 N_TRAIN = {0: 44, 2: 116, "tensors": 44}  # 6 batches an epoch, 15 where workers have to start first; the last one of 4

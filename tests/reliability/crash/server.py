@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from minifast.scripts import SCRIPTS, digest
 
-from minifast import disk, place
+from . import disk, place
+from .scripts import SCRIPTS, digest
 
 LONGEST = 60  # seconds that a process may take: then it hangs, dumps its stacks and ends
 

@@ -5,7 +5,7 @@ import tempfile
 import traceback
 from pathlib import Path
 
-from minifast import place, server
+from . import place, server
 
 
 def in_shares(work, n, jobs):

@@ -10,11 +10,9 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from minifast.points import die_in_write
-from minifast.server import Bench
 from torch.utils.data import BatchSampler
 
-from minifast import EMA, scripts
+from minifast import EMA
 from minifast.base import rng
 from minifast.callbacks.monitors import SaveBest
 from minifast.core.state import State
@@ -22,6 +20,10 @@ from minifast.files import writing as files
 from minifast.record.record import FitRecord
 from minifast.resume import replay, saved_state, session
 from minifast.standard.recorder import Recorder
+
+from . import scripts
+from .points import die_in_write
+from .server import Bench
 
 
 def no_random_numbers():
