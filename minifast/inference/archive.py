@@ -4,13 +4,15 @@
 """
 import io
 import json
+import os
 import re
+import struct
 import zipfile
 from collections import Counter
-from typing import Any
+from typing import Any, BinaryIO, cast
 
-from ..files.reading import check_directory
 
+MOST_ENTRIES = 100_000
 _ENTRY = re.compile(r"archive_format|archive_version|byteorder|\.data/(version|serialization_id)|models/model\.json|"
                     r"data/weights/(weight_\d+|model_weights_config\.json)|data/sample_inputs/model\.pt|"
                     r"data/constants/(tensor_\d+|model_constants_config\.json)|extra/minifast\.json")
@@ -31,7 +33,7 @@ _NESTS = ("builtins.tuple", "builtins.list", "builtins.dict", "collections.Order
 
 def entries(content: bytes) -> dict[str, bytes]:
     """The files in an archive, without the name of their common folder."""
-    check_directory(io.BytesIO(content), len(content))
+    _check_directory(io.BytesIO(content), len(content))
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         infos = archive.infolist()
         names = [info.filename.partition("/")[2] for info in infos]
@@ -42,6 +44,34 @@ def entries(content: bytes) -> dict[str, bytes]:
         if sum(info.file_size for info in infos) > len(content):
             raise ValueError("its entries overlap")
         return {name: archive.read(info) for name, info in zip(names, infos, strict=True)}
+
+
+def _check_directory(file: BinaryIO, size: int) -> int:
+    """The number of entries that an archive claims to hold, from its end: before a list of them is made.
+
+    The end has to be as torch writes it, without a gap: then all readers find the same list.
+    """
+    file.seek(-min(size, 98), os.SEEK_END)
+    tail = file.read(98)
+    if len(tail) < 22:
+        raise ValueError("its end is missing")
+    mark, *_, n, n_bytes, start, comment = struct.unpack("<4s4H2LH", tail[-22:])
+    end = size - 22
+    if mark != b"PK\5\6" or comment:
+        raise ValueError("its end is missing")
+    if tail[-42:-38] == b"PK\6\7":  # larger numbers
+        end = size - 98
+        if struct.unpack("<4sLQL", tail[-42:-22])[2] != end or tail[:4] != b"PK\6\6":
+            raise ValueError("its end is missing")
+        n, n_bytes, start = struct.unpack("<3Q", tail[32:56])
+    if n > MOST_ENTRIES:
+        raise ValueError(f"it claims to hold {n:,} entries")
+    if start + n_bytes != end:
+        raise ValueError("its list of entries is not where it says")
+    file.seek(start)
+    if file.read(n_bytes).count(b"PK\1\2") > MOST_ENTRIES:
+        raise ValueError(f"it holds more than {MOST_ENTRIES:,} entries")
+    return cast(int, n)
 
 
 def checked(content: bytes) -> bytes:

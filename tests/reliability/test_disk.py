@@ -414,7 +414,7 @@ def test_no_other_folder_is_used(saved, monkeypatch):
                                                                     real(path, *args, **options))[1])
     save_tree(NEW, saved)
     assert bits(load_tree(saved)) == bits(NEW)
-    torch.save(dict(OLD), saved, _use_new_zipfile_serialization=False)
+    torch.save(dict(OLD), saved)
     assert bits(load_tree(saved)) == bits(OLD)
     assert opened
     assert {path.parent if path != saved.parent else path for path in opened} == {saved.parent}

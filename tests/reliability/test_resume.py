@@ -525,6 +525,6 @@ def test_what_could_not_be_read_back_is_refused_when_it_is_saved(tmp_path):
         def before_fit(self, state):
             self.best = np.float64(3)
 
-    with pytest.raises(TypeError, match=r"callbacks\.Odd\.best is a numpy\.float64: use float\(x\)"):
+    with pytest.raises(TypeError, match=r"callbacks\.Odd\.best is a numpy\.float64: use x\.item\(\)"):
         one_cycle(learner(), [Odd(), every_step(tmp_path)], "auto")
     assert list(tmp_path.rglob("*.ckpt")) == []
