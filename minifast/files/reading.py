@@ -110,11 +110,11 @@ def _check_archive(file: BinaryIO, size: int) -> set[int]:
 
 def _check_names(pickled: bytes) -> None:
     """Raise AsksForCode if it names what no tensor and no plain value is made of."""
-    for op, name, _ in pickletools.genops(pickled):
-        if op.name == "GLOBAL" and not _NAMES.fullmatch(name):
-            raise AsksForCode(f"it asks to run code ({name.replace(' ', '.')!r:.80}): refused")
-        if op.name == "PROTO" and name != 2:
-            raise ValueError(f"it is not written as torch writes (protocol {name})")
+    for op, argument, _ in pickletools.genops(pickled):
+        if op.name == "GLOBAL" and not _NAMES.fullmatch(str(argument)):
+            raise AsksForCode(f"it asks to run code ({str(argument).replace(' ', '.')!r:.80}): refused")
+        if op.name == "PROTO" and argument != 2:
+            raise ValueError(f"it is not written as torch writes (protocol {argument})")
 
 
 def _check_loaded(tree: Any, storages: set[int], checked: bool) -> None:

@@ -11,7 +11,6 @@ import zipfile
 from collections import Counter
 from typing import Any, BinaryIO, cast
 
-
 MOST_ENTRIES = 100_000
 _ENTRY = re.compile(r"archive_format|archive_version|byteorder|\.data/(version|serialization_id)|models/model\.json|"
                     r"data/weights/(weight_\d+|model_weights_config\.json)|data/sample_inputs/model\.pt|"

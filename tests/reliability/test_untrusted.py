@@ -227,6 +227,8 @@ BOMBS = {  # name: (the content, what is said of it)
     "10**6 entries, claimed": (lambda: claims_entries(10**6), "is damaged"),
     "entries that overlap": (lambda: one_entry_many_times(20_000), "its entries overlap"),
     "a gap before its end": (lambda: gap(), "is damaged"),
+    "a piece before its beginning": (
+        lambda: b"PK\3\4" + plain_archive(), "its list of entries is not where it says"),
     "lists, 10**5 deep": (lambda: deep(10**5), r"weight(\[0\])*.*nested more than 64 levels deep"),
     "a key of 1 MB over 100,000 lists": (lambda: repickled(plain_archive(), long_key()), "nested more than 64 levels"),
     "2**50 values": (lambda: repickled(plain_archive(), laughs(50, list)), "holds too much"),
@@ -368,7 +370,7 @@ def test_torch_itself_refuses_forged_sizes(tmp_path, name):
     path = put(tensor_that_claims(*FORGED[name]), tmp_path / "tree.pt")
     with pytest.raises((RuntimeError, TypeError)):
         torch.load(path, weights_only=True)
-    with pytest.raises(ValueError, match="tree.pt is damaged, or holds more than plain tensors"):
+    with pytest.raises(ValueError, match=r"tree\.pt is damaged, or holds more than plain tensors"):
         load_tree(path)
 
 
@@ -549,8 +551,8 @@ def test_ordinary_weights_of_other_programs_can_be_loaded(tmp_path):
 def test_a_file_of_torch_before_1_6_is_refused_with_the_way_to_load_it(tmp_path):
     """It has no check sums, and its storages are of any size that it claims."""
     torch.save({"a": torch.ones(3)}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
-    with pytest.raises(ValueError, match=r"old\.pth is .*: it is no archive as torch writes it since 1\.6; load an older "
-                                         r"file by torch\.load\(path, weights_only=True\) and save that\. Nothing was"):
+    with pytest.raises(ValueError, match=r"old\.pth is .*: it is no archive as torch writes it since 1\.6; load an "
+                                         r"older file by torch\.load\(path, weights_only=True\) and save that\."):
         load_tree(tmp_path / "old.pth")
     save_tree(torch.load(tmp_path / "old.pth", weights_only=True), tmp_path / "new.pt")
     assert bits(load_tree(tmp_path / "new.pt", checked=True)) == bits({"a": torch.ones(3)})
@@ -655,7 +657,7 @@ def test_what_is_read_is_plain(tmp_path):
     torch.save({"a": OrderedDict(b=OrderedDict())}, tmp_path / "tree.pt")
     check_plain(load_tree(tmp_path / "tree.pt"), ordered=True)
     torch.save({"a": {1.5: 2}}, tmp_path / "tree.pt")
-    with pytest.raises(ValueError, match="has the key 1.5, a float: use str or int"):
+    with pytest.raises(ValueError, match=r"has the key 1\.5, a float: use str or int"):
         load_tree(tmp_path / "tree.pt")
 
 
