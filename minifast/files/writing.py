@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and plain values in them that are checked when they are read.
+"""Files that are whole or not there.
 
 Each call that changes the disk goes through `os.` or `write` here, so that a test can stop the process at any of them.
 """
@@ -27,15 +27,12 @@ _NOT_FOR_FOLDERS = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS,
 _in_use: set[Path] = set()  # temporaries of this process that are being written
 
 
-# ---- writing
-
-
 @contextmanager
 def replacing(path: PathLike, needed: int | None = None) -> Iterator[BinaryIO]:
     """A file that takes the place of `path` once its block has ended well and all of it is on the disk.
 
     Until then, and if anything fails, what was at `path` is as it was: a link is replaced, not followed. needed: bytes
-    that it will take, for the message. Raises OSError that says which step failed and how much space there is.
+    that it will take, for the message. Raises OSError that says what failed and how much space there is.
     """
     path = Path(path)
     if path.is_dir():
@@ -44,39 +41,31 @@ def replacing(path: PathLike, needed: int | None = None) -> Iterator[BinaryIO]:
         raise FileNotFoundError(f"cannot save to {path}: there is no folder {path.parent}. Make it first.")
     if path.exists() and not path.is_file():
         raise OSError(errno.EINVAL, f"cannot save to {path}: it is a pipe or a device. Pass the name of a file.")
-    temporary = _temporary(path)
-    step, raw, is_renamed = "open", None, False
+    is_renamed = False
     try:
-        raw = _Raw(_create(temporary))
-        if path.exists() and hasattr(os, "fchmod"):  # who may read it does not change
-            os.fchmod(raw.fileno(), stat.S_IMODE(path.stat().st_mode))
-        step = ""
-        file = io.BufferedWriter(raw, BUFFER)
-        yield cast(BinaryIO, file)
-        file.flush()
-        step = "fsync"
-        os.fsync(raw.fileno())
-        step = "close"
-        raw.close()
-        step = "rename"
-        os.replace(temporary, path)
+        with _temporary(path) as temporary:
+            with _new_file(temporary) as (handle, file):
+                if path.exists() and hasattr(os, "fchmod"):  # who may read it does not change
+                    os.fchmod(handle, stat.S_IMODE(path.stat().st_mode))
+                yield file
+            os.replace(temporary, path)
         is_renamed = True
-        step = "fsync of the folder"
         sync_folder(path.parent)
     except (OSError, RuntimeError) as error:
         failure = _os_error(error)
         if failure is None:
             raise
-        raise type(failure)(failure.errno, _explain(path, temporary, failure, step, needed)) from error
-    finally:
-        if raw is not None:
-            _drop(temporary, raw, is_renamed)
+        text = failure.strerror or failure
+        raise type(failure)(failure.errno, (
+            f"cannot save to {path} for sure: {text} in fsync of the folder. The new file is there, but a power cut "
+            "might lose it." if is_renamed else
+            f"cannot save to {path}: {text}{_free(path.parent, needed)}. What was there is as it was.")) from error
 
 
 def save_tree(tree: Any, path: PathLike) -> None:
     """Write a plain tree to `path`: whole, or not at all. Tensors are written as they lie in memory, one by one.
 
-    Raises TypeError that names the place of what is not plain (see `trees`), OSError for what the disk refuses.
+    Raises TypeError that names what is not plain (see `trees`), OSError for what the disk refuses.
     """
     check_plain(tree)
     with replacing(path, needed=size_of(tree)) as file, _check_sums():
@@ -106,96 +95,13 @@ def probe(folder: PathLike) -> None:
             raise NotADirectoryError(errno.ENOTDIR, f"cannot write into {folder}: it is no folder. Pass the name of "
                                                     "a folder.")
         raise FileNotFoundError(errno.ENOENT, f"cannot write into {folder}: there is no such folder. Make it first.")
-    temporary = _temporary(folder / "probe")
-    raw = None
     try:
-        raw = _Raw(_create(temporary))
-        raw.write(bytes(4096))
-        os.fsync(raw.fileno())
+        with _temporary(folder / "probe") as temporary, _new_file(temporary) as (_, file):
+            file.write(bytes(4096))
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        advice = "Make room" if full else "Make it writable"
+        advice = "Make room" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "Make it writable"
         raise type(error)(error.errno, f"cannot write into {folder}: {error.strerror or error}{_free(folder)}. "
                                        f"{advice}, or pass another folder.") from error
-    finally:
-        if raw is not None:
-            _drop(temporary, raw)
-
-
-def write(handle: int, data: bytes | memoryview) -> int:
-    """All that is ever written to a file by this module comes through here; gives how many bytes were taken."""
-    return os.write(handle, data)
-
-
-@contextmanager
-def _check_sums() -> Iterator[None]:
-    """Have torch write them, whatever it is set to."""
-    before = torch.serialization.get_crc32_options()
-    torch.serialization.set_crc32_options(True)
-    try:
-        yield
-    finally:
-        torch.serialization.set_crc32_options(before)
-
-
-class _Raw(io.RawIOBase):
-    """A file to write to, by its handle."""
-
-    def __init__(self, handle: int) -> None:
-        self._handle = handle
-
-    def writable(self) -> bool:
-        return True
-
-    def fileno(self) -> int:
-        return self._handle
-
-    def write(self, data: Any) -> int:
-        left = memoryview(data).cast("B")
-        n = len(left)
-        while left:
-            left = left[write(self._handle, left):]
-        return n
-
-    def close(self) -> None:
-        if not self.closed:
-            super().close()
-            os.close(self._handle)
-
-    def shut(self) -> None:
-        """Close it, whatever the disk says: for after a failure."""
-        with suppress(OSError):
-            self.close()
-
-
-def _temporary(path: Path) -> Path:
-    return Path(os.path.abspath(path.parent)) / f".{path.name}.{os.getpid()}.tmp"
-
-
-def _create(temporary: Path) -> int:
-    """A handle of a new file: one that is there is never written to, nor what a link there points to."""
-    if temporary in _in_use:
-        raise OSError(errno.EBUSY, "another thread of this process is saving to it")
-    _in_use.add(temporary)
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
-    try:
-        try:
-            return os.open(temporary, flags, 0o666)  # less what the umask takes away
-        except FileExistsError:  # of a process that is dead, since its number is ours; or put there
-            os.unlink(temporary)
-            return os.open(temporary, flags, 0o666)
-    except BaseException:
-        _in_use.discard(temporary)
-        raise
-
-
-def _drop(temporary: Path, raw: _Raw, is_renamed: bool = False) -> None:
-    """Close the file and, unless it has another name by now, remove it: as far as a failing disk lets us."""
-    raw.shut()
-    if not is_renamed:
-        with suppress(OSError):  # `sweep` takes what is left
-            os.unlink(temporary)
-    _in_use.discard(temporary)
 
 
 def sync_folder(folder: Path) -> None:
@@ -217,6 +123,67 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def write(handle: int, data: bytes | memoryview) -> int:
+    """All that is ever written to a file by this module comes through here; gives how many bytes were taken."""
+    return os.write(handle, data)
+
+
+class _Raw(io.FileIO):
+    def write(self, data: Any) -> int:
+        return write(self.fileno(), memoryview(data).cast("B"))
+
+
+@contextmanager
+def _temporary(path: Path) -> Iterator[Path]:
+    """A name beside `path` that is free, and free again after the block."""
+    temporary = Path(os.path.abspath(path.parent)) / f".{path.name}.{os.getpid()}.tmp"
+    if temporary in _in_use:
+        raise OSError(errno.EBUSY, "another thread of this process is saving to it")
+    _in_use.add(temporary)
+    try:
+        yield temporary
+    finally:
+        with suppress(OSError):  # it has another name by now; or `sweep` takes what a failing disk does not let us
+            os.unlink(temporary)
+        _in_use.discard(temporary)
+
+
+@contextmanager
+def _new_file(path: Path) -> Iterator[tuple[int, BinaryIO]]:
+    """A new file and its handle; on the disk and closed if the block ends well."""
+    handle = _create(path)
+    raw = _Raw(handle, "wb", closefd=False)
+    try:
+        file = io.BufferedWriter(raw, BUFFER)
+        yield handle, cast(BinaryIO, file)
+        file.flush()
+        os.fsync(handle)
+    finally:
+        raw.close()  # else what is left in the buffer would go to whoever gets the number of the handle next
+        os.close(handle)
+
+
+def _create(path: Path) -> int:
+    """A handle of a new file: one that is there is never written to, nor what a link there points to."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+    try:
+        return os.open(path, flags, 0o666)  # less what the umask takes away
+    except FileExistsError:  # of a process that is dead, since its number is ours; or put there
+        os.unlink(path)
+        return os.open(path, flags, 0o666)
+
+
+@contextmanager
+def _check_sums() -> Iterator[None]:
+    """Have torch write them, whatever it is set to."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(True)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)
+
+
 def _is_alive(process: int) -> bool:
     try:
         os.kill(process, 0)  # asks whether it is there
@@ -234,26 +201,10 @@ def _os_error(error: BaseException | None) -> OSError | None:
     return error
 
 
-def _explain(path: Path, temporary: Path, failure: OSError, step: str, needed: int | None) -> str:
-    text = f"{failure.strerror or failure}{' in ' * bool(step)}{step}"
-    if step == "fsync of the folder":
-        return f"cannot save to {path} for sure: {text}. The new file is there, but a power cut might lose it."
-    space = _free(path.parent, needed)
-    if needed is None:
-        with suppress(OSError):
-            space = _free(path.parent, temporary.stat().st_size, "{:,.1f} MB were written")
-    return f"cannot save to {path}: {text}{space}. What was there is as it was."
-
-
-def _free(folder: Path, n: int | None = None, what: str = "needs {:,.1f} MB") -> str:
+def _free(folder: Path, needed: int | None = None) -> str:
     """E.g. " (needs 41.0 MB, 2.0 MB are free)"; nothing where the system does not tell."""
     try:
         free = f"{shutil.disk_usage(folder).free / 1e6:,.1f} MB are free"
     except OSError:
         return ""
-    return f" ({free})" if n is None else f" ({what.format(n / 1e6)}, {free})"
-
-
-# ---- reading
-
-
+    return f" ({free})" if needed is None else f" (needs {needed / 1e6:,.1f} MB, {free})"

@@ -130,21 +130,15 @@ def test_a_real_disk_of_2_MB(small_disk):
 # ---- failing
 
 
-STEPS = {  # what fails: (the call, what the message says of it)
-    "fsync": ("fsync", " in fsync"),
-    "rename": ("replace", " in rename"),
-    "open": ("open", " in open"),
-    "close": ("close", " in close"),
-}
+STEPS = ("fsync", "replace", "open", "close")
 
 
 @pytest.mark.case("K7")
 @pytest.mark.parametrize("number", [errno.EIO, errno.EACCES, errno.EROFS, errno.ENOSPC])
 @pytest.mark.parametrize("step", STEPS)
-def test_a_step_that_fails_is_named(saved, monkeypatch, step, number):
-    name, said = STEPS[step]
-    failing(name, number)(monkeypatch)
-    with pytest.raises(OSError, match=rf"cannot save to .*tree\.pt: {os.strerror(number)}{said} {SPACE}") as caught:
+def test_a_step_that_fails_leaves_what_was_there(saved, monkeypatch, step, number):
+    failing(step, number)(monkeypatch)
+    with pytest.raises(OSError, match=rf"cannot save to .*tree\.pt: {os.strerror(number)} {SPACE}") as caught:
         files.save_tree(NEW, saved)
     monkeypatch.undo()
     assert caught.value.errno == number
@@ -188,7 +182,7 @@ def test_a_file_system_without_fsync_of_folders(saved, monkeypatch, caplog, numb
 def test_a_temporary_that_cannot_be_removed_hides_no_error(saved, monkeypatch):
     failing("replace", errno.EIO)(monkeypatch)
     failing("unlink", errno.EROFS)(monkeypatch)
-    with pytest.raises(OSError, match=r"Input/output error in rename"):
+    with pytest.raises(OSError, match=r"Input/output error"):
         save_tree(NEW, saved)
     monkeypatch.undo()
     assert len(list(saved.parent.iterdir())) == 2
@@ -217,7 +211,7 @@ def test_a_folder_that_is_really_read_only():
 
         of_save, of_probe, epoch = told(save)
         folder.chmod(0o755)
-        assert re.search(rf"cannot save to .*tree\.pt: Permission denied in open {SPACE}", of_save)
+        assert re.search(rf"cannot save to .*tree\.pt: Permission denied {SPACE}", of_save)
         assert re.search(r"cannot write into .*: Permission denied \([\d,.]+ MB are free\)\. Make it writable, or pass "
                          r"another folder\.", of_probe)
         assert epoch == 1
@@ -436,7 +430,7 @@ def test_two_threads_that_save_to_one_file(tmp_path):
         thread.join()
         file.write(b"mine")
     assert path.read_bytes() == b"mine"
-    assert re.search(r"cannot save to .*tree\.pt: another thread of this process is saving to it in open", errors[0])
+    assert re.search(r"cannot save to .*tree\.pt: another thread of this process is saving to it", errors[0])
     other()
     is_as_it_was(path)
 
