@@ -3,12 +3,14 @@ import enum
 import io
 import math
 import os
+import sys
 import zipfile
 from collections import OrderedDict, namedtuple
 from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from helpers import bits, learner
 from torch import nn
@@ -309,3 +311,92 @@ def test_a_learner_is_as_it_was_when_a_file_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"does not fit the model .*: missing .*\. Nothing was loaded"):
         learn.load(tmp_path / "weights.pt")
     assert bits(dict(learn.model.state_dict())) == before
+
+
+# ---- safetensors
+
+
+@pytest.mark.case("K19")
+def test_safetensors_there_and_back(tmp_path):
+    """As any other file: other programs read it, what is tied is written once, whatever has parts is whole."""
+    model, other = Tied(), Tied()
+    path = tmp_path / "weights.safetensors"
+    assert save_weights(model, path) == path
+    found = safetensors.torch.load_file(path)
+    assert sorted(found) == ["first.bias", "first.weight", "last.bias", "part"]
+    assert bits(found) == bits({name: model.state_dict()[name] for name in found})
+    load_weights(other, path)
+    assert other.first.weight is other.last.weight
+    assert bits(dict(other.state_dict())) == bits(dict(model.state_dict()))
+    assert [found.name for found in tmp_path.iterdir()] == ["weights.safetensors"]
+
+
+def test_safetensors_of_other_programs(tmp_path):
+    """Whichever name of what is tied they have left out; and all dtypes of a model."""
+    model, other = Tied(), Tied()
+    safetensors.torch.save_file({name: value.clone() for name, value in model.state_dict().items()
+                                 if name != "first.weight"}, tmp_path / "weights.safetensors")
+    load_weights(other, tmp_path / "weights.safetensors")
+    assert bits(dict(other.state_dict())) == bits(dict(model.state_dict()))
+    kinds = nn.ParameterDict({str(dtype).replace("torch.", "a "): torch.full((2, 3), 1.5, dtype=dtype).t()
+                              for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)})
+    save_weights(kinds, tmp_path / "kinds.safetensors")
+    before = bits(dict(kinds.state_dict()))
+    for parameter in kinds.values():
+        nn.init.zeros_(parameter)
+    load_weights(kinds, tmp_path / "kinds.safetensors")
+    assert bits(dict(kinds.state_dict())) == before
+
+
+def test_a_learner_saves_and_loads_safetensors_or_stays_as_it_was(tmp_path):
+    learn, other, path = learner(), learner(), tmp_path / "weights.safetensors"
+    learn.fit(0.01, 1)
+    learn.save(path)
+    assert other.load(path) is other
+    after = bits(dict(learn.model.state_dict()))
+    assert bits(dict(other.model.state_dict())) == after
+    part = dict(list(learn.model.state_dict().items())[:-1])
+    safetensors.torch.save_file({name: value + 1 for name, value in part.items()}, path)
+    with pytest.raises(ValueError, match=r"does not fit the model .*: missing .*\. Nothing was loaded"):
+        learn.load(path)
+    for content in (b"", b"weights", path.read_bytes()[:-1], b"\xff" * 100):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"weights\.safetensors is damaged, or holds more than plain tensors"):
+            learn.load(path)
+    path.unlink()
+    with pytest.raises(FileNotFoundError):
+        learn.load(path)
+    with pytest.raises(IsADirectoryError):
+        learn.load(tmp_path.rename(tmp_path.with_name("folder.safetensors")))
+    assert bits(dict(learn.model.state_dict())) == after
+
+
+def test_safetensors_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    learn, path = learner(), tmp_path / "weights.safetensors"
+    learn.save(path)
+    before = path.read_bytes()
+
+    def fail(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match=r"cannot save to .*weights\.safetensors: No space left on device \(needs 0"):
+        learn.save(path)
+    assert (path.read_bytes(), len(list(tmp_path.iterdir()))) == (before, 1)
+
+
+class Extra(nn.Linear):
+    def get_extra_state(self):
+        return {"scale": 2}
+
+    def set_extra_state(self, state): ...
+
+
+def test_what_safetensors_cannot_hold_and_where_there_is_no_such_package(tmp_path, monkeypatch):
+    with pytest.raises(TypeError, match=r"can hold tensors only, and _extra_state is something else\. Save to a name"):
+        save_weights(Extra(2, 2), tmp_path / "weights.safetensors")
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    for call in (save_weights, load_weights):
+        with pytest.raises(ImportError, match=r'need a package: pip install "minifast\[safetensors\]"'):
+            call(nn.Linear(2, 2), tmp_path / "weights.safetensors")
+    assert list(tmp_path.iterdir()) == []

@@ -10,14 +10,23 @@ from torch import Tensor, nn
 
 from ..base.nest import describe
 from ..show.tables import listed
-from .reading import load_tree
-from .writing import save_tree
+from .reading import damaged, load_tree, opened
+from .trees import check_plain, size_of, to_save, view_of
+from .writing import replacing, save_tree
+
+SAFETENSORS = ".safetensors"
 
 
 def save_weights(model: nn.Module, path: str | os.PathLike[str]) -> Path:
-    """Write the state dict of `model`, plain tensors, to `path`: whole, or not at all."""
+    """Write the state dict of `model`, plain tensors, to `path`: whole, or not at all.
+
+    A path that ends with .safetensors gets a file of that kind, for other programs.
+    """
     path = Path(path)
-    save_tree(dict(model.state_dict()), path)
+    if path.suffix == SAFETENSORS:
+        _save_safetensors(model.state_dict(), path)
+    else:
+        save_tree(dict(model.state_dict()), path)
     return path
 
 
@@ -26,12 +35,55 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
     All of it fits, or nothing is changed. Values of another precision (float16 for float32) become those of the model;
     whole numbers for real ones, or any other kind, do not fit. Raises ValueError that names what is missing,
-    unexpected, of another shape or kind, and for a damaged file.
+    unexpected, of another shape or kind, and for a damaged file (a flipped bit in a .safetensors is not seen).
     """
-    loaded = load_tree(path)
+    path = Path(path)
+    loaded: Any = _load_safetensors(model, path) if path.suffix == SAFETENSORS else load_tree(path)
     if isinstance(loaded, dict) and {"format", "model", "optimizer"} <= loaded.keys():
         loaded = loaded["model"]["weights"]
     put_weights(model, loaded, path)
+
+
+def _save_safetensors(weights: Mapping[str, Any], path: Path) -> None:
+    """Tied weights are written once, under the first of their names: the format has no others."""
+    safetensors = _safetensors()
+    check_plain(dict(weights))
+    others = [name for name, value in weights.items() if not isinstance(value, Tensor)]
+    if others:
+        raise TypeError(f"{path} can hold tensors only, and {listed(others)} is something else. Save to a name that "
+                        "does not end with .safetensors.")
+    names: dict[Any, str] = {}
+    for name, value in weights.items():
+        names.setdefault(view_of(value), name)
+    plain: dict[str, Tensor] = to_save({name: weights[name] for name in names.values()})
+    with replacing(path, needed=size_of(plain)) as file:  # copies, as the format refuses parts of one storage
+        file.write(safetensors.save({name: value.clone(memory_format=torch.contiguous_format)
+                                     for name, value in plain.items()}))
+
+
+def _load_safetensors(model: nn.Module, path: Path) -> dict[str, Tensor]:
+    """The tensors in the file, and those that `model` has tied to them."""
+    safetensors = _safetensors()
+    with opened(path):  # no pipe, no device
+        try:
+            loaded: dict[str, Tensor] = safetensors.load_file(path)
+        except Exception as error:
+            if isinstance(error, (OSError, MemoryError)):
+                raise
+            raise ValueError(damaged(path, error)) from error
+    own = model.state_dict()
+    by_view = {view_of(own[name]): name for name in own if name in loaded}
+    tied = {name: by_view.get(view_of(value)) for name, value in own.items() if name not in loaded}
+    return loaded | {name: loaded[known] for name, known in tied.items() if known is not None}
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise ImportError('files that end with .safetensors need a package: pip install "minifast[safetensors]"'
+                          ) from error
+    return safetensors.torch
 
 
 def put_weights(model: nn.Module, loaded: Any, path: str | os.PathLike[str]) -> None:
