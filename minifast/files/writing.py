@@ -43,12 +43,12 @@ def replacing(path: PathLike, needed: int | None = None) -> Iterator[BinaryIO]:
         raise OSError(errno.EINVAL, f"cannot save to {path}: it is a pipe or a device. Pass the name of a file.")
     is_renamed = False
     try:
-        with _temporary(path) as temporary:
-            with _new_file(temporary) as (handle, file):
+        with temporary(path) as new:
+            with _new_file(new) as (handle, file):
                 if path.exists() and hasattr(os, "fchmod"):  # who may read it does not change
                     os.fchmod(handle, stat.S_IMODE(path.stat().st_mode))
                 yield file
-            os.replace(temporary, path)
+            os.replace(new, path)
         is_renamed = True
         sync_folder(path.parent)
     except (OSError, RuntimeError) as error:
@@ -96,7 +96,7 @@ def probe(folder: PathLike) -> None:
                                                     "a folder.")
         raise FileNotFoundError(errno.ENOENT, f"cannot write into {folder}: there is no such folder. Make it first.")
     try:
-        with _temporary(folder / "probe") as temporary, _new_file(temporary) as (_, file):
+        with temporary(folder / "probe") as new, _new_file(new) as (_, file):
             file.write(bytes(4096))
     except OSError as error:
         advice = "Make room" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "Make it writable"
@@ -134,18 +134,18 @@ class _Raw(io.FileIO):
 
 
 @contextmanager
-def _temporary(path: Path) -> Iterator[Path]:
+def temporary(path: Path) -> Iterator[Path]:
     """A name beside `path` that is free, and free again after the block."""
-    temporary = Path(os.path.abspath(path.parent)) / f".{path.name}.{os.getpid()}.tmp"
-    if temporary in _in_use:
+    name = Path(os.path.abspath(path.parent)) / f".{path.name}.{os.getpid()}.tmp"
+    if name in _in_use:
         raise OSError(errno.EBUSY, "another thread of this process is saving to it")
-    _in_use.add(temporary)
+    _in_use.add(name)
     try:
-        yield temporary
+        yield name
     finally:
         with suppress(OSError):  # it has another name by now; or `sweep` takes what a failing disk does not let us
-            os.unlink(temporary)
-        _in_use.discard(temporary)
+            os.unlink(name)
+        _in_use.discard(name)
 
 
 @contextmanager

@@ -80,7 +80,7 @@ class Checkpoint(Callback):
         if self._folder is None:
             raise RuntimeError(f"{self!r} works only in a fit of a Learner: learn.fit(..., callbacks=[...]).")
         self._n_failures, self._is_saved = 0, True  # nothing to lose before the first step
-        self._at_epoch_start = saved_state.capture_rng(state)
+        self._at_epoch_start = rng.capture(saved_state.loader_generators(state))
         self._is_first_pass = True
         self._n_done = 0  # batches of the epoch that are behind
         self._first_batch: str | None = None  # the `digest` of its first one
@@ -98,7 +98,7 @@ class Checkpoint(Callback):
         self._n_done = saved["position"]["n_done"]
 
     def before_epoch(self, state: State) -> None:
-        self._at_epoch_start = saved_state.capture_rng(state)  # the pass over the data begins now
+        self._at_epoch_start = rng.capture(saved_state.loader_generators(state))  # the pass over the data begins now
         self._is_first_pass = getattr(state.train_dl, "_iterator", None) is None
         self._n_done, self._first_batch = 0, None
         self._is_in_batch = True  # what comes before the first batch cannot be told from a part of it
@@ -182,9 +182,7 @@ class Checkpoint(Callback):
 
     def _write(self, state: State, moment: dict[str, Any], is_best: bool = False) -> None:
         best = state.record.best if is_best else None
-        tree = {**moment, "model": saved_state.capture_model(state.model),
-                "optimizer": saved_state.capture_optimizer(state.model, state.opt),
-                "loss": saved_state.capture_loss(self._loss),
+        tree = {**moment, **saved_state.capture_trained(state, self._loss),
                 "best": None if best is None else {"monitor": best.monitor, "value": best.value, "epoch": best.epoch,
                                                    "weights": self._validated(state, best.monitor)}}
         self._place.save(state.step, tree, self.keep, is_best=best is not None)
@@ -196,7 +194,7 @@ class Checkpoint(Callback):
                 "position": {"epoch": state.epoch, "step": state.step, "n_done": self._n_done,
                              "is_epoch_end": self._is_epoch_end, "is_ending": state.is_ending,
                              "lr_scale": state.lr_scale, "metrics": dict(getattr(state, "metrics", {}))},
-                "rng": rng.to_plain(saved_state.capture_rng(state)),
+                "rng": rng.to_plain(rng.capture(saved_state.loader_generators(state))),
                 "epoch_rng": rng.to_plain(self._at_epoch_start), "loader": self._loader(state),
                 "window": None if self._is_epoch_end else state.window.state_dict(),
                 "callbacks": saved_state.capture_callbacks(state)}

@@ -17,11 +17,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from ..files.reading import load_tree
-from ..files.writing import replacing, save_tree, sweep, sync_folder
+from torch import nn
 
-NAME = re.compile(r"step-(\d{8,})\.ckpt")
-FIT = re.compile(r"fit-([1-9]\d*)")
+from ..files.reading import load_tree
+from ..files.weights import put_weights
+from ..files.writing import replacing, save_tree, sweep, sync_folder, temporary
+
 BEST = "best.ckpt"
 log = logging.getLogger("minifast")
 _held: set[Path] = set()  # the runs that this process trains: its own lock would not keep it out
@@ -39,8 +40,8 @@ class FitFolder:
 
     def checkpoints(self) -> list[Path]:
         """The checkpoint files, newest first."""
-        found = [path for path in self.path.glob("step-*.ckpt") if NAME.fullmatch(path.name)]
-        return sorted(found, key=step_of, reverse=True)
+        found = [path for path in self.path.glob("step-*.ckpt") if re.fullmatch(r"step-\d{8,}", path.stem)]
+        return sorted(found, key=_step_of, reverse=True)
 
     def save(self, step: int, tree: Any, keep: int, is_best: bool = False) -> Path:
         """Write the state after update `step`; older ones than the newest `keep` go once it is on the disk."""
@@ -69,7 +70,7 @@ class FitFolder:
 
     def set_aside(self, step: int) -> list[Path]:
         """Rename what is newer than `step`, for a fit that goes on from there: else it would pass for the newest."""
-        newer = [path for path in self.checkpoints() if step_of(path) > step]
+        newer = [path for path in self.checkpoints() if _step_of(path) > step]
         if self.best.exists() and not self._has_best_up_to(step):
             newer.append(self.best)
         for path in newer:
@@ -86,21 +87,13 @@ class FitFolder:
 
 def fits_of(run: Path) -> list[FitFolder]:
     """The folders of the fits of a run that hold anything, in their order."""
-    found = {int(match[1]): path for path in run.glob("fit-*") if (match := FIT.fullmatch(path.name))}
-    folders = [FitFolder(path) for _, path in sorted(found.items())]
+    found = [path for path in run.glob("fit-*") if re.fullmatch(r"fit-[1-9]\d*", path.name)]
+    folders = map(FitFolder, sorted(found, key=lambda path: int(path.name.removeprefix("fit-"))))
     return [folder for folder in folders if folder.checkpoints() or folder.best.exists()]
 
 
-def step_of(path: Path) -> int:
-    """The step in the name of a checkpoint.
-
-    >>> step_of(Path("runs/a/fit-1/step-00000200.ckpt"))
-    200
-    """
-    match = NAME.fullmatch(path.name)
-    if match is None:
-        raise ValueError(f"{path.name!r} is not the name of a checkpoint, such as step-00000200.ckpt.")
-    return int(match[1])
+def _step_of(path: Path) -> int:
+    return int(path.stem.removeprefix("step-"))
 
 
 def newest(paths: list[Path]) -> tuple[Path, Any, list[str]]:
@@ -117,6 +110,37 @@ def newest(paths: list[Path]) -> tuple[Path, Any, list[str]]:
             skipped.append(text if str(path) in text else f"{path}: {text}")
     raise ValueError(f"no checkpoint can be read: {' '.join(skipped)} To start afresh, remove their folder "
                      "or pass another one.")
+
+
+def load_best(model: nn.Module, path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Load the best weights of a run into `model`; gives {"monitor", "value", "epoch"} of them.
+
+    path: the folder of a run (then it is its last fit's), of a fit, or a best.ckpt. Raises FileNotFoundError if there
+    is none, ValueError if it is damaged, of another run than the checkpoints beside it, or does not fit the model.
+    """
+    file = _best_file(Path(path))
+    saved = load_tree(file, checked=True)
+    best = saved.get("best") if isinstance(saved, dict) else None
+    if not isinstance(best, dict) or not {"monitor", "value", "epoch", "weights"} <= best.keys():
+        raise ValueError(f"{file} is not the best checkpoint of a run. Its weights are loaded by learn.load(path).")
+    beside = FitFolder(file.parent).checkpoints()
+    if beside and newest(beside)[1].get("run") != saved.get("run"):
+        raise ValueError(f"{file} is of another run than the checkpoints beside it: there is no best in this one.")
+    put_weights(model, saved["model"]["weights"] if best["weights"] is None else best["weights"], file)
+    return {name: best[name] for name in ("monitor", "value", "epoch")}
+
+
+def _best_file(path: Path) -> Path:
+    if path.is_file():
+        return path
+    fits = fits_of(path)
+    folder = fits[-1] if fits else FitFolder(path)
+    if folder.best.is_file():
+        return folder.best
+    others = [str(fit.path) for fit in fits if fit.best.is_file()]
+    hint = f"There is one in {', '.join(others)}." if others else \
+        "It is written by callbacks=[Checkpoint(path), SaveBest(...)] once an epoch was the best."
+    raise FileNotFoundError(f"there is no {BEST} in {folder.path}. {hint}")
 
 
 @contextmanager
@@ -176,17 +200,12 @@ def _lock(handle: int, run: Path) -> None:
 
 def _link(path: Path, best: Path) -> None:
     """Have `best` be the same file as `path`, in one move."""
-    temporary = best.with_name(f".{best.name}.{os.getpid()}.tmp")
-    temporary.unlink(missing_ok=True)
     try:
-        os.link(path, temporary)
+        with temporary(best) as link:
+            os.link(path, link)
+            os.replace(link, best)
+        sync_folder(best.parent)
     except OSError as error:
         log.debug("no hard link in %s (%s): the best checkpoint is a copy", best.parent, error.strerror)
         with open(path, "rb") as source, replacing(best) as copy:
             shutil.copyfileobj(source, copy)
-        return
-    try:
-        os.replace(temporary, best)  # of two links to one file it is no move, and leaves the temporary
-        sync_folder(best.parent)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -81,29 +81,17 @@ def remembers(loader: Iterable[Batch]) -> bool:
     return not _draws_at_once(loader)
 
 
-def can_differ(loader: Iterable[Batch], was_new: bool) -> str:
-    """Why a pass that is begun again may give other batches without anyone noticing; "" if it may not.
-
-    was_new: whether the pass was the first one of its worker processes.
-    """
-    if getattr(loader, "persistent_workers", False) and not was_new and way(loader) != "state":
-        return ("its worker processes persist over epochs, and their random generators cannot be saved: random "
-                "augmentation goes on with other numbers")
-    return ""
-
-
 def digest(batch: Batch) -> str | None:
     """A number that two batches share if all bits of their tensors are the same; None if there is no tensor.
 
     >>> digest((torch.ones(2), "text")) == digest((torch.ones(2), "other"))
     True
     """
-    hasher, found = hashlib.blake2b(digest_size=8), False
-    for tensor in tensors(batch):
-        found = True
-        tensor = tensor.detach().cpu().contiguous() if tensor.layout is torch.strided else tensor.detach().to_dense()
-        hasher.update(repr((tensor.dtype, tuple(tensor.shape))).encode())
-        hasher.update(tensor.resolve_conj().resolve_neg().flatten().view(torch.uint8).numpy().tobytes())
+    hasher, found = hashlib.blake2b(digest_size=8), list(tensors(batch))
+    for tensor in found:
+        plain = tensor.detach().to_dense().cpu().resolve_conj().resolve_neg().contiguous()
+        hasher.update(repr((plain.dtype, tuple(plain.shape))).encode())
+        hasher.update(plain.flatten().view(torch.uint8).numpy().data)
     return hasher.hexdigest() if found else None
 
 
@@ -113,11 +101,10 @@ class Pass(NamedTuple):
     iterator: Iterator[Batch]
     first: str | None = None  # the `digest` of its first batch, and of the newest, where batches were drawn
     last: str | None = None
-    is_over: bool = False  # it has given fewer batches than it had
 
 
 def forward(loader: Any, n_done: int, interrupt: DeferredInterrupt) -> Pass:
-    """Begin a pass and bring it behind its batch `n_done`.
+    """Begin a pass and bring it behind its batch `n_done`; there are no digests if it ends before.
 
     Call it with the random generators as they were when the pass began.
     """
@@ -137,7 +124,7 @@ def forward(loader: Any, n_done: int, interrupt: DeferredInterrupt) -> Pass:
             batch = next(iterator)
             first = digest(batch) if i == 0 else first
     except StopIteration:
-        return Pass(iterator, first, is_over=True)
+        return Pass(iterator)
     except BaseException:
         leave(loader, iterator)
         raise

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..base import rng, snapshot
+from ..base import snapshot
 from ..core.callback import Callback
 from ..core.state import State
 from ..data.loader import generators
@@ -23,14 +23,19 @@ def capture_model(model: nn.Module) -> dict[str, Any]:
             "trainable": [name for name, p in model.named_parameters() if p.requires_grad]}
 
 
-def capture_optimizer(model: nn.Module, opt: Optimizer) -> dict[str, Any]:
-    """The optimizer's state with the names of its parameters: torch itself would take them in any order."""
-    return {"names": _names(model, opt), "state": opt.state_dict()}
+def capture_trained(state: State, loss_func: Any) -> dict[str, Any]:
+    """Model, optimizer and a loss that is a module. Holds no copies.
+
+    The optimizer's state has the names of its parameters with it: torch itself would take them in any order.
+    """
+    return {"model": capture_model(state.model),
+            "optimizer": {"names": _names(state.model, state.opt), "state": state.opt.state_dict()},
+            "loss": dict(loss_func.state_dict()) if isinstance(loss_func, nn.Module) else {}}
 
 
-def capture_loss(loss_func: Any) -> dict[str, Any]:
-    """The buffers of a loss that is a module. Holds no copies."""
-    return dict(loss_func.state_dict()) if isinstance(loss_func, nn.Module) else {}
+def capture_callbacks(state: State) -> dict[str, Any]:
+    """What the callbacks keep over a kill."""
+    return {name: cb.state_dict() for name, cb in keyed(state.callbacks).items()}
 
 
 def keyed(callbacks: Iterable[Callback]) -> dict[str, Callback]:
@@ -44,25 +49,22 @@ def keyed(callbacks: Iterable[Callback]) -> dict[str, Callback]:
     return named
 
 
-def capture_callbacks(state: State) -> dict[str, Any]:
-    """What the callbacks keep over a kill."""
-    return {name: cb.state_dict() for name, cb in keyed(state.callbacks).items()}
-
-
-def keeps_anything(cb: Callback) -> bool:
-    """Whether a callback has a state to keep over a kill."""
-    return bool(cb.saves) or type(cb).state_dict is not Callback.state_dict
-
-
 def loader_generators(state: State) -> list[Any]:
     """The random generators that the loaders of a fit carry."""
     loaders = [state.train_dl, *(loader for _, loader in state.valid_sets)]
     return [generator for loader in loaders for generator in generators(loader)]
 
 
-def capture_rng(state: State) -> dict[str, Any]:
-    """The states of all random generators that a fit draws from."""
-    return rng.capture(loader_generators(state))
+def load(state: State, loss_func: Any, saved: Mapping[str, Any]) -> list[Callback]:
+    """Put what was captured in place; gives the callbacks of which nothing was. Call it in `all_or_nothing`."""
+    load_model(state.model, saved["model"])
+    load_optimizer(state.opt, saved["optimizer"])
+    if isinstance(loss_func, nn.Module):
+        loss_func.load_state_dict(saved["loss"])
+    own, kept = keyed(state.callbacks), saved["callbacks"]
+    for name in own.keys() & kept.keys():
+        own[name].load_state_dict(kept[name])
+    return [cb for name, cb in own.items() if name not in kept]
 
 
 def model_misfits(model: nn.Module, saved: Mapping[str, Any]) -> list[str]:

@@ -271,7 +271,7 @@ class Trainer(Parts):
         were validated: of an `EMA`, the average. Raises FileNotFoundError if there is none, ValueError for one that is
         damaged or does not fit, and then changes nothing.
         """
-        from ..resume.best import load_best
+        from ..resume.folder import load_best
         best = load_best(self.model, check_path("path", path))
         if self.verbose:
             say(f"loaded the weights of epoch {best['epoch']}: {best['monitor']} {shown(best['value'])}")
