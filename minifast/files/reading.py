@@ -46,23 +46,21 @@ def load_tree(path: PathLike, *, checked: bool = False) -> Any:
             tree = torch.load(file, map_location="cpu", weights_only=True, mmap=False)
             _check_loaded(tree, storages, checked)
             return tree
-        except AsksForCode as error:
-            raise ValueError(f"{path} was not loaded: {error}.") from error
         except OSError:
             raise
-        except (MemoryError, RuntimeError) as error:
+        except Exception as error:
             if isinstance(error, MemoryError) or "allocate memory" in str(error):  # the file may well be whole
                 raise MemoryError(f"{path} was not loaded: there is not enough memory for its {size / 1e6:,.1f} "
                                   "MB.") from error
-            raise ValueError(damaged(path, error)) from error
-        except Exception as error:
-            raise ValueError(damaged(path, error)) from error
+            raise refused(path, error) from error
 
 
-def damaged(path: Path, error: Exception) -> str:
+def refused(path: Path, error: Exception) -> ValueError:
     """What there is to say; torch's own message advises to load the file in a way that can run code from it."""
+    if isinstance(error, AsksForCode):
+        return ValueError(f"{path} was not loaded: {error}.")
     reason = f": {error}" if type(error) is ValueError else f" ({type(error).__name__})"
-    return f"{path} is damaged, or holds more than plain tensors{reason:.300}. Nothing was loaded."
+    return ValueError(f"{path} is damaged, or holds more than plain tensors{reason:.300}. Nothing was loaded.")
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..base.nest import describe
 from ..show.tables import listed
-from .reading import damaged, load_tree, opened
+from .reading import load_tree, opened, refused
 from .trees import check_plain, size_of, to_save, view_of
 from .writing import replacing, save_tree
 
@@ -67,10 +67,10 @@ def _load_safetensors(model: nn.Module, path: Path) -> dict[str, Tensor]:
     with opened(path):  # no pipe, no device
         try:
             loaded: dict[str, Tensor] = safetensors.load_file(path)
+        except (OSError, MemoryError):
+            raise
         except Exception as error:
-            if isinstance(error, (OSError, MemoryError)):
-                raise
-            raise ValueError(damaged(path, error)) from error
+            raise refused(path, error) from error
     own = model.state_dict()
     by_view = {view_of(own[name]): name for name in own if name in loaded}
     tied = {name: by_view.get(view_of(value)) for name, value in own.items() if name not in loaded}

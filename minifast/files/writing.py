@@ -143,8 +143,9 @@ def temporary(path: Path) -> Iterator[Path]:
     try:
         yield name
     finally:
-        with suppress(OSError):  # it has another name by now; or `sweep` takes what a failing disk does not let us
-            os.unlink(name)
+        if os.path.lexists(name):  # it has no other name by now
+            with suppress(OSError):  # `sweep` takes what a failing disk does not let us
+                os.unlink(name)
         _in_use.discard(name)
 
 

@@ -132,8 +132,8 @@ class Checkpoint(Callback):
                     self._save(state)
                 elif not self._is_saved and self._before_validation is not None:
                     self._save(state, moment=self._before_validation)
-                if self._is_saved and state.step:
-                    state.say(f"interrupted: the state after {state.step} updates is in {self._place.path}. The same "
+                if self._is_saved and state.step and self._folder is not None:
+                    state.say(f"interrupted: the state after {state.step} updates is in {self._folder.path}. The same "
                               'call with resume="auto" goes on from there.')
         finally:
             self._before_validation = None
@@ -146,11 +146,6 @@ class Checkpoint(Callback):
     def end(self) -> None:
         """The fit has ended, one way or another."""
         self._folder = None
-
-    @property
-    def _place(self) -> FitFolder:
-        assert self._folder is not None
-        return self._folder
 
     def _plan_next(self, state: State) -> None:
         every, seconds = self.every_steps, self.every_seconds
@@ -185,7 +180,8 @@ class Checkpoint(Callback):
         tree = {**moment, **saved_state.capture_trained(state, self._loss),
                 "best": None if best is None else {"monitor": best.monitor, "value": best.value, "epoch": best.epoch,
                                                    "weights": self._validated(state, best.monitor)}}
-        self._place.save(state.step, tree, self.keep, is_best=best is not None)
+        assert self._folder is not None
+        self._folder.save(state.step, tree, self.keep, is_best=best is not None)
 
     def _moment(self, state: State) -> dict[str, Any]:
         """All but model and optimizer."""

@@ -15,7 +15,6 @@ from ..data.loader import n_batches
 from ..data.tensor_loader import TensorLoader
 from ..schedules.scheduler import Scheduler
 from ..schedules.time_limit import TimeLimit
-from ..show.tables import listed
 from .replay import digest
 
 SAMPLES = 100  # at each end of the data
@@ -28,7 +27,7 @@ OWN_TOPICS = ("params", "param_names", "layer_group", "lr", "initial_lr", "weigh
 def facts(state: State) -> Facts:
     """What must be the same where a fit goes on: topic -> name -> plain value. Nothing personal: no path, no user."""
     plans = [_text(cb) for cb in state.callbacks if isinstance(cb, (Scheduler, TimeLimit))]
-    opt = state.opt
+    opt, trained = state.opt, _n_trained(state)
     return {
         "plan": {"epochs": state.n_epochs, "updates": state.n_steps, "updates per epoch": state.steps_per_epoch,
                  "batches per update": state.accumulate, "peak learning rates": list(state.lrs),
@@ -38,8 +37,9 @@ def facts(state: State) -> Facts:
         "model": {"class": type(state.model).__name__},
         "optimizer": {"class": type(opt).__name__, "layer groups": list(state.group_names),
                       "parameters in each": [len(group["params"]) for group in opt.param_groups],
-                      "frozen layer groups": _frozen(state), "parameters that are trained": _n_trained(state),
-                      **_settings(state)},
+                      "frozen layer groups": [name for name, n in zip(state.group_names, trained, strict=True)
+                                              if not n],
+                      "parameters that are trained": trained, **_settings(state)},
     }
 
 
@@ -66,11 +66,11 @@ def texts(state: State) -> dict[str, str]:
                if name != "training" and isinstance(value, (bool, int, float, str))}  # torch's losses do not print them
     written = {"the loss": (state.loss_func, numbers), "the layers of the model": state.model}
     for cb in state.callbacks:
-        if type(cb).__module__.startswith("minifast.") and cb.in_sandbox and type(cb).__repr__ is not object.__repr__:
-            name = type(cb).__name__
+        name = type(cb).__name__
+        is_own = type(cb).__module__.startswith("minifast.") and name not in ("Recorder", "Progress")
+        if is_own and cb.in_sandbox and type(cb).__repr__ is not object.__repr__:
             written[name if name not in written else f"{name}, again"] = cb
-    return {name: hashlib.blake2b(_text(thing).encode(), digest_size=8).hexdigest()
-            for name, thing in written.items() if name not in ("Recorder", "Progress")}
+    return {name: hashlib.blake2b(_text(thing).encode(), digest_size=8).hexdigest() for name, thing in written.items()}
 
 
 def changes(saved: Mapping[str, Any], own: Mapping[str, str]) -> list[str]:
@@ -101,16 +101,8 @@ def differences(saved: Mapping[str, Any], own: Facts) -> list[str]:
             if isinstance(then, Mapping) and isinstance(now, Mapping):
                 lines += differences({f"{topic}: {name}": then}, {f"{topic}: {name}": dict(now)})
             elif then != now:
-                lines.append(f"{topic}: {name} {_shown(then)} in the checkpoint, {_shown(now)} in this fit")
+                lines.append(f"{topic}: {name} {then!r:.120} in the checkpoint, {now!r:.120} in this fit")
     return lines
-
-
-def misfits(what: str, saved: Iterable[str], own: Iterable[str]) -> list[str]:
-    """Names that only the checkpoint, or only this fit, has."""
-    saved, own = list(saved), list(own)
-    return [f"{what}: {kind} {listed(names)}" for kind, names in (
-        ("missing in the checkpoint:", [name for name in own if name not in set(saved)]),
-        ("only in the checkpoint:", [name for name in saved if name not in set(own)])) if names]
 
 
 def _loader(loader: Iterable[Batch]) -> dict[str, Any]:
@@ -136,14 +128,8 @@ def _order(loader: Any) -> str:
     return "shuffled" if getattr(loader, "shuffle", False) else "as it comes"
 
 
-def _frozen(state: State) -> list[str]:
-    """The layer groups without a trainable parameter, as the fit began."""
-    trains = {group["layer_group"] for group in state.opt.param_groups for p in group["params"] if p.requires_grad}
-    return [name for i, name in enumerate(state.group_names) if i not in trains]
-
-
 def _n_trained(state: State) -> list[int]:
-    """How many parameters of each layer group are trained, as the fit began: norm layers are where others are not."""
+    """How many parameters of each layer group are trained, as the fit began: norm layers may be, others not."""
     counts = [0] * len(state.group_names)
     for group in state.opt.param_groups:
         counts[group["layer_group"]] += sum(p.requires_grad for p in group["params"])
@@ -165,7 +151,3 @@ def _plain(value: Any) -> Any:
 def _text(thing: Any) -> str:
     """Its repr without addresses, which are others in each process."""
     return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(thing))
-
-
-def _shown(value: Any) -> str:
-    return f"{value!r:.120}"

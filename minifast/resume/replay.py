@@ -18,15 +18,8 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils.data import (
-    BatchSampler,
-    DataLoader,
-    IterableDataset,
-    RandomSampler,
-    SequentialSampler,
-    SubsetRandomSampler,
-    WeightedRandomSampler,
-)
+from torch.utils import data as torch_data
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from ..base.batch import Batch
 from ..base.nest import tensors
@@ -34,7 +27,8 @@ from ..data.feed import begin, end_workers
 from ..data.tensor_loader import TensorLoader
 from ..machine.signals import DeferredInterrupt
 
-SAMPLERS = (SequentialSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
+AT_ONCE = (torch_data.SequentialSampler, torch_data.RandomSampler, torch_data.SubsetRandomSampler,
+           torch_data.WeightedRandomSampler)  # they draw all that they need when the pass begins
 
 
 def way(loader: Iterable[Batch]) -> str:
@@ -45,9 +39,8 @@ def way(loader: Iterable[Batch]) -> str:
     """
     if hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict"):
         return "state"
-    if isinstance(loader, TensorLoader):
-        return "skip" if type(loader).__iter__ is TensorLoader.__iter__ else "draw"
-    if type(loader) in (list, tuple):
+    if type(loader) in (list, tuple) or (
+            isinstance(loader, TensorLoader) and type(loader).__iter__ is TensorLoader.__iter__):
         return "skip"
     if (isinstance(loader, DataLoader) and type(loader).__iter__ is DataLoader.__iter__ and loader.num_workers == 0
             and not isinstance(loader.dataset, IterableDataset) and _draws_at_once(loader)):
@@ -62,7 +55,7 @@ def _draws_at_once(loader: "DataLoader[Any]") -> bool:
         if type(loader.batch_sampler) is not BatchSampler:
             return False
         sampler = loader.batch_sampler.sampler
-    return type(sampler) in SAMPLERS
+    return type(sampler) in AT_ONCE
 
 
 def remembers(loader: Iterable[Batch]) -> bool:

@@ -2,6 +2,7 @@
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -12,8 +13,11 @@ from ..base import snapshot
 from ..core.callback import Callback
 from ..core.state import State
 from ..data.loader import generators
+from ..show.tables import listed
 from ..standard.recorder import Recorder
-from .identity import OWN_CHOICE, misfits
+from .identity import OWN_CHOICE
+
+PER_WEIGHT = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg")  # in an optimizer's state
 
 
 def capture_model(model: nn.Module) -> dict[str, Any]:
@@ -69,13 +73,11 @@ def load(state: State, loss_func: Any, saved: Mapping[str, Any]) -> list[Callbac
 
 def model_misfits(model: nn.Module, saved: Mapping[str, Any]) -> list[str]:
     """What of the saved model does not fit, a line each."""
-    own: dict[str, Any] = dict(model.state_dict())
-    theirs = saved["weights"]
-    lines = misfits("model", theirs, own)
+    own, theirs = dict(model.state_dict()), saved["weights"]
+    lines = _misfits("model", theirs, own)
     lines += [f"model: {name} is {_form(theirs[name])} in the checkpoint, {_form(own[name])} in this fit"
               for name in own if name in theirs and _form(theirs[name]) != _form(own[name])][:5]
-    names = [name for name, _ in model.named_parameters()]
-    if not saved["trainable"] or not set(saved["trainable"]) <= set(names):
+    if not saved["trainable"] or not set(saved["trainable"]) <= {name for name, _ in model.named_parameters()}:
         lines.append(f"model: the parameters that are trained are said to be {saved['trainable']!r:.80}")
     return lines
 
@@ -83,15 +85,21 @@ def model_misfits(model: nn.Module, saved: Mapping[str, Any]) -> list[str]:
 def optimizer_misfits(model: nn.Module, opt: Optimizer, saved: Mapping[str, Any]) -> list[str]:
     """What of the saved optimizer does not fit, a line each."""
     own, theirs = _names(model, opt), saved["names"]
-    if own == theirs:
-        shapes = [tuple(p.shape) for group in opt.param_groups for p in group["params"]]
-        flat = [name for names in own for name in names]
-        return [f"optimizer: the state {key} of {flat[i]} has the shape {tuple(value.shape)} for {shapes[i]}"
-                for i, values in saved["state"]["state"].items() for key, value in values.items()
-                if key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg")
-                and isinstance(value, Tensor) and tuple(value.shape) != shapes[i]][:5]
-    lines = misfits("optimizer", [n for names in theirs for n in names], [n for names in own for n in names])
-    return lines or ["optimizer: its parameters are in other groups, or in another order, than in the checkpoint"]
+    if own != theirs:
+        return _misfits("optimizer", [*chain(*theirs)], [*chain(*own)]) or [
+            "optimizer: its parameters are in other groups, or in another order, than in the checkpoint"]
+    params = [(name, p.shape) for names, group in zip(own, opt.param_groups, strict=True)
+              for name, p in zip(names, group["params"], strict=True)]
+    return [f"optimizer: the state {key} of {params[i][0]} has the shape {tuple(value.shape)} for {tuple(params[i][1])}"
+            for i, values in saved["state"]["state"].items() for key, value in values.items()
+            if key in PER_WEIGHT and isinstance(value, Tensor) and value.shape != params[i][1]][:5]
+
+
+def _misfits(what: str, saved: Iterable[str], own: Iterable[str]) -> list[str]:
+    """Names that only the checkpoint, or only this fit, has."""
+    return [f"{what}: {kind} {listed(names)}" for kind, names in (
+        ("missing in the checkpoint:", [name for name in own if name not in set(saved)]),
+        ("only in the checkpoint:", [name for name in saved if name not in set(own)])) if names]
 
 
 def load_model(model: nn.Module, saved: Mapping[str, Any]) -> None:

@@ -12,6 +12,7 @@ from ..core.callback import Callback, CancelFit
 from ..core.emitter import Emitter
 from ..core.state import State
 from ..files.writing import probe, sweep
+from ..standard.recorder import Recorder
 from . import saved_state
 from .checkpoint import Checkpoint
 from .folder import FitFolder, locked, newest
@@ -111,6 +112,9 @@ class Resumed:
         """Put everything where the finished fit has left it."""
         state, saved = self._state, self._saved
         with saved_state.all_or_nothing(state), taking_up(self._path):
+            for cb in state.callbacks:
+                if isinstance(cb, Recorder):
+                    cb.before_fit(state)  # it is to have a record of its own for this fit, as for one that runs
             saved_state.load(state, self._loss, saved)
             rng.restore(rng.from_plain(saved["rng"]), saved_state.loader_generators(state))
         self._say(f"this fit has ended before, after {saved['position']['step']} updates: its final state is restored")

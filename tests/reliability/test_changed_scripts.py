@@ -60,7 +60,7 @@ def test_a_value_that_cannot_be_saved_is_refused_before_the_first_step(tmp_path)
             self.value = np.float64(3)
 
     learn = learner()
-    with pytest.raises(TypeError, match=r"callbacks\.Odd\.value is a numpy\.float64: use float\(x\)"):
+    with pytest.raises(TypeError, match=r"callbacks\.Odd\.value is a numpy\.float64: use x\.item\(\)"):
         learn.fit(0.01, callbacks=[every_step(tmp_path), Odd()])
     assert learn.opt.seen == []
 

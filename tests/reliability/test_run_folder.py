@@ -537,8 +537,8 @@ class Nests(Callback):
 
 @pytest.mark.case("S15")
 @pytest.mark.parametrize(("value", "message"), [
-    (np.float64(0.5), r"is a numpy\.float64: use float\(x\)"),
-    (np.int32(3), r"is a numpy\.int32: use int\(x\)"),
+    (np.float64(0.5), r"is a numpy\.float64: use x\.item\(\)"),
+    (np.int32(3), r"is a numpy\.int32: use x\.item\(\)"),
     (np.zeros(3), r"is a numpy\.ndarray"),
     (Path("a"), r"is a pathlib\.(_local\.)?PosixPath: use str\(x\)"),
     (object(), "is a object"),
@@ -559,7 +559,7 @@ def test_a_state_that_could_not_be_read_back_is_refused_when_it_is_saved(tmp_pat
 @pytest.mark.case("S15")
 def test_the_checkpoints_before_it_stay(tmp_path):
     keeps = Keeps(0.5)
-    with pytest.raises(TypeError, match=r"callbacks\.Keeps\.best is a numpy\.float32: use float\(x\)"):
+    with pytest.raises(TypeError, match=r"callbacks\.Keeps\.best is a numpy\.float32: use x\.item\(\)"):
         fit(make(), tmp_path, keeps, At("before_batch", lambda state: setattr(keeps, "best", np.float32(1)), 5))
     assert steps(tmp_path) == [2, 4]
     assert all(load_tree(path, checked=True) for path in (tmp_path / "fit-1").iterdir())

@@ -91,14 +91,14 @@ def no_rows():
 
 def schedule_restarts():
     """Schedules count from where the fit was taken up."""
-    begin, position, first = session.Session.begin, State.position.fget, {}
+    begin, schedule_step, first = session.Resumed.begin, State.schedule_step.fget, {}
 
-    def begin_and_note(self):
-        begin(self)
+    def begin_and_note(self, folder):
+        begin(self, folder)
         first["step"] = self._state.step
 
-    session.Session.begin = begin_and_note
-    State.position = property(lambda self: position(self) - first.get("step", 0))
+    session.Resumed.begin = begin_and_note
+    State.schedule_step = property(lambda self: schedule_step(self) - first.get("step", 0))
 
 
 def straight_to_its_name():
