@@ -31,11 +31,11 @@ def save_weights(model: nn.Module, path: str | os.PathLike[str]) -> Path:
 
 
 def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Load what `save_weights` wrote, or the weights in a checkpoint. Nothing in the file is executed.
+    """Load what `save_weights` wrote, or the weights in a checkpoint: all of it fits, or nothing is changed.
 
-    All of it fits, or nothing is changed. Values of another precision (float16 for float32) become those of the model;
-    whole numbers for real ones, or any other kind, do not fit. Raises ValueError that names what is missing,
-    unexpected, of another shape or kind, and for a damaged file (a flipped bit in a .safetensors is not seen).
+    Values of another precision (float16 for float32) become those of the model; whole numbers for real ones, or any
+    other kind, do not fit. Raises ValueError that names what does not fit, and for a damaged file (a flipped bit in a
+    .safetensors is not seen: it has no check sums).
     """
     path = Path(path)
     loaded: Any = _load_safetensors(model, path) if path.suffix == SAFETENSORS else load_tree(path)

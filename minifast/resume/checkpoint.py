@@ -40,8 +40,7 @@ class Checkpoint(Callback):
 
     A checkpoint holds the model with its buffers, the optimizer, what callbacks keep (`state_dict`), the Recorder's
     rows and all random generators: about three times the weights with Adam, and what averages and the best weights
-    take. It is written beside its place, flushed to the disk, and takes its name in one move; older ones go after
-    that. One process at a time trains in a folder.
+    take. It is whole or not there; older ones go after that. One process at a time trains in a folder.
 
     If a checkpoint cannot be written, a warning is logged, older ones stay, and training goes on; the third failure
     in a row, and one at the end of the fit, is an error. Raises ValueError or TypeError for values out of range, and

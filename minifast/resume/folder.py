@@ -43,7 +43,7 @@ class FitFolder:
         found = [path for path in self.path.glob("step-*.ckpt") if re.fullmatch(r"step-\d{8,}", path.stem)]
         return sorted(found, key=_step_of, reverse=True)
 
-    def save(self, step: int, tree: Any, keep: int, is_best: bool = False) -> Path:
+    def save(self, step: int, tree: Any, keep: int, is_best: bool = False) -> None:
         """Write the state after update `step`; older ones than the newest `keep` go once it is on the disk."""
         path = self.path / f"step-{step:08d}.ckpt"
         self.make()
@@ -56,7 +56,6 @@ class FitFolder:
             except OSError as error:  # it takes room, that is all
                 log.warning("cannot remove the old checkpoint %s: %s", older, error.strerror)
         sweep(self.path)
-        return path
 
     def mend_best(self, path: Path) -> None:
         """Have `best` be `path`, in case a kill came after `path` had its name, and before it was the best one."""
@@ -96,18 +95,18 @@ def _step_of(path: Path) -> int:
     return int(path.stem.removeprefix("step-"))
 
 
-def newest(paths: list[Path]) -> tuple[Path, Any, list[str]]:
-    """The first of `paths` that can be read, what is in it, and why those before it were skipped.
-
-    Raises ValueError if none can be read.
-    """
+def newest(paths: list[Path]) -> tuple[Path, Any]:
+    """The first of `paths` that can be read, and what is in it. Raises ValueError if none can be read."""
     skipped: list[str] = []
     for path in paths:
         try:
-            return path, load_tree(path, checked=True), skipped
+            saved = load_tree(path, checked=True)
         except (ValueError, OSError) as error:
-            text = str(error)
-            skipped.append(text if str(path) in text else f"{path}: {text}")
+            skipped.append(str(error) if str(path) in str(error) else f"{path}: {error}")
+        else:
+            for reason in skipped:
+                log.warning("skipped: %s", reason)
+            return path, saved
     raise ValueError(f"no checkpoint can be read: {' '.join(skipped)} To start afresh, remove their folder "
                      "or pass another one.")
 
@@ -115,8 +114,7 @@ def newest(paths: list[Path]) -> tuple[Path, Any, list[str]]:
 def load_best(model: nn.Module, path: str | os.PathLike[str]) -> dict[str, Any]:
     """Load the best weights of a run into `model`; gives {"monitor", "value", "epoch"} of them.
 
-    path: the folder of a run (then it is its last fit's), of a fit, or a best.ckpt. Raises FileNotFoundError if there
-    is none, ValueError if it is damaged, of another run than the checkpoints beside it, or does not fit the model.
+    As `Learner.load_best` says; and a best.ckpt of another run than the checkpoints beside it is a ValueError.
     """
     file = _best_file(Path(path))
     saved = load_tree(file, checked=True)

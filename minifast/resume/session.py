@@ -2,6 +2,7 @@
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -49,7 +50,7 @@ def run(state: State, fits_ended: Mapping[str, int], resume: Resume) -> dict[str
             else:
                 if resumed is not None:
                     resumed.begin(folder)
-                loop.run(state, Emitter if resumed is None else resumed.emitter)
+                loop.run(state, Emitter if resumed is None else partial(_TakingUp, resumed))
                 if saver is not None:
                     saver.finish(state)
         finally:
@@ -78,9 +79,7 @@ def _found(state: State, where: Where, own: Facts) -> "Resumed | None":
         if folder is not None:
             folder.set_aside(-1)  # a best checkpoint that is left of a run that was removed
         return None
-    path, saved, skipped = newest(candidates)
-    for reason in skipped:
-        log.warning("skipped: %s", reason)
+    path, saved = newest(candidates)
     check(path, saved, state, own)
     if folder is not None and saved.get("best") is not None and path.parent == folder.path:
         folder.mend_best(path)
@@ -103,10 +102,6 @@ class Resumed:
         if folder is not None and self._path.resolve().parent == folder.path.resolve():
             for path in folder.set_aside(self._state.step):
                 log.warning("%s is not what the fit goes on from: it was renamed to *.superseded", path)
-
-    def emitter(self, callbacks: Sequence[Callback], state: State) -> Emitter:
-        """Who emits the events of this fit."""
-        return _TakingUp(callbacks, state, self)
 
     def restore_final(self) -> None:
         """Put everything where the finished fit has left it."""
@@ -150,7 +145,7 @@ class _TakingUp(Emitter):
     If it goes on in the middle of an epoch, `before_epoch` was heard before, and is passed over once.
     """
 
-    def __init__(self, callbacks: Sequence[Callback], state: State, resumed: Resumed) -> None:
+    def __init__(self, resumed: Resumed, callbacks: Sequence[Callback], state: State) -> None:
         super().__init__(callbacks, state)
         self._resumed = resumed
 
@@ -159,9 +154,6 @@ class _TakingUp(Emitter):
         with super().fit():
             self._resumed.take_up()
             if self.state.source.entry is not None:
-                heard = self.hooks[Callback.before_epoch]
-                self.hooks[Callback.before_epoch] = (lambda state: self._hear_again(heard),)
+                event, heard = Callback.before_epoch, self.hooks[Callback.before_epoch]
+                self.hooks[event] = (lambda state: self.hooks.update({event: heard}),)
             yield
-
-    def _hear_again(self, heard: tuple[Any, ...]) -> None:
-        self.hooks[Callback.before_epoch] = heard

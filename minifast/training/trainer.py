@@ -251,12 +251,15 @@ class Trainer(Parts):
     # ---- files
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the weights, plain tensors, to `path`; gives the path. Raises FileNotFoundError without the folder."""
+        """Write the weights, plain tensors, to `path`; gives the path. Raises FileNotFoundError without the folder.
+
+        A path that ends with .safetensors gets a file that other programs read; needs `minifast[safetensors]`.
+        """
         from ..files.weights import save_weights
         return save_weights(self.model, check_path("path", path))
 
     def load(self, path: str | os.PathLike[str]) -> Self:
-        """Load weights that `save` wrote, or those in a checkpoint.
+        """Load weights that `save` wrote, those in a checkpoint, or those of other programs in a .safetensors.
 
         Raises ValueError that names what does not fit, and then changes nothing.
         """

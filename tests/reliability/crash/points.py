@@ -118,7 +118,7 @@ def count(script, buffer=None):
         assert outcome.status == 0, outcome.log
         names = path.read_text().splitlines()
     missing = NEEDED - {name.split()[-1] for name in names}
-    assert not missing, f"no such call was seen: {missing}. Does minifast.files still go through os?"
+    assert not missing, f"no such call was seen: {missing}. Does minifast/files/writing.py still go through os?"
     assert not unsynced(names), f"a file has its name before it is on the disk: points {unsynced(names)}"
     return names
 

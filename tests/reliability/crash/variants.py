@@ -121,9 +121,9 @@ def _reading(change):
     newest = session.newest
 
     def changed(paths):
-        path, saved, skipped = newest(paths)
+        path, saved = newest(paths)
         change(saved)
-        return path, saved, skipped
+        return path, saved
 
     session.newest = changed
 
