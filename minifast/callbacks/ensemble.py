@@ -17,8 +17,7 @@ from ..errors import check_flag, check_int
 from ..schedules.scheduler import Scheduler
 from ..training import fitting
 from .averaging import WeightAverage
-from .norms import update_norms
-from .swap import swapped, weights
+from .weights import swapped, update_norms, weights
 
 if TYPE_CHECKING:
     from ..training.trainer import Trainer

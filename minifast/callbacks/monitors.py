@@ -19,7 +19,7 @@ from ..files.weights import load_weights, save_weights
 from ..record.record import Best
 from ..show.tables import shown
 from ..standard.meters import snake_case
-from .swap import FINAL_WEIGHTS
+from .weights import FINAL_WEIGHTS
 
 log = logging.getLogger("minifast")
 
