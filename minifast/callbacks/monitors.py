@@ -2,7 +2,7 @@
 import logging
 import math
 import os
-from contextlib import ExitStack
+from contextlib import nullcontext
 from dataclasses import KW_ONLY, dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ..base import snapshot
+from ..base.snapshot import clone
 from ..core.callback import Callback
 from ..core.emitter import evaluating
 from ..core.state import State
@@ -35,13 +35,9 @@ HIGHER = {"accuracy", "acc", "top", "auc", "auroc", "roc", "f1", "fbeta", "preci
 class Monitor(Callback):
     """What callbacks that watch a column have in common: whether an epoch was better than all before it.
 
-    monitor: a key of the epoch row, e.g. "valid_loss", "accuracy", "train_loss", "noisy_accuracy" (of the validation
-    set "noisy"). mode: "min" or "max", whether smaller or larger is better; None: by the name (loss, error, rmse,
-    perplexity, ...: "min"; accuracy, auc, f1, iou, ...: "max"). min_delta: by how much a value must be better, >= 0;
-    less is no improvement.
-
-    `best`, `best_epoch`: the best value of this fit and its epoch (0-based), None before the first. A value that is
-    not finite is never better. An epoch without the value (it was cancelled) does not count.
+    monitor, mode, min_delta: as `SaveBest` says. `best`, `best_epoch`: the best value of this fit and its epoch
+    (0-based), None before the first. A value that is not finite is never better. An epoch without the value (it was
+    cancelled) does not count.
     """
 
     monitor: str = "valid_loss"
@@ -72,15 +68,15 @@ class Monitor(Callback):
     def after_epoch(self, state: State) -> None:
         value = state.metrics.get(self.monitor)
         if value is not None:
-            self.look(state, value, self._improves(value))
+            self.judge(state, value, self._improves(value))
         elif not self.monitor.startswith("train_") and any(name.endswith("valid_loss") for name in state.metrics):
             # the epoch is complete
             raise ValueError(f"there is no {self.monitor!r} in the epoch row: {', '.join(state.metrics)}. A metric "
                              "object that computes a dict tells its keys by an attribute `names`.")
 
-    def look(self, state: State, value: float, is_better: bool) -> None:
-        """An epoch has ended with `value`. If it is better, take it in with `keep_best`."""
-        raise NotImplementedError(f"{type(self).__name__} is to define look(state, value, is_better).")
+    def judge(self, state: State, value: float, is_better: bool) -> None:
+        """An epoch has ended with `value`: do what is to be done, and `keep_best` if it is better."""
+        raise NotImplementedError(f"{type(self).__name__} is to define judge(state, value, is_better).")
 
     def keep_best(self, state: State, value: float) -> None:
         """`value` is the best so far."""
@@ -108,11 +104,9 @@ class Monitor(Callback):
     def _resolved_mode(self, state: State) -> str:
         if self.mode is not None:
             return self.mode
-        name = self.monitor
-        for prefix in (*(f"{valid_set}_" for valid_set, _ in state.valid_sets if valid_set), "train_"):
-            if name.startswith(prefix):
-                name = name.removeprefix(prefix)
-                break
+        prefixes = [*(f"{valid_set}_" for valid_set, _ in state.valid_sets if valid_set), "train_"]
+        prefix = next((prefix for prefix in prefixes if self.monitor.startswith(prefix)), "")
+        name = self.monitor.removeprefix(prefix)
         words = set(snake_case(name).split("_"))
         if words & (LOWER | HIGHER):
             return "min" if words & LOWER else "max"
@@ -125,12 +119,10 @@ class EarlyStopping(Monitor):
     """Ends the fit after `patience` epochs in a row that were no better than the best one before them.
 
     monitor, mode, min_delta: as in `SaveBest`. patience: an int >= 1. The epoch ends as always, so that all other
-    callbacks hear of it; the weights are the newest ones: see `SaveBest(restore=True)` for the best. `stopped_epoch`:
-    the epoch (0-based) after which it ended the fit, `reason`: why, in a sentence, which is also printed where the fit
-    is verbose; both None if it did not.
+    callbacks hear of it; the weights are the newest ones: see `SaveBest(restore=True)` for the best.
 
-    Raises ValueError or TypeError for values out of range, and for a column that is not in the epoch table when the
-    fit begins.
+    `stopped_epoch`: the epoch (0-based) after which it ended the fit; `reason`: why, in a sentence, which is also
+    printed where the fit is verbose; both None if it did not.
 
     >>> EarlyStopping("accuracy", patience=5)
     EarlyStopping(monitor='accuracy', mode=None, min_delta=0.0, patience=5)
@@ -150,7 +142,7 @@ class EarlyStopping(Monitor):
         self.stopped_epoch: int | None = None
         self.reason: str | None = None
 
-    def look(self, state: State, value: float, is_better: bool) -> None:
+    def judge(self, state: State, value: float, is_better: bool) -> None:
         self._waited = 0 if is_better else self._waited + 1
         if is_better:
             self.keep_best(state, value)
@@ -177,18 +169,22 @@ class SaveBest(Monitor):
     """Keeps the weights of the best epoch, in memory or in a file.
 
     monitor: a key of the epoch row: "valid_loss", "accuracy", "train_loss", "noisy_accuracy" (of the validation set
-    "noisy"), ... path: the file, written as by `learn.save` and read by `learn.load`, replaced at each better epoch;
-    None: a copy in host memory, `weights`. mode: "min" or "max", None: by the name. min_delta: by how much a value
-    must be better, >= 0. restore: load the best weights into the model when the fit ends, however it ends. The
-    optimizer's state stays that of the last step.
+        "noisy"), ...
+    path: the file, written as by `learn.save` and read by `learn.load`, replaced at each better epoch; None: a copy in
+        host memory, `weights`.
+    mode: "min" or "max", whether smaller or larger is better; None: by the name (loss, error, rmse, perplexity, ...:
+        "min"; accuracy, auc, f1, iou, ...: "max").
+    min_delta: by how much a value must be better, >= 0; less is no improvement.
+    restore: load the best weights into the model when the fit ends, however it ends. The optimizer's state stays that
+        of the last step.
 
     `best`, `best_epoch`: the value and its epoch (0-based); each fit begins anew, and its first epoch replaces the
     file of an earlier fit. The weights are those that were validated: where an `EMA` or `SWA` is swapped in for
     validation, its average (for a column of the training data, the model's own). If the file cannot be written, the
     older one and `best` stay as they are, a warning is logged, and training goes on.
 
-    Raises ValueError or TypeError for values out of range, and for a column that is not in the epoch table or a path
-    that cannot be a file when the fit begins.
+    Raises ValueError or TypeError for values out of range, for a column that is not in the epoch table when the fit
+    begins, and then for a path that cannot be a file.
 
     >>> SaveBest("accuracy", "best.pt", restore=True)
     SaveBest(monitor='accuracy', mode=None, min_delta=0.0, path='best.pt', restore=True)
@@ -221,17 +217,17 @@ class SaveBest(Monitor):
             if not path.parent.is_dir():
                 raise FileNotFoundError(f"cannot save to {path}: there is no folder {path.parent}. Make it first.")
 
-    def look(self, state: State, value: float, is_better: bool) -> None:
+    def judge(self, state: State, value: float, is_better: bool) -> None:
         if not is_better:
             return
-        with ExitStack() as stack:
-            if not self.monitor.startswith("train_"):  # the weights that were validated: an average, if there is one
-                stack.enter_context(evaluating(state.callbacks, state.model))
+        is_of_training = self.monitor.startswith("train_")  # else the weights that were validated: maybe an average
+        with nullcontext() if is_of_training else evaluating(state.callbacks, state.model):
             self._keep(state, value)
 
     def _keep(self, state: State, value: float) -> None:
         if self.path is None:
-            self.weights = {name: _host_copy(value) for name, value in state.model.state_dict().items()}
+            self.weights = {name: value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else clone(value)
+                            for name, value in state.model.state_dict().items()}
         else:
             try:
                 save_weights(state.model, self.path)
@@ -252,21 +248,16 @@ class SaveBest(Monitor):
             load_weights(state.model, self.path)
 
 
-def _host_copy(value: Any) -> Any:
-    return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else snapshot.clone(value)
-
-
 @dataclass(eq=False)
 class ReduceLROnPlateau(Monitor):
     """Multiplies the learning rate by `factor` after `patience` epochs that were no better than the best before them.
 
-    It scales whatever the schedule says, by `state.lr_scale`, for the rest of the fit: every schedule can be used, and
-    several of these multiply. monitor, mode, min_delta: as in `SaveBest`. factor: 0 < factor < 1. patience: an int
-    >= 1. min_scale: the product of its factors never falls below that, 0..1. cooldown: epochs after each reduction
-    that do not count as waiting, an int >= 0. `scale`: the product so far.
+    monitor, mode, min_delta: as in `SaveBest`. factor: 0 < factor < 1. patience: an int >= 1.
+    min_scale: the product of its factors never falls below that, 0..1.
+    cooldown: epochs after each reduction that do not count as waiting, an int >= 0.
 
-    Raises ValueError or TypeError for values out of range, and for a column that is not in the epoch table when the
-    fit begins.
+    It scales whatever the schedule says, by `state.lr_scale`, for the rest of the fit: every schedule can be used, and
+    several of these multiply. `scale`: the product so far.
 
     >>> ReduceLROnPlateau("valid_loss", 0.5, patience=2)
     ReduceLROnPlateau(monitor='valid_loss', mode=None, min_delta=0.0,
@@ -292,7 +283,7 @@ class ReduceLROnPlateau(Monitor):
         self.scale = 1.0
         self._waited = self._resting = 0
 
-    def look(self, state: State, value: float, is_better: bool) -> None:
+    def judge(self, state: State, value: float, is_better: bool) -> None:
         if is_better:
             self.keep_best(state, value)
         if self._resting:
