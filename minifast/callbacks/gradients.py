@@ -56,9 +56,7 @@ class GradientClip(GradientNorm):
     Weights and optimizer are then those of the step before. On an accelerator nothing waits for that: no update is
     made any more, and the error comes up to a second late, as `FiniteLoss` describes. There, an optimizer that is not
     one of torch's fused ones makes these updates with a gradient of 0: only momentum and weight decay move the
-    weights, which stay finite; this costs one small kernel per parameter. Inside `lr_find`, nothing is refused.
-
-    Raises ValueError for none or both of the two, and for one that is no number > 0.
+    weights; this costs one small kernel per parameter. Inside `lr_find`, nothing is refused.
 
     >>> GradientClip(norm=1.0)
     GradientClip(norm=1.0, value=None)

@@ -69,8 +69,9 @@ class Monitor(Callback):
         value = state.metrics.get(self.monitor)
         if value is not None:
             self.judge(state, value, self._improves(value))
-        elif not self.monitor.startswith("train_") and any(name.endswith("valid_loss") for name in state.metrics):
-            # the epoch is complete
+            return
+        is_complete = any(name.endswith("valid_loss") for name in state.metrics)
+        if is_complete and not self.monitor.startswith("train_"):
             raise ValueError(f"there is no {self.monitor!r} in the epoch row: {', '.join(state.metrics)}. A metric "
                              "object that computes a dict tells its keys by an attribute `names`.")
 
@@ -79,35 +80,30 @@ class Monitor(Callback):
         raise NotImplementedError(f"{type(self).__name__} is to define judge(state, value, is_better).")
 
     def keep_best(self, state: State, value: float) -> None:
-        """`value` is the best so far."""
         self.best, self.best_epoch = value, state.epoch
 
     def _improves(self, value: float) -> bool:
-        if not math.isfinite(value):
-            return False
-        return self.best is None or self._sign * (value - self.best) > self.min_delta
+        return math.isfinite(value) and (self.best is None or self._sign * (value - self.best) > self.min_delta)
 
     def _check_name(self, state: State) -> None:
         names = [name for name in state.record.row_names if name != "epoch"]
         if self.monitor in names:
             return
-        columns = f"the columns of this fit are {', '.join(names)}"
+        watches = f"{type(self).__name__} watches {self.monitor!r}"
+        columns = f"the columns of this fit are {', '.join(names)}."
         if not state.valid_sets:
-            raise ValueError(f"{type(self).__name__} watches {self.monitor!r}, but there is no validation data: "
-                             f"{columns}. Make the Learner with DataLoaders(train, valid), or pass monitor="
-                             "\"train_loss\".")
+            raise ValueError(f"{watches}, but there is no validation data: {columns} Make the Learner with "
+                             "DataLoaders(train, valid), or pass monitor=\"train_loss\".")
         near = get_close_matches(self.monitor, names, 1) or [name for name in names if name.endswith(self.monitor)]
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"{type(self).__name__} watches {self.monitor!r}, which is not in the epoch table: {columns}."
-                         f"{hint}")
+        raise ValueError(f"{watches}, which is not in the epoch table: {columns}{hint}")
 
     def _resolved_mode(self, state: State) -> str:
         if self.mode is not None:
             return self.mode
         prefixes = [*(f"{valid_set}_" for valid_set, _ in state.valid_sets if valid_set), "train_"]
         prefix = next((prefix for prefix in prefixes if self.monitor.startswith(prefix)), "")
-        name = self.monitor.removeprefix(prefix)
-        words = set(snake_case(name).split("_"))
+        words = set(snake_case(self.monitor.removeprefix(prefix)).split("_"))
         if words & (LOWER | HIGHER):
             return "min" if words & LOWER else "max"
         raise ValueError(f"it cannot be told by the name whether a smaller or a larger {self.monitor!r} is better: "
@@ -156,12 +152,12 @@ class EarlyStopping(Monitor):
             state.say(self.reason)
 
     def _why(self, epoch: int) -> str:
-        while_ = f"stopped early after epoch {epoch}: for {self._waited} epoch{'s' * (self._waited > 1)} {self.monitor}"
+        begins = f"stopped early after epoch {epoch}: for {self._waited} epoch{'s' * (self._waited > 1)} {self.monitor}"
         if self.best is None:
-            return f"{while_} was no finite number"
-        by = f" by more than {self.min_delta:g}" if self.min_delta else ""
-        return (f"{while_} was not {'above' if self._sign > 0 else 'below'} {shown(self.best)}, its value in epoch "
-                f"{self.best_epoch},{by}").rstrip(",")
+            return f"{begins} was no finite number"
+        by = f", by more than {self.min_delta:g}" if self.min_delta else ""
+        side = "above" if self._sign > 0 else "below"
+        return f"{begins} was not {side} {shown(self.best)}, its value in epoch {self.best_epoch}{by}"
 
 
 @dataclass(eq=False)
@@ -240,11 +236,9 @@ class SaveBest(Monitor):
             state.record.best = Best(self.monitor, value, state.epoch)
 
     def after_fit(self, state: State) -> None:
-        if not self.restore or self.best_epoch is None:
-            return
-        if self.weights is not None:
+        if self.restore and self.weights is not None:
             state.model.load_state_dict(self.weights)
-        elif self.path is not None:
+        elif self.restore and self.path is not None and self.best_epoch is not None:
             load_weights(state.model, self.path)
 
 
@@ -297,5 +291,5 @@ class ReduceLROnPlateau(Monitor):
         if ratio < 1:
             self.scale *= ratio
             state.lr_scale *= ratio
-            log.info("epoch %d: no better %s than %s, learning rate multiplied by %g", state.epoch, self.monitor,
-                     self.best, ratio)
+            log.info("epoch %d: no better %s than %s, learning rate multiplied by %g",
+                     state.epoch, self.monitor, self.best, ratio)

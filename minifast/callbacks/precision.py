@@ -1,4 +1,4 @@
-"""Faster arithmetic: mixed precision and the channels-last memory format."""
+"""The model in half precision where that is safe."""
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..base.nest import map_tensors, tensors
 from ..core.callback import Callback, CancelBatch, Order
@@ -23,15 +23,15 @@ class MixedPrecision(Callback):
 
     precision: "bf16", or "fp16" for devices without bfloat16. The model's outputs are converted to float32, in fits,
     validation and predictions alike: so the loss, metrics and what `get_preds` returns are computed in float32.
-    Outputs that are no nest of tensors (a plain object with attributes) are left as they are. Tensors of float64 are
-    left in float64, as by autocast itself.
+    Outputs that are no nest of tensors (a plain object with attributes) are left as they are, as are tensors of
+    float64, also by autocast itself.
 
     bf16 needs no loss scaling and never waits for the device. fp16 multiplies the loss by the scale of a
     `torch.amp.GradScaler`, kept as `scaler` over all fits and in `state_dict`; recorded losses and the gradients that
     clipping sees are unscaled. An update whose gradients overflow is skipped like a cancelled batch (no step, no
-    `after_step`, schedules stand still) and the scale is halved. To know that, the host waits for the device once per
-    update. Once the scale has fallen to 2**-16, gradients that are not finite are no matter of the scale: then the
-    update is made, as it would be without `MixedPrecision`.
+    `after_step`, schedules stand still) and the scale is halved: the host waits for the device once per update to know
+    that. Once the scale has fallen to 2**-16, the update is made, as it would be without `MixedPrecision`: gradients
+    that overflow there are not finite at any scale.
 
     Given to the Learner, it holds for `validate`, `get_preds` and `predict`, too; there a model compiled by `compile=`
     is called in its own precision by `validate`.
@@ -91,7 +91,7 @@ class MixedPrecision(Callback):
         has_overflowed = self._scale < scale
         if has_overflowed and scale > MIN_SCALE:
             raise CancelBatch
-        if scale <= MIN_SCALE:  # it was no matter of the scale: so it does not go on to 0, and comes back afterwards
+        if scale <= MIN_SCALE:  # a smaller one would not help: the scale stays, and begins anew after a finite gradient
             self._scale = MIN_SCALE if has_overflowed else FIRST_SCALE
             self.scaler.update(self._scale)
 
@@ -166,10 +166,6 @@ def to_float32(output: Any) -> Any:
     >>> to_float32({"logits": torch.ones(1, dtype=torch.bfloat16)})
     {'logits': tensor([1.])}
     """
-    def convert(tensor: Tensor) -> Tensor:
-        return tensor.float() if tensor.dtype in DTYPES.values() else tensor
-    if any(tensor.dtype in DTYPES.values() for tensor in tensors(output)):
-        return map_tensors(convert, output)
-    return output
-
-
+    if not any(tensor.dtype in DTYPES.values() for tensor in tensors(output)):
+        return output
+    return map_tensors(lambda tensor: tensor.float() if tensor.dtype in DTYPES.values() else tensor, output)

@@ -19,16 +19,15 @@ class Unfreeze(Callback):
     """Freezes parts of the model and thaws each of them at its own share of the fit.
 
     parts: name -> share of the fit, 0..1. A name is that of a layer group, of a module, or a glob over parameter names;
-    the first that is found. A part is frozen before the first update with position >= share * n_steps, and all of it
-    is trained from that one on: 0.0 trains from the start, 1.0 not at all. What is not named is left as it is.
+        the first that is found. A part is frozen before the first update with position >= share * n_steps, and all of
+        it is trained from that one on: 0.0 trains from the start, 1.0 not at all. What is not named is left as it is.
     train_bn: norm layers of frozen parts are left as they are, which is training unless `freeze` made them still, as
-    with the Learner's `train_bn`; False: they are frozen, in eval mode, with the rest.
+        with the Learner's `train_bn`; False: they are frozen, in eval mode, with the rest.
 
-    A frozen parameter has no gradient: the optimizer neither moves nor decays it, and its optimizer state, if an
-    earlier fit made any, is left alone. Learning rates are scheduled all the time, so a part that is thawed late
-    joins in at the rate of that moment. What has to be frozen is a function of the position alone: that is how it
-    survives a kill and resume. After the fit, however it ended, what was thawed stays so, and what was still frozen
-    is as it was before. It does not run in `lr_find`.
+    A frozen parameter has no gradient: the optimizer neither moves nor decays it, and leaves its state alone. Learning
+    rates are scheduled all the time: a part that is thawed late joins in at the rate of that moment. What is frozen is
+    a function of the position alone, so a resumed fit needs no more. After the fit, however it ended, what was thawed
+    stays so, and what was still frozen is as it was before. It does not run in `lr_find`.
 
     Raises ValueError or TypeError for other arguments, names that are not found, a parameter that two of them mean,
     and if nothing were left to train.
@@ -70,13 +69,15 @@ class Unfreeze(Callback):
     def before_fit(self, state: State) -> None:
         first = self.steps(state.n_steps)
         frozen = [part for part in _find(self.parts, state) if first[part.name] > state.schedule_step]
-        of_norms = _params_of_norms(state.model) if self.train_bn else set()
-        held = {id(p) for part in frozen for p in part.params} - of_norms
+        held = {id(p) for part in frozen for p in part.params}
+        if self.train_bn:
+            held -= {id(p) for module in state.model.modules() if is_norm(module)
+                     for p in module.parameters(recurse=False)}
         if not any(p.requires_grad and id(p) not in held for p in state.model.parameters()):
             raise ValueError(f"{self!r:.200} leaves nothing to train in update {state.schedule_step} of "
                              f"{state.n_steps}. Give one part, e.g. the head, the share 0, or do not name it.")
         self._frozen = sorted(frozen, key=lambda part: first[part.name])
-        self._due = [first[part.name] for part in self._frozen]  # in step with _frozen
+        self._due = [first[part.name] for part in self._frozen]  # of each in `_frozen`, the update that thaws it
         self._was = [(p, p.requires_grad) for part in frozen for p in part.params]
         for p, _ in self._was:
             if id(p) in held:
@@ -88,10 +89,15 @@ class Unfreeze(Callback):
         if not self._due or state.schedule_step < self._due[0]:
             return
         if state.batch_index % state.accumulate:
-            return  # with a time limit positions pass within a window: half a gradient is none
+            return  # with a time limit the position moves within a window, whose gradients are to be of all parts
         while self._due and state.schedule_step >= self._due[0]:
             del self._due[0]
-            self._thaw(self._frozen.pop(0), state)
+            part = self._frozen.pop(0)
+            for p in part.params:
+                p.requires_grad_(True)
+            for norm in part.norms:
+                norm.train()
+            state.norms_in_eval = tuple(norm for norm in state.norms_in_eval if norm not in part.norms)
         fill_momentum(state.opt, any("momentum" in callback.owns for callback in state.callbacks))
 
     def after_fit(self, state: State) -> None:
@@ -100,13 +106,6 @@ class Unfreeze(Callback):
             if id(p) in frozen:
                 p.requires_grad_(was)
         self._was, self._frozen, self._due = [], [], []  # no hold on the model
-
-    def _thaw(self, part: "_Part", state: State) -> None:
-        for p in part.params:
-            p.requires_grad_(True)
-        for norm in part.norms:
-            norm.train()
-        state.norms_in_eval = tuple(norm for norm in state.norms_in_eval if norm not in part.norms)
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,8 +134,8 @@ def _find(names: Iterable[str], state: State) -> list[_Part]:
     current = None
     for module in state.model.modules():
         own = next(module.parameters(recurse=False), None)
-        current = current if own is None else owner.get(id(own))  # without parameters: with the layer before, as in
-        if current is not None and is_norm(module):  # layer groups
+        current = current if own is None else owner.get(id(own))  # as in layer groups: without parameters it belongs
+        if current is not None and is_norm(module):  # to the layer before it
             norms[current].append(module)
     return parts
 
@@ -148,7 +147,3 @@ def _params(name: str, state: State) -> list[nn.Parameter]:
     named = state.model.named_parameters(remove_duplicate=False)  # tied weights have two names
     found = {id(p): p for full, p in named if full.startswith(f"{name}.") or fnmatchcase(full, name)}
     return list(found.values())
-
-
-def _params_of_norms(model: nn.Module) -> set[int]:
-    return {id(p) for module in model.modules() if is_norm(module) for p in module.parameters(recurse=False)}
