@@ -100,19 +100,20 @@ class WeightAverage(Callback):
 
         Raises RuntimeError if nothing was averaged yet, ValueError for a model of another shape.
         """
-        self._check_any()
-        return swapped(_module(model), self.averages)
+        return swapped(*self._checked(model))
 
     def copy_to(self, model: nn.Module) -> None:
         """Give `model` the averaged weights, in place, for good. Raises as `swapped` does."""
-        self._check_any()
-        put(_module(model), self.averages)
+        put(*self._checked(model))
 
-    def _check_any(self) -> None:
+    def _checked(self, model: Any) -> tuple[nn.Module, dict[str, Tensor]]:
         if not self.averages:
             raise RuntimeError(f"{self!r} has no averaged weights: fit with it first, e.g. "
                                f"learn.fit(0.01, callbacks=[{type(self).__name__.lower()}]). What a SWA(apply=True) "
                                "has averaged is in the model at the end of its fit.")
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch module, got a {type(model).__name__}. Pass learn.model.")
+        return model, self.averages
 
 
 @dataclass(eq=False)
@@ -256,9 +257,3 @@ class SWA(WeightAverage):
 def _can_be_averaged(tensor: Tensor) -> bool:
     is_float = tensor.is_floating_point() or tensor.is_complex()
     return is_float and (isinstance(tensor, nn.Parameter) or bool(tensor.isfinite().all()))
-
-
-def _module(model: Any) -> nn.Module:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch module, got a {type(model).__name__}. Pass learn.model.")
-    return model

@@ -65,7 +65,10 @@ class MixedPrecision(Callback):
             return to_float32(output)
         state.forward = in_autocast
         if self.precision == "fp16":
-            self._check_weights(state.model)
+            half = next((name for name, p in state.model.named_parameters() if p.dtype is torch.float16), None)
+            if half is not None:
+                raise ValueError(f'MixedPrecision("fp16") needs weights in float32, but {half} is float16. Call '
+                                 "model.float() before the Learner is made.")
             self._one = torch.ones((), device=state.device)
             if self.scaler is None:
                 self.scaler = torch.amp.GradScaler(state.device.type)
@@ -151,13 +154,6 @@ class MixedPrecision(Callback):
             raise ValueError(f'MixedPrecision("{self.precision}") does not work on the device {device!r}: {error} '
                              "Pass another precision, or leave it out.") from error
         self._checked.add(device)
-
-    @staticmethod
-    def _check_weights(model: nn.Module) -> None:
-        half = next((name for name, p in model.named_parameters() if p.dtype is torch.float16), None)
-        if half is not None:
-            raise ValueError(f'MixedPrecision("fp16") needs weights in float32, but {half} is float16. Call '
-                             "model.float() before the Learner is made.")
 
 
 def to_float32(output: Any) -> Any:

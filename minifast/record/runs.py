@@ -225,24 +225,16 @@ def _parsed(record: dict[str, Any]) -> dict[str, Any]:
 
 def _fit(records: list[dict[str, Any]]) -> LoggedFit:
     """What the records of one fit say, the newest of each step and each epoch."""
-    fit = LoggedFit()
-    blocks, rows = [], {}
-    for record in records:
-        if record["kind"] == "steps":
-            blocks.append(record["columns"])
-        elif record["kind"] == "epoch":
-            rows[record["epoch"]] = record["row"]
-        elif record["kind"] == "end":
-            fit.end = record
-        else:
-            fit.starts.append(record)
-            fit.end = None
-    columns = _end_to_end(blocks)
+    def of_kind(*kinds: str) -> list[dict[str, Any]]:
+        return [record for record in records if record["kind"] in kinds]
+    columns = _end_to_end([record["columns"] for record in of_kind("steps")])
     if columns:
         newest = len(columns["step"]) - 1 - np.unique(columns["step"][::-1], return_index=True)[1]
-        fit.steps = {name: column[newest] for name, column in columns.items()}
-    fit.epochs = [rows[epoch] for epoch in sorted(rows)]
-    return fit
+        columns = {name: column[newest] for name, column in columns.items()}
+    rows = {record["epoch"]: record["row"] for record in of_kind("epoch")}
+    last = of_kind("fit", "end")[-1:]
+    end = last[0] if last and last[0]["kind"] == "end" else None  # none after the last start: it still runs
+    return LoggedFit(of_kind("fit"), columns, [rows[epoch] for epoch in sorted(rows)], end)
 
 
 def _end_to_end(blocks: list[dict[str, Column]]) -> dict[str, Column]:
