@@ -19,14 +19,14 @@ class Unfreeze(Callback):
     """Freezes parts of the model and thaws each of them at its own share of the fit.
 
     parts: name -> share of the fit, 0..1. A name is that of a layer group, of a module, or a glob over parameter names;
-        the first that is found. A part is frozen before the first update with position >= share * n_steps, and all of
-        it is trained from that one on: 0.0 trains from the start, 1.0 not at all. What is not named is left as it is.
+        the first that is found. A part is frozen before the first update with schedule_step >= share * n_steps, and
+        trained as a whole from that one on: 0.0 from the start, 1.0 not at all. What is not named is left as it is.
     train_bn: norm layers of frozen parts are left as they are, which is training unless `freeze` made them still, as
         with the Learner's `train_bn`; False: they are frozen, in eval mode, with the rest.
 
     A frozen parameter has no gradient: the optimizer neither moves nor decays it, and leaves its state alone. Learning
     rates are scheduled all the time: a part that is thawed late joins in at the rate of that moment. What is frozen is
-    a function of the position alone, so a resumed fit needs no more. After the fit, however it ended, what was thawed
+    a function of the step alone, so a resumed fit needs no more. After the fit, however it ended, what was thawed
     stays so, and what was still frozen is as it was before. It does not run in `lr_find`.
 
     Raises ValueError or TypeError for other arguments, names that are not found, a parameter that two of them mean,
@@ -89,7 +89,7 @@ class Unfreeze(Callback):
         if not self._due or state.schedule_step < self._due[0]:
             return
         if state.batch_index % state.accumulate:
-            return  # with a time limit the position moves within a window, whose gradients are to be of all parts
+            return  # with a time limit the step moves on within a window, whose gradients are to be of all parts
         while self._due and state.schedule_step >= self._due[0]:
             del self._due[0]
             part = self._frozen.pop(0)
