@@ -31,16 +31,13 @@ class ActivationStats(StepStats):
 
     layers: a glob over module names ("*.conv?"), or several; None: every module with parameters and without children.
     every: record each `every`-th weight update, an int >= 1. A recorded step may take twice the time.
-    bins: of the histograms, an int >= 2: of |activation| on a log scale, 1e-4 .. 1e4, so that they hold a training that
-        explodes; zeros are in the first bin.
+    bins: of the histograms, an int >= 2: of |activation| on a log scale, 1e-4 .. 1e4; zeros are in the first bin.
 
     A row is one weight update; of several micro-batches the first is looked at, of a layer that runs several times in
     a batch its first run, and of an output of several tensors the first floating-point one. nan: the layer did not
     run. Values that are not finite reach mean and std, but no histogram (inf: its last bin). Of more than 65,536
-    outputs every k-th is counted in the histogram. Validation is not recorded. What is recorded is that of the newest
-    fit, 4 * (3 + bins) bytes a layer and row, and readable while it runs.
-
-    Hooks are on the model from `before_fit` to `after_fit`. A model that was compiled before has none inside.
+    outputs every k-th is counted there. What is recorded is that of the newest fit, without validation, and readable
+    while it runs: 4 * (3 + bins) bytes a layer and row. A model that was compiled before has no hooks inside.
     Raises ValueError for arguments out of range, and in `before_fit` for a glob that no module matches.
 
     >>> ActivationStats("*.relu", every=10)

@@ -81,12 +81,12 @@ class WeightAverage(Callback):
     def _pair(self) -> list[tuple[bool, list[Tensor], list[Slot]]]:
         """The averages beside the slots that they follow; one device and type in each, as fast kernels want it."""
         pairs: dict[Any, tuple[bool, list[Tensor], list[Slot]]] = {}
-        for name, (holder, key) in self._slots.items():
-            now, is_averaged = holder[key], name not in self._copied
-            average = self.averages[name] = self.averages[name].to(now.device)
+        for name, slot in self._slots.items():
+            now, is_averaged = slot[0][slot[1]], name not in self._copied
             _, averages, followed = pairs.setdefault((now.device, now.dtype, is_averaged), (is_averaged, [], []))
-            averages.append(average)
-            followed.append((holder, key))
+            averages.append(self.averages[name].to(now.device))
+            followed.append(slot)
+            self.averages[name] = averages[-1]
         return list(pairs.values())
 
     def evaluating(self, model: nn.Module) -> AbstractContextManager[Any]:
@@ -123,23 +123,20 @@ class EMA(WeightAverage):
     decay: after each step the average is decay * average + (1 - decay) * weights, 0 <= decay < 1.
     half_life: instead of it, the steps after which a weight counts half, > 0.
     in_validation: every validation of the fit looks at the averaged weights; given to the Learner, so do
-        `learn.validate`, `get_preds` and `predict` after it, for as long as the model has the weights that the fit
-        ended with. A fit has one such average; one given to the fit takes the place of the Learner's. False: it is
-        only kept.
+        `learn.validate`, `get_preds` and `predict` after it, as long as the model has the weights that the fit ended
+        with. A fit has one such average; one given to the fit takes the place of the Learner's. False: it is only kept.
 
-    The average begins with the weights after the first step; before that nothing is swapped. It lags: for the first
-    few half-lives it looks worse than the raw weights, so let one be some percent of the fit. Buffers (the statistics
-    of BatchNorm) are averaged too. Dropped steps, as at an fp16 overflow, do not count. Each fit starts anew. It is
-    that of torch's `AveragedModel` with `get_ema_multi_avg_fn(decay)`.
-
-    The model itself keeps its own, raw weights: they are trained, and `learn.save` writes them. For the averaged ones:
+    The average begins with the weights after the first step, in each fit anew. It lags: for the first few half-lives
+    it looks worse than the raw weights, so let one be some percent of the fit. Buffers (the statistics of BatchNorm)
+    are averaged too; dropped steps, as at an fp16 overflow, do not count. It is that of torch's `AveragedModel` with
+    `get_ema_multi_avg_fn(decay)`. The model keeps its own, raw weights: they are trained, and `learn.save` writes them.
 
         with ema.swapped(learn.model):  # for the length of a block
             learn.save("averaged.pt")
         ema.copy_to(learn.model)        # for good
 
-    Costs one copy of the weights, and a second one during validation, when there are no gradients. Every swap copies
-    all weights twice: to predict often, use `copy_to`. Raises ValueError for values out of range.
+    Costs one copy of the weights, and during validation a second one. Every swap copies all weights twice: to predict
+    often, use `copy_to`. Raises ValueError for values out of range.
 
     >>> ema = EMA(half_life=100)
     >>> round(ema.rate, 6)
@@ -178,15 +175,15 @@ class SWA(WeightAverage):
     start: the share of the fit, 0..1, that is over when averaging begins: with 0.75 the ends of epochs 3 and 4 of 4
         count.
     every: average every so many steps instead, >= 1.
-    apply: when the fit has gone to its end, the model gets the averaged weights for good, and the statistics of its
-        BatchNorm layers are computed anew: one more pass over the training data, without gradients, random generators
-        put back. The raw weights are gone then, and so is the copy. A fit that is cut short (an error, Ctrl-C,
-        CancelFit), or ends before anything was averaged, keeps its raw weights and `averages`; so does apply=False.
-    in_validation: as in `EMA`, as are `swapped` and `copy_to`: with the mean of the BatchNorm statistics.
+    apply: when the fit has gone to its end, the model gets the averaged weights for good, and its BatchNorm layers new
+        statistics: one more pass over the training data, without gradients, random generators put back. The raw weights
+        are gone then, and so is the copy. A fit that is cut short (an error, Ctrl-C, CancelFit), or ends before
+        anything was averaged, keeps its raw weights and `averages`; so does apply=False.
+    in_validation: as in `EMA`, as are `swapped` and `copy_to`, with the mean of the BatchNorm statistics.
 
-    Averaging is for a learning rate that stays high or comes in cycles: at the end of a one-cycle fit there is nothing
-    left to average out. Each fit starts anew. Costs memory as `EMA`. Raises ValueError for values out of range, and
-    before a fit that would need a second pass over an iterator. Source: Izmailov et al. 2018 (arXiv 1803.05407).
+    For a learning rate that stays high or comes in cycles: at the end of a one-cycle fit there is nothing left to
+    average out. Each fit starts anew. Costs memory as `EMA`. Raises ValueError for values out of range, and for a fit
+    that would need a second pass over an iterator. Source: Izmailov et al. 2018 (arXiv 1803.05407).
 
     >>> SWA(0.5)
     SWA(start=0.5, every=None, apply=True, in_validation=True)

@@ -26,13 +26,12 @@ class AutoMicrobatch(Callback):
     failed attempt added is dropped. The log "minifast" says once what it settled on; later fits begin with that,
     `current_size`. At `min_size` the error is raised, with a note of what was tried.
 
-    Parts are of even size; batches may be nests of tensors, as `minifast.base.batch.parts` describes. Means are
-    weighted as with `accumulate`, so updates are those of the whole batch within rounding, but for two things that a
-    batch does not do sample by sample: BatchNorm takes its statistics over each part (and an attempt that failed has
-    moved its running ones), and dropout draws other numbers. Callbacks hear `after_pred`, `after_loss` and
-    `after_backward` once per part, and again for those of a batch that is run again. In `after_batch`, `batch`,
-    `n_samples`, `loss` and `loss_weight` are those of the whole batch, `pred` and `target` of its last part.
-    Validation is not covered.
+    Parts are of even size; batches may be nests, as `minifast.base.batch.parts` describes. Means are weighted as with
+    `accumulate`, so updates are those of the whole batch within rounding, but for what a batch does not do sample by
+    sample: BatchNorm takes its statistics over each part (and an attempt that failed has moved its running ones), and
+    dropout draws other numbers. Callbacks hear `after_pred`, `after_loss` and `after_backward` once per part, again if
+    the batch is run again. In `after_batch`, `batch`, `n_samples`, `loss` and `loss_weight` are those of the whole
+    batch, `pred` and `target` of its last part. Validation is not covered.
 
     Raises ValueError for sizes that are no ints >= 1 or a `size` below `min_size`.
 

@@ -177,10 +177,9 @@ class SaveBest(Monitor):
     `best`, `best_epoch`: the value and its epoch (0-based); each fit begins anew, and its first epoch replaces the
     file of an earlier fit. The weights are those that were validated: where an `EMA` or `SWA` is swapped in for
     validation, its average (for a column of the training data, the model's own). If the file cannot be written, the
-    older one and `best` stay as they are, a warning is logged, and training goes on.
-
-    Raises ValueError or TypeError for values out of range, for a column that is not in the epoch table when the fit
-    begins, and then for a path that cannot be a file.
+    older one and `best` stay as they are, a warning is logged, and training goes on. Raises ValueError or TypeError for
+    values out of range and, when the fit begins, for a column that is not in the epoch table or a path that cannot be
+    a file.
 
     >>> SaveBest("accuracy", "best.pt", restore=True)
     SaveBest(monitor='accuracy', mode=None, min_delta=0.0, path='best.pt', restore=True)

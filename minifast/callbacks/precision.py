@@ -34,9 +34,8 @@ class MixedPrecision(Callback):
     that overflow there are not finite at any scale.
 
     Given to the Learner, it holds for `validate`, `get_preds` and `predict`, too; there a model compiled by `compile=`
-    is called in its own precision by `validate`.
-
-    Raises ValueError for another precision, and before the fit for a device that lacks it, or for weights in float16.
+    is called in its own precision by `validate`. Raises ValueError for another precision, and before the fit for a
+    device that lacks it, or for weights in float16.
 
     >>> MixedPrecision("bf16")
     MixedPrecision(precision='bf16')
@@ -126,7 +125,7 @@ class MixedPrecision(Callback):
                 autocast.__exit__(None, None, None)
 
     def state_dict(self) -> dict[str, Any]:
-        """The loss scale and what it grows by; None before the first fit, and always with bf16."""
+        """The loss scale and what it grows by; None before the first fit, and with bf16."""
         return {"scaler": self._saved if self.scaler is None else self.scaler.state_dict()}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:

@@ -25,8 +25,8 @@ class ProgressiveResizing(Callback):
     size_increment: pixels, an int >= 1; larger ones make fewer sizes: a compiled model is compiled for each of them.
 
     Takes batches (images, target), images floating point (n, channels, height, width), resized bilinearly with
-    antialiasing on their device; targets stay as they are. The model must take images of any size. List it before
-    `MixUp`: less is to be mixed. It does not run in `lr_find`, which so finds the rate for full size.
+    antialiasing on their device; the model must take images of any size. List it before `MixUp`: less is to be mixed.
+    It does not run in `lr_find`, which so finds the rate for full size.
 
     Source: Howard 2018 (fast.ai in DAWNBench); names and defaults as in Composer's progressive resizing.
 

@@ -1,6 +1,6 @@
 """Gradual unfreezing as a schedule."""
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -67,31 +67,26 @@ class Unfreeze(Callback):
         return {name: math.ceil(round(share * n_steps, 6)) for name, share in self.parts.items()}
 
     def before_fit(self, state: State) -> None:
-        first = self.steps(state.n_steps)
-        frozen = [part for part in _find(self.parts, state) if first[part.name] > state.schedule_step]
-        held = {id(p) for part in frozen for p in part.params}
+        parts = [part for part in _find(self.steps(state.n_steps), state) if part.first > state.schedule_step]
+        held = {id(p) for part in parts for p in part.params}
         if self.train_bn:
             held -= {id(p) for module in state.model.modules() if is_norm(module)
                      for p in module.parameters(recurse=False)}
         if not any(p.requires_grad and id(p) not in held for p in state.model.parameters()):
             raise ValueError(f"{self!r:.200} leaves nothing to train in update {state.schedule_step} of "
                              f"{state.n_steps}. Give one part, e.g. the head, the share 0, or do not name it.")
-        self._frozen = sorted(frozen, key=lambda part: first[part.name])
-        self._due = [first[part.name] for part in self._frozen]  # of each in `_frozen`, the update that thaws it
-        self._was = [(p, p.requires_grad) for part in frozen for p in part.params]
-        for p, _ in self._was:
-            if id(p) in held:
-                p.requires_grad_(False)
+        for p in (p for part in parts for p in part.params if id(p) in held):
+            p.requires_grad_(False)
         if not self.train_bn:
-            state.norms_in_eval += tuple(norm for part in frozen for norm in part.norms)
+            state.norms_in_eval += tuple(norm for part in parts for norm in part.norms)
+        self._frozen = sorted(parts, key=lambda part: part.first)
 
     def before_batch(self, state: State) -> None:
-        if not self._due or state.schedule_step < self._due[0]:
+        if not self._frozen or state.schedule_step < self._frozen[0].first:
             return
         if state.batch_index % state.accumulate:
             return  # with a time limit the step moves on within a window, whose gradients are to be of all parts
-        while self._due and state.schedule_step >= self._due[0]:
-            del self._due[0]
+        while self._frozen and state.schedule_step >= self._frozen[0].first:
             part = self._frozen.pop(0)
             for p in part.params:
                 p.requires_grad_(True)
@@ -101,25 +96,25 @@ class Unfreeze(Callback):
         fill_momentum(state.opt, any("momentum" in callback.owns for callback in state.callbacks))
 
     def after_fit(self, state: State) -> None:
-        frozen = {id(p) for part in self._frozen for p in part.params}
-        for p, was in self._was:
-            if id(p) in frozen:
-                p.requires_grad_(was)
-        self._was, self._frozen, self._due = [], [], []  # no hold on the model
+        for part in self._frozen:
+            for p, was_trained in zip(part.params, part.were_trained, strict=True):
+                p.requires_grad_(was_trained)
+        self._frozen = []  # no hold on the model
 
 
 @dataclass(frozen=True, eq=False)
 class _Part:
-    name: str
+    first: int  # the first update that trains it
     params: list[nn.Parameter]
+    were_trained: list[bool]  # each of them, before the fit
     norms: list[nn.Module]
 
 
-def _find(names: Iterable[str], state: State) -> list[_Part]:
-    """The parts of the model that `names` mean. Raises ValueError for none, and for a parameter in two of them."""
+def _find(steps: Mapping[str, int], state: State) -> list[_Part]:
+    """The parts of the model that are named in `steps`. Raises ValueError for none, and a parameter in two of them."""
     owner: dict[int, str] = {}
-    parts: list[_Part] = []
-    for name in names:
+    parts: dict[str, _Part] = {}
+    for name, first in steps.items():
         params = _params(name, state)
         if not params:
             parameters = listed(full for full, _ in state.model.named_parameters())
@@ -129,15 +124,14 @@ def _find(names: Iterable[str], state: State) -> list[_Part]:
         if both is not None:
             raise ValueError(f"{both!r} and {name!r} share a parameter: when would it be thawed? Name each once.")
         owner |= {id(p): name for p in params}
-        parts.append(_Part(name, params, []))
-    norms = {part.name: part.norms for part in parts}
+        parts[name] = _Part(first, params, [p.requires_grad for p in params], [])
     current = None
     for module in state.model.modules():
         own = next(module.parameters(recurse=False), None)
         current = current if own is None else owner.get(id(own))  # as in layer groups: without parameters it belongs
         if current is not None and is_norm(module):  # to the layer before it
-            norms[current].append(module)
-    return parts
+            parts[current].norms.append(module)
+    return list(parts.values())
 
 
 def _params(name: str, state: State) -> list[nn.Parameter]:

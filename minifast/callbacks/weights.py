@@ -95,7 +95,7 @@ def swapped(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
 def fingerprint(model: nn.Module) -> list[int]:
     """A number for each of the weights that is the same if all bits are, on whatever device. Waits for the device.
 
-    It is the sum of the bits read as integers: that is exact in any order, and much cheaper than a copy.
+    It is the sum of the bits read as integers: exact in any order, and much cheaper than a copy.
     """
     sums = []
     for tensor in weights(model).values():
