@@ -78,7 +78,7 @@ class ActivationStats(StepStats):
         self._listening = False
 
     def after_batch(self, state: State) -> None:
-        self._listening = False  # of a batch that was cancelled before its forward pass
+        self._listening = False  # the batch may have been cancelled before its forward pass
 
     def after_step(self, state: State) -> None:
         if self._found is None:

@@ -92,7 +92,7 @@ class WeightAverage(Callback):
     def evaluating(self, model: nn.Module) -> AbstractContextManager[Any]:
         if not self.in_validation or not self.averages:
             return nullcontext()
-        is_the_same = self._end is None or self._end == fingerprint(model)  # not loaded, trained without this, ...
+        is_the_same = self._end is None or self._end == fingerprint(model)  # else they were loaded, or trained without this
         return swapped(model, self.averages) if is_the_same else nullcontext()
 
     def swapped(self, model: nn.Module) -> AbstractContextManager[Any]:
@@ -220,11 +220,11 @@ class SWA(WeightAverage):
 
     def after_batch(self, state: State) -> None:
         if self.every is None and (state.is_ending or state.batch_index + 1 == state.n_batches):
-            self._add_if_late(state, state.step)  # before validation, which is to look at it
+            self._add_if_late(state, state.step)  # now: validation comes next, and uses the average
 
     def after_epoch(self, state: State) -> None:
         if self.every is None:
-            self._add_if_late(state, state.step)  # of an epoch that was cancelled, or shorter than announced
+            self._add_if_late(state, state.step)  # if the epoch was cancelled, or shorter than announced
         self._is_complete = state.is_ending or state.epoch + 1 == state.n_epochs
 
     def after_fit(self, state: State) -> None:

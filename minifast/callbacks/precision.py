@@ -55,7 +55,7 @@ class MixedPrecision(Callback):
         self._saved: dict[str, Any] | None = None  # what a scaler that is not made yet begins with
 
     def before_fit(self, state: State) -> None:
-        forward, device = state.forward, state.device.type  # not the state: it would hold itself
+        forward, device = state.forward, state.device.type  # not the state itself, which would hold this function
         self._check(device)  # raises now what would be raised in the first batch
 
         def in_autocast(*args: Any, **kwargs: Any) -> Any:
@@ -80,7 +80,7 @@ class MixedPrecision(Callback):
             state.window.loss_scale = self.scaler.scale(self._one)
 
     def after_loss(self, state: State) -> None:
-        if state.loss.dtype in DTYPES.values():  # of a loss that computes in half precision by itself
+        if state.loss.dtype in DTYPES.values():  # the loss function computes in half precision
             state.loss = state.loss.float()
 
     def before_step(self, state: State) -> None:
@@ -89,7 +89,7 @@ class MixedPrecision(Callback):
         scale = self._scale
         self.scaler.unscale_(state.opt)
         self.scaler.update()
-        self._scale = self.scaler.get_scale()  # the one wait
+        self._scale = self.scaler.get_scale()  # waits for the device
         has_overflowed = self._scale < scale
         if has_overflowed and scale > MIN_SCALE:
             raise CancelBatch
@@ -107,7 +107,7 @@ class MixedPrecision(Callback):
         def enter(module: nn.Module, args: Any) -> None:
             if not torch.compiler.is_compiling():  # the compiler cannot follow it; in a fit, `forward` does it
                 is_on = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == DTYPES[self.precision]
-                # in a fit `forward` is around it, which a model that fails leaves before this would be left
+                # within the autocast of a fit's `forward`, a model that fails would leave the outer one first
                 entered.append(nullcontext() if is_on else self._autocast(device))
                 entered[-1].__enter__()
 
@@ -121,7 +121,7 @@ class MixedPrecision(Callback):
         finally:
             for hook in hooks:
                 hook.remove()
-            for autocast in reversed(entered):  # of a model that failed
+            for autocast in reversed(entered):  # those that a model that failed has not left
                 autocast.__exit__(None, None, None)
 
     def state_dict(self) -> dict[str, Any]:

@@ -17,7 +17,7 @@ class StepStats(Callback):
     """The rows of the newest fit, which can be read while it runs. No step waits for the device."""
 
     order = Order.RECORD  # last: what it looks at is as all others have left it
-    kind: ClassVar[str]  # of what it watches, for messages
+    kind: ClassVar[str]  # what `names` are names of, for messages
 
     def _clear(self, names: Sequence[str], *shape: int) -> None:
         """Begin with no rows, which will have `shape`, about what is called `names`."""

@@ -128,8 +128,8 @@ def _find(steps: Mapping[str, int], state: State) -> list[_Part]:
     current = None
     for module in state.model.modules():
         own = next(module.parameters(recurse=False), None)
-        current = current if own is None else owner.get(id(own))  # as in layer groups: without parameters it belongs
-        if current is not None and is_norm(module):  # to the layer before it
+        current = current if own is None else owner.get(id(own))  # without parameters: part of the layer before it
+        if current is not None and is_norm(module):
             parts[current].norms.append(module)
     return list(parts.values())
 

@@ -58,11 +58,13 @@ class Logger(Callback):
         self._next_time = time.perf_counter() + self.every_seconds
 
     def before_epoch(self, state: State) -> None:
-        self._has_begun = True  # not before: until then the Recorder's newest record is that of an earlier fit
-        self._write_new(state)  # the settings not in `before_fit`: only after it a fit knows that it is a resumed one
+        # only now: another callback may have refused the fit, and a resumed one has learned of its steps since before_fit
+        self._has_begun = True
+        self._write_new(state)
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        # a sandbox gives back what was before it, but what is written stays written: outside a fit only forward
+        # A sandbox gives back the state from before it, but what is written stays written. So outside of a fit, a state
+        # with fewer steps is not taken up.
         if self._is_open or _n_written(saved) > _n_written(vars(self)):
             super().load_state_dict(saved)
             self._has_begun = True

@@ -45,7 +45,7 @@ class CSVLogger(Logger):
         return os.fspath(self.path)
 
     def open(self, state: State) -> None:
-        self._columns: list[str] = []  # of the header; none: the file is not what it should be, and is written anew
+        self._columns: list[str] = []  # of the header; empty: the file is to be written anew
         self._rows: list[dict[str, Any]] = []  # all that the file should hold
         with opening("CSVLogger", self.path):
             _make_writable(Path(self.path))
@@ -58,7 +58,7 @@ class CSVLogger(Logger):
 
     def write_epoch(self, step: int, row: dict[str, Any]) -> None:
         cells = {name: "" if value is None else str(scalar(value)) for name, value in row.items()}
-        columns, self._columns = self._columns, []  # should this fail half way, all of it is written anew
+        columns, self._columns = self._columns, []  # if writing fails half way, all of it is written anew
         if columns and cells.keys() <= set(columns):
             _append(Path(self.path), _csv_lines(columns, [cells]))
         else:
@@ -98,7 +98,7 @@ class RunLog(Logger):
         return str(self._file)
 
     def open(self, state: State) -> None:
-        self._id = uuid.uuid4().hex[:12]  # from the system: no random generator that is seeded moves
+        self._id = uuid.uuid4().hex[:12]  # made by the system: no generator that is seeded moves
         self._file = record_file(self.path)
         self._settings = settings(state)
         with opening("RunLog", self._file):
