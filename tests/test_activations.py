@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from minifast import CancelBatch
-from minifast.callbacks.activations import FLUSH_EVERY, ActivationStats, histogram
+from minifast.callbacks.activations import ActivationStats, histogram
+from minifast.callbacks.step_stats import FLUSH_EVERY
 from minifast.standard import finite
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
 from minifast import Callback, CancelBatch, CancelEpoch, CancelFit
-from minifast.callbacks import swap
+from minifast.callbacks import weights as weights_module
 from minifast.callbacks.averaging import EMA, SWA
 
 EXACT = {"rtol": 1e-12, "atol": 1e-14}
@@ -385,6 +385,17 @@ def test_a_buffer_that_is_replaced_in_the_block_is_put_back():
     assert learn.model.seen is before
 
 
+def test_a_parameter_that_is_replaced_in_the_block_has_its_own_values_again():  # as those of a sharded model are
+    ema = EMA(0.5)
+    learn = make([ema])
+    learn.fit(0.1)
+    raw = by_name(learn.model)
+    with ema.swapped(learn.model):
+        learn.model.head.weight = new = nn.Parameter(learn.model.head.weight.detach().clone())
+    assert learn.model.head.weight is new
+    assert bits(by_name(learn.model)) == bits(raw)
+
+
 def test_another_model_of_the_same_shape():
     ema = EMA(0.5)
     learn = make([ema])
@@ -741,13 +752,13 @@ def test_the_raw_weights_come_back_if_the_swap_is_cut_short(kind, monkeypatch):
     learn = make([ema])
     learn.fit(0.1, 1)
     before = by_name(learn.model)
-    put = swap.put
+    put = weights_module.put
 
     def half(model, values):
         put(model, values)
         raise kind
 
-    monkeypatch.setattr(swap, "put", half)
+    monkeypatch.setattr(weights_module, "put", half)
     with pytest.raises(kind):
         learn.validate()
     close(by_name(learn.model), before)

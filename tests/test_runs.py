@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from minifast.loggers import RunLog
-from minifast.record.runs import LoggedFit, plain, plot_runs, read_run, to_line
+from minifast.record.runs import LoggedFit, plot_runs, read_run, to_json, to_line
 
 
 def write(path, *lines):
@@ -84,7 +84,7 @@ def test_each_line_is_strict_json(tmp_path):
     assert json.loads(line, parse_constant=refuse) == {
         "a": "NaN", "b": ["Infinity", "-Infinity"], "c": 0.5, "d": 2.0, "e": [1], "f": {"1": True, "2": None},
         "g": "tensor([1., 1., 1.])", "h": "é\n\ud800", "i": "NaN", "j": 2**70}
-    assert plain({"x": [1.5]}) == {"x": [1.5]}
+    assert to_json({"x": [1.5]}) == {"x": [1.5]}
 
 
 def test_a_run_killed_at_any_byte_can_be_read(tmp_path):

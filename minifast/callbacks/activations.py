@@ -1,5 +1,5 @@
 """What the layers put out while they train: mean, spread, dead units, and the colour plot of their histograms."""
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from ..base.hooks import hook_outputs
 from ..base.nest import tensors
-from ..core.callback import Callback, Order
 from ..core.state import State
-from ..errors import check_choice, check_int, check_same_names, quoted
+from ..errors import check_choice, check_int, quoted
 from ..show import plots
+from .step_stats import StepStats
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,32 +23,28 @@ STATS = ("mean", "std", "near_zero")
 NEAR_ZERO = 0.05  # |activation| below it counts as near zero
 DECADES = (-4, 4)  # of the histogram: |activation| from 1e-4 to 1e4, what is beyond goes to the outermost bins
 MOST_COUNTED = 2**16  # values of one histogram: enough for a picture, and float32, in which torch counts, is exact
-FLUSH_EVERY = 128  # rows that wait on the device
 
 
 @dataclass(eq=False)
-class ActivationStats(Callback):
+class ActivationStats(StepStats):
     """Records mean, standard deviation, share near zero and a histogram of what layers put out, while they train.
 
-    layers: None for every module with parameters and without children, or a glob, or several, over module names
-    ("*.conv?"). every: record each `every`-th weight update, an int >= 1. bins: of the histograms, an int >= 2: of
-    |activation| on a log scale, 1e-4 .. 1e4, so that they hold a training that explodes; zeros are in the first bin.
+    layers: a glob over module names ("*.conv?"), or several; None: every module with parameters and without children.
+    every: record each `every`-th weight update, an int >= 1. A recorded step may take twice the time.
+    bins: of the histograms, an int >= 2: of |activation| on a log scale, 1e-4 .. 1e4; zeros are in the first bin.
 
-    A row is one weight update; of several micro-batches the first is looked at, and of a layer that runs several times
-    in a batch its first run, and of an output of several tensors the first floating-point one. nan: the layer did not
+    A row is one weight update; of several micro-batches the first is looked at, of a layer that runs several times in
+    a batch its first run, and of an output of several tensors the first floating-point one. nan: the layer did not
     run. Values that are not finite reach mean and std, but no histogram (inf: its last bin). Of more than 65,536
-    outputs every k-th is counted in the histogram. Validation is not recorded. What is recorded is that of the newest
-    fit, 4 * (3 + bins) bytes a layer and row, and readable while it runs. A recorded step may take twice the time:
-    raise `every` where that matters.
-
-    Hooks are on the model from `before_fit` to `after_fit`. A model that was compiled before has none inside.
+    outputs every k-th is counted there. What is recorded is that of the newest fit, without validation, and readable
+    while it runs: 4 * (3 + bins) bytes a layer and row. A model that was compiled before has no hooks inside.
     Raises ValueError for arguments out of range, and in `before_fit` for a glob that no module matches.
 
     >>> ActivationStats("*.relu", every=10)
     ActivationStats(layers='*.relu', every=10, bins=40)
     """
 
-    order = Order.RECORD  # last in before_batch: a callback that calls the model there is not recorded
+    kind = "layers"
 
     layers: str | Sequence[str] | None = None
     every: int = 1
@@ -61,23 +57,16 @@ class ActivationStats(Callback):
             raise ValueError(f"layers must be a glob over module names, several of them, or None, got "
                              f"{self.layers!r:.80}. Pass e.g. '*.conv1'.")
         self.every, self.bins = check_int("every", self.every), check_int("bins", self.bins, minimum=2)
-        self.names: tuple[str, ...] = ()  # of the watched layers
-        self._clear()
-
-    def _clear(self) -> None:
-        self._steps: list[int] = []
-        self._waiting: list[Tensor] = []
-        self._flushed: list[Tensor] = []
+        self._clear((), 0, len(STATS) + self.bins)
         self._found: dict[nn.Module, Tensor] | None = None  # of the update under way
         self._listening = False
 
     def before_fit(self, state: State) -> None:
-        watched = self._watched(state.model)
-        self._hooks = hook_outputs(watched.values(), self._note)
+        watched, n = self._watched(state.model), len(STATS) + self.bins
         self._modules = list(watched.values())
-        self.names = tuple(watched)
-        self._clear()
-        self._nan = torch.full((len(STATS) + self.bins,), float("nan"), device=state.device)
+        self._clear(tuple(watched), len(watched), n)
+        self._nan = torch.full((n,), float("nan"), device=state.device)
+        self._hooks = hook_outputs(self._modules, self._note)
         self._hooks.__enter__()
 
     def before_batch(self, state: State) -> None:
@@ -89,7 +78,7 @@ class ActivationStats(Callback):
         self._listening = False
 
     def after_batch(self, state: State) -> None:
-        self._listening = False  # of a batch that was cancelled before its forward pass
+        self._listening = False  # the batch may have been cancelled before its forward pass
 
     def after_step(self, state: State) -> None:
         if self._found is None:
@@ -98,11 +87,8 @@ class ActivationStats(Callback):
             raise RuntimeError(f"none of the watched layers ran: {', '.join(self.names[:5])}"
                                f"{', ...' if len(self.names) > 5 else ''}. A model that was compiled before runs "
                                "without hooks: train with compile=False, or watch others, ActivationStats(layers=...).")
-        self._steps.append(state.step)
-        self._waiting.append(torch.stack([self._found.get(module, self._nan) for module in self._modules]))
+        self._add(state.step, torch.stack([self._found.get(module, self._nan) for module in self._modules]))
         self._found = None
-        if len(self._waiting) >= FLUSH_EVERY:
-            self._flush()
 
     def after_fit(self, state: State) -> None:
         self._hooks.__exit__()
@@ -110,20 +96,15 @@ class ActivationStats(Callback):
         del self._hooks
 
     @property
-    def steps(self) -> NDArray[np.int64]:
-        """The recorded weight updates, by their 0-based number, (rows,)."""
-        return np.array(self._steps, dtype=np.int64)
-
-    @property
     def stats(self) -> dict[str, NDArray[np.float32]]:
         """"mean", "std" (of the population) and "near_zero" (share of |activation| < 0.05), each (rows, layers)."""
-        values = self._values()
-        return {stat: values[:, :, i] for i, stat in enumerate(STATS)}
+        rows = self._rows().numpy()
+        return {stat: rows[:, :, i] for i, stat in enumerate(STATS)}
 
     @property
     def hists(self) -> NDArray[np.float32]:
         """How many outputs lay in each bin, (rows, layers, bins)."""
-        return self._values()[:, :, len(STATS):]
+        return self._rows()[:, :, len(STATS):].numpy()
 
     @property
     def edges(self) -> NDArray[np.float64]:
@@ -148,15 +129,14 @@ class ActivationStats(Callback):
         ValueError for a layer that is not watched, RuntimeError if nothing was recorded.
         """
         self._check_any()
-        names = dict(enumerate(self.names)) | {i - len(self.names): name for i, name in enumerate(self.names)}
-        name: str | None = layer if isinstance(layer, str) and layer in self.names else None
-        if isinstance(layer, int) and not isinstance(layer, bool):
-            name = names.get(layer)
-        if name is None:
+        n = len(self.names)
+        if isinstance(layer, int) and not isinstance(layer, bool) and -n <= layer < n:
+            layer = self.names[layer]
+        if not isinstance(layer, str) or layer not in self.names:
             raise ValueError(f"layer must be a watched one ({', '.join(self.names)}) or its number, got "
                              f"{quoted(layer)}.")
         ax = plots.axes(ax)
-        steps, counts = self.steps, self.hists[:, self.names.index(str(name))]
+        steps, counts = self.steps, self.hists[:, self.names.index(layer)]
         half = self.every / 2  # the columns stand `every` steps apart
         shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)  # the last batch of an epoch may be smaller
         ax.imshow(np.log1p(1000 * shares.T), origin="lower", aspect="auto", interpolation="nearest", cmap="magma",
@@ -168,21 +148,8 @@ class ActivationStats(Callback):
             ax.set_ylim(*np.log10(self.edges)[[used[0], used[-1] + 1]])
         plots.count_on_x(ax, plots.STEPS)
         ax.set_ylabel("|activation|")
-        ax.set_title(f"{name}: log(1 + 1000 * share of the outputs)", fontsize="small")
+        ax.set_title(f"{layer}: log(1 + 1000 * share of the outputs)", fontsize="small")
         return ax
-
-    def state_dict(self) -> dict[str, Any]:
-        """What was recorded so far, as plain values."""
-        return {"names": list(self.names), "steps": list(self._steps), "values": torch.from_numpy(self._values())}
-
-    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Go on after the rows of `state_dict`. Raises ValueError if they are of other layers."""
-        if self.names and saved["steps"]:  # else it is what was before the first fit
-            check_same_names("layers", saved["names"], self.names)
-        self.names = tuple(saved["names"])
-        self._clear()
-        self._steps = list(saved["steps"])
-        self._flushed = [saved["values"].cpu().clone()]
 
     def _watched(self, model: nn.Module) -> dict[str, nn.Module]:
         named = dict(model.named_modules())
@@ -211,20 +178,6 @@ class ActivationStats(Callback):
             std = torch.linalg.vector_norm(out - mean) / out.numel() ** 0.5  # std() is slow on a CPU
             near_zero = (out.abs() < NEAR_ZERO).float().mean()
             self._found[module] = torch.cat([torch.stack([mean, std, near_zero]), histogram(out, self.bins)])
-
-    def _values(self) -> NDArray[np.float32]:
-        """All rows so far, (rows, layers, statistics and bins)."""
-        self._flush()
-        return torch.cat([torch.empty(0, len(self.names), len(STATS) + self.bins), *self._flushed]).numpy()
-
-    def _flush(self) -> None:
-        if self._waiting:
-            self._flushed.append(torch.stack(self._waiting).cpu())
-            self._waiting.clear()
-
-    def _check_any(self) -> None:
-        if not self._steps:
-            raise RuntimeError("no step was recorded. Train first, e.g. learn.fit(0.01, callbacks=[stats]).")
 
 
 def histogram(values: Tensor, bins: int) -> Tensor:

@@ -10,19 +10,19 @@ from ..core.callback import Callback, Order
 from ..core.state import State
 from ..data.loader import is_one_shot
 from ..errors import check_flag, check_int, check_number
-from .norms import norms_to_update, update_norms
-from .swap import FINAL_WEIGHTS, Slot, fingerprint, put, slots, swapped, weights
+from .weights import FINAL_WEIGHTS, Slot, fingerprint, norms_to_update, put, slots, swapped, update_norms, weights
 
-_IN_VALIDATION = ("the weights that are validated",)  # one owner in a fit
+IN_VALIDATION = "the weights that are validated"  # one owner in a fit
+HALF = {torch.float16: torch.float32, torch.bfloat16: torch.float32}  # what is averaged in another type
 
 
 class WeightAverage(Callback):
-    """What `EMA` and `SWA` have in common: a running average, and its place in validation and prediction.
+    """What `EMA` and `SWA` have in common: a running average, used in validation and prediction.
 
     averages: name -> tensor, of parameters and persistent buffers by their names in the state dict; empty before the
-    first update. Tensors that are no floats, and buffers that are not finite at first (masks), are not averaged but
-    copied. Averages of half precision are kept in float32, where small steps still count. n_averaged: how many
-    weights went into them.
+    first update. Tensors that are no floats, and buffers that are not finite at first (masks), are copied instead.
+    Averages of half precision are kept in float32, where small steps still count.
+    n_averaged: how many weights went into them.
     """
 
     order = Order.RECORD  # sees the weights as all others have left them
@@ -31,7 +31,7 @@ class WeightAverage(Callback):
 
     def _prepare(self) -> None:
         self.in_validation = check_flag("in_validation", self.in_validation)
-        self.owns = _IN_VALIDATION if self.in_validation else ()
+        self.owns = (IN_VALIDATION,) if self.in_validation else ()
         self._slots: dict[str, Slot] = {}
         self._start_anew()
 
@@ -65,12 +65,13 @@ class WeightAverage(Callback):
         """Move the averages by `share`, 0..1, of the way to the weights of now. The first ones are the average."""
         if not self.averages:
             now = {name: holder[key] for name, (holder, key) in self._slots.items()}
-            self.averages = {name: tensor.detach().to(_wide(tensor), copy=True) for name, tensor in now.items()}
+            self.averages = {name: tensor.detach().to(HALF.get(tensor.dtype, tensor.dtype), copy=True)
+                             for name, tensor in now.items()}
             self._copied = [name for name, tensor in now.items() if not _can_be_averaged(tensor)]
         else:
             self._pairs = self._pairs or self._pair()
-            for is_averaged, averages, places in self._pairs:
-                tensors = [holder[key].to(averages[0].dtype) for holder, key in places]
+            for is_averaged, averages, followed in self._pairs:
+                tensors = [holder[key].to(averages[0].dtype) for holder, key in followed]
                 if is_averaged:
                     torch._foreach_lerp_(averages, tensors, share)
                 else:
@@ -78,66 +79,64 @@ class WeightAverage(Callback):
         self.n_averaged += 1
 
     def _pair(self) -> list[tuple[bool, list[Tensor], list[Slot]]]:
-        """The averages beside the places of what they follow; one device and type in each, as fast kernels want it."""
+        """The averages beside the slots that they follow; one device and type in each, as fast kernels want it."""
         pairs: dict[Any, tuple[bool, list[Tensor], list[Slot]]] = {}
-        for name, (holder, key) in self._slots.items():
-            now, is_averaged = holder[key], name not in self._copied
-            average = self.averages[name] = self.averages[name].to(now.device)
-            _, averages, places = pairs.setdefault((now.device, now.dtype, is_averaged), (is_averaged, [], []))
-            averages.append(average)
-            places.append((holder, key))
+        for name, slot in self._slots.items():
+            now, is_averaged = slot[0][slot[1]], name not in self._copied
+            _, averages, followed = pairs.setdefault((now.device, now.dtype, is_averaged), (is_averaged, [], []))
+            averages.append(self.averages[name].to(now.device))
+            followed.append(slot)
+            self.averages[name] = averages[-1]
         return list(pairs.values())
 
     def evaluating(self, model: nn.Module) -> AbstractContextManager[Any]:
         if not self.in_validation or not self.averages:
             return nullcontext()
-        if self._end is not None and self._end != fingerprint(model):  # loaded, trained without this, swapped by hand
-            return nullcontext()
-        return swapped(model, self.averages)
+        is_the_same = self._end is None or self._end == fingerprint(model)  # else they were loaded, or trained without this
+        return swapped(model, self.averages) if is_the_same else nullcontext()
 
     def swapped(self, model: nn.Module) -> AbstractContextManager[Any]:
         """A block in which `model` has the averaged weights; then its own again, bit for bit, however the block ends.
 
         Raises RuntimeError if nothing was averaged yet, ValueError for a model of another shape.
         """
-        self._check_any()
-        return swapped(_module(model), self.averages)
+        return swapped(*self._checked(model))
 
     def copy_to(self, model: nn.Module) -> None:
         """Give `model` the averaged weights, in place, for good. Raises as `swapped` does."""
-        self._check_any()
-        put(_module(model), self.averages)
+        put(*self._checked(model))
 
-    def _check_any(self) -> None:
+    def _checked(self, model: Any) -> tuple[nn.Module, dict[str, Tensor]]:
         if not self.averages:
             raise RuntimeError(f"{self!r} has no averaged weights: fit with it first, e.g. "
                                f"learn.fit(0.01, callbacks=[{type(self).__name__.lower()}]). What a SWA(apply=True) "
                                "has averaged is in the model at the end of its fit.")
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch module, got a {type(model).__name__}. Pass learn.model.")
+        return model, self.averages
 
 
 @dataclass(eq=False)
 class EMA(WeightAverage):
     """An exponential moving average of the weights, swapped in for validation and prediction.
 
-    decay: after each step the average is decay * average + (1 - decay) * weights, 0 <= decay < 1; or half_life: the
-    steps after which a weight counts half, > 0. The average begins with the weights after the first step; before that
-    nothing is swapped. It lags: for the first few half-lives it looks worse than the raw weights, so let one be some
-    percent of the fit. Buffers (the statistics of BatchNorm) are averaged too. Dropped steps, as at an fp16 overflow,
-    do not count. Each fit starts anew. As torch's `AveragedModel` with `get_ema_multi_avg_fn(decay)`.
-
+    decay: after each step the average is decay * average + (1 - decay) * weights, 0 <= decay < 1.
+    half_life: instead of it, the steps after which a weight counts half, > 0.
     in_validation: every validation of the fit looks at the averaged weights; given to the Learner, so do
-    `learn.validate`, `get_preds` and `predict` after it, for as long as the model has the weights that the fit ended
-    with. There can be one such average in a fit, one given to the fit takes the place of the Learner's; False: it is
-    only kept. The model itself keeps its own, raw weights: they are trained, and they are what `learn.save` writes.
-    For the averaged ones:
+        `learn.validate`, `get_preds` and `predict` after it, as long as the model has the weights that the fit ended
+        with. A fit has one such average; one given to the fit takes the place of the Learner's. False: it is only kept.
+
+    The average begins with the weights after the first step, in each fit anew. It lags: for the first few half-lives
+    it looks worse than the raw weights, so let one be some percent of the fit. Buffers (the statistics of BatchNorm)
+    are averaged too; dropped steps, as at an fp16 overflow, do not count. It is that of torch's `AveragedModel` with
+    `get_ema_multi_avg_fn(decay)`. The model keeps its own, raw weights: they are trained, and `learn.save` writes them.
 
         with ema.swapped(learn.model):  # for the length of a block
             learn.save("averaged.pt")
         ema.copy_to(learn.model)        # for good
 
-    Costs one copy of the weights, and during validation, when there are no gradients, a second one. Every swap copies
-    all weights twice: to predict often, use `copy_to`. Raises ValueError for values out of range, or unless exactly one
-    of decay and half_life is given.
+    Costs one copy of the weights, and during validation a second one. Every swap copies all weights twice: to predict
+    often, use `copy_to`. Raises ValueError for values out of range.
 
     >>> ema = EMA(half_life=100)
     >>> round(ema.rate, 6)
@@ -174,17 +173,17 @@ class SWA(WeightAverage):
     """Stochastic weight averaging: the plain mean of the weights at the end of each epoch, late in the fit.
 
     start: the share of the fit, 0..1, that is over when averaging begins: with 0.75 the ends of epochs 3 and 4 of 4
-    count. every: average every so many steps instead, >= 1. in_validation: as in `EMA`. Each fit starts anew.
+        count.
+    every: average every so many steps instead, >= 1.
+    apply: when the fit has gone to its end, the model gets the averaged weights for good, and its BatchNorm layers new
+        statistics: one more pass over the training data, without gradients, random generators put back. The raw weights
+        are gone then, and so is the copy. A fit that is cut short (an error, Ctrl-C, CancelFit), or ends before
+        anything was averaged, keeps its raw weights and `averages`; so does apply=False.
+    in_validation: as in `EMA`, as are `swapped` and `copy_to`, with the mean of the BatchNorm statistics.
 
-    apply: when the fit has gone to its end, the model gets the averaged weights for good, and the statistics of its
-    BatchNorm layers are computed anew: one more pass over the training data, without gradients, random generators put
-    back. The raw weights are gone then, and so is the copy. A fit that is cut short (an error, Ctrl-C, CancelFit), or
-    ends before anything was averaged, keeps its raw weights and `averages`; so does apply=False. `swapped` and
-    `copy_to` are those of `EMA`, with the mean of the BatchNorm statistics as the epochs left them.
-
-    Averaging is for a learning rate that stays high or comes in cycles: at the end of a one-cycle fit there is nothing
-    left to average out. Costs memory as `EMA`. Raises ValueError for values out of range, and before a fit that would
-    need a second pass over an iterator. Source: Izmailov et al. 2018 (arXiv 1803.05407).
+    For a learning rate that stays high or comes in cycles: at the end of a one-cycle fit there is nothing left to
+    average out. Each fit starts anew. Costs memory as `EMA`. Raises ValueError for values out of range, and for a fit
+    that would need a second pass over an iterator. Source: Izmailov et al. 2018 (arXiv 1803.05407).
 
     >>> SWA(0.5)
     SWA(start=0.5, every=None, apply=True, in_validation=True)
@@ -221,11 +220,11 @@ class SWA(WeightAverage):
 
     def after_batch(self, state: State) -> None:
         if self.every is None and (state.is_ending or state.batch_index + 1 == state.n_batches):
-            self._add_if_late(state, state.step)  # before validation, which is to look at it
+            self._add_if_late(state, state.step)  # now: validation comes next, and uses the average
 
     def after_epoch(self, state: State) -> None:
         if self.every is None:
-            self._add_if_late(state, state.step)  # of an epoch that was cancelled, or shorter than announced
+            self._add_if_late(state, state.step)  # if the epoch was cancelled, or shorter than announced
         self._is_complete = state.is_ending or state.epoch + 1 == state.n_epochs
 
     def after_fit(self, state: State) -> None:
@@ -252,16 +251,6 @@ class SWA(WeightAverage):
             self._is_newest = True
 
 
-def _wide(tensor: Tensor) -> torch.dtype:
-    return torch.float32 if tensor.dtype in (torch.float16, torch.bfloat16) else tensor.dtype
-
-
 def _can_be_averaged(tensor: Tensor) -> bool:
     is_float = tensor.is_floating_point() or tensor.is_complex()
     return is_float and (isinstance(tensor, nn.Parameter) or bool(tensor.isfinite().all()))
-
-
-def _module(model: Any) -> nn.Module:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch module, got a {type(model).__name__}. Pass learn.model.")
-    return model

@@ -1,4 +1,5 @@
 """The weights at the end of every cycle, as an ensemble."""
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,7 +10,8 @@ from torch import Tensor
 
 from ..base.batch import Batch
 from ..base.losses import is_cross_entropy
-from ..base.nest import describe, join
+from ..base.nest import describe, join, map_tensors
+from ..base.snapshot import clone
 from ..core.callback import Callback, Order
 from ..core.ownership import owner_of
 from ..core.state import State
@@ -17,8 +19,7 @@ from ..errors import check_flag, check_int
 from ..schedules.scheduler import Scheduler
 from ..training import fitting
 from .averaging import WeightAverage
-from .norms import update_norms
-from .swap import swapped, weights
+from .weights import swapped, update_norms, weights
 
 if TYPE_CHECKING:
     from ..training.trainer import Trainer
@@ -36,10 +37,12 @@ class SnapshotEnsemble(Callback):
     """Keeps the weights at the end of every cycle, where the learning rate is lowest, to predict with all of them.
 
     keep: how many at most, the newest; >= 1, None for all. `snapshots`: a list of (step, weights), oldest first, on the
-    CPU: in memory they cost `keep` copies of the weights there. The ends are those that the schedule of the fit names
-    (`Scheduler.cycle_ends`); where steps are skipped, the first step at or past one. A schedule without cycles has one,
-    the last step; the end of the last epoch counts as such, even if dropped steps keep the schedule from its end. Each
-    fit starts anew. Source: Huang et al. 2017 (arXiv 1704.00109).
+    CPU: in memory they cost `keep` copies of the weights there.
+
+    The ends are those that the schedule of the fit names (`Scheduler.cycle_ends`); where steps are skipped, the first
+    step at or past one. A schedule without cycles has one, the last step; the end of the last epoch counts as such,
+    even if dropped steps keep the schedule from its end. Each fit starts anew. Source: Huang et al. 2017 (arXiv
+    1704.00109).
 
         ensemble = SnapshotEnsemble()
         learn.fit(lr, 3, cycle_len=1, use_clr=(32, 5), callbacks=[ensemble])
@@ -89,8 +92,7 @@ class SnapshotEnsemble(Callback):
             del self.snapshots[:0 if self.keep is None else -self.keep]
 
     def state_dict(self) -> dict[str, Any]:
-        return {"snapshots": [[step, {name: tensor.clone() for name, tensor in kept.items()}]
-                              for step, kept in self.snapshots],
+        return {"snapshots": clone([[step, kept] for step, kept in self.snapshots]),
                 "n_passed": self._n_passed, "n_steps": self._n_steps}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
@@ -98,15 +100,13 @@ class SnapshotEnsemble(Callback):
                           for step, kept in saved["snapshots"]]
         self._n_passed, self._n_steps = saved["n_passed"], saved["n_steps"]
 
-    # ---- what they are good for
-
     def get_preds(self, learn: "Trainer", dl: Iterable[Batch] | str | None = None, *,
                   activation: Callable[[Any], Any] | None = None) -> tuple[Any, Any]:
         """(predictions, targets) as `learn.get_preds(dl)` gives them, from all snapshots together.
 
-        What is averaged are the outputs. Only if the learner's loss is cross entropy, it is the probabilities, and
-        what is given are the logarithms of their mean: metrics, loss and softmax read them as they read the model's
-        own logits. activation: averages activation(outputs) instead, e.g. of `torch.sigmoid`, and gives that mean.
+        The outputs are averaged; with cross entropy as the loss the probabilities, given as the logarithms of their
+        mean: metrics, loss and softmax read them as they read the model's own logits. activation: averages
+        activation(outputs) instead, e.g. of `torch.sigmoid`, and gives that mean.
 
         One pass over the data for each snapshot; the learner's model is left as it was. Raises RuntimeError before the
         first snapshot, TypeError for outputs that are not floats.
@@ -115,15 +115,17 @@ class SnapshotEnsemble(Callback):
         if activation is not None and not callable(activation):
             raise TypeError(f"activation must be a function of the outputs, got {activation!r:.80}.")
         is_classes = activation is None and is_cross_entropy(learn.loss_func)
+        add = torch.logaddexp if is_classes else torch.add
         total: Any = None
         for snapshot in self.snapshots:
             with _only(learn, snapshot.weights):
                 preds, targets = learn.get_preds(dl)
-            preds = activation(preds) if activation is not None else preds
-            preds = join(_log_probabilities if is_classes else _check_floats, [preds])
-            total = preds if total is None else join(_log_add if is_classes else _add, [total, preds])
+            preds = map_tensors(_checked, preds if activation is None else activation(preds))
+            preds = map_tensors(lambda scores: scores.log_softmax(1), preds) if is_classes else preds
+            total = preds if total is None else join(
+                lambda leaves: add(*leaves) if isinstance(leaves[0], Tensor) else leaves[0], [total, preds])
         n = len(self.snapshots)
-        return join(lambda leaves: _mean(leaves[0], n, is_classes), [total]), targets
+        return map_tensors(lambda tensor: tensor - math.log(n) if is_classes else tensor / n, total), targets
 
     @contextmanager
     def averaged(self, learn: "Trainer", *, norms: bool = True) -> Iterator[None]:
@@ -169,28 +171,8 @@ def _mean_weight(column: list[Tensor]) -> Tensor:
     return sum((tensor.to(wide) for tensor in column[1:]), column[0].to(wide)).div(len(column)).to(newest.dtype)
 
 
-def _check_floats(leaves: list[Any]) -> Any:
-    leaf = leaves[0]
-    if isinstance(leaf, Tensor) and not leaf.is_floating_point():
-        raise TypeError(f"an ensemble averages outputs that are floats, got {describe(leaf)}. Let the model give its "
+def _checked(tensor: Tensor) -> Tensor:
+    if not tensor.is_floating_point():
+        raise TypeError(f"an ensemble averages outputs that are floats, got {describe(tensor)}. Let the model give its "
                         "scores.")
-    return leaf.float() if isinstance(leaf, Tensor) and leaf.dtype in (torch.float16, torch.bfloat16) else leaf
-
-
-def _log_probabilities(leaves: list[Any]) -> Any:
-    leaf = _check_floats(leaves)
-    return leaf.log_softmax(1) if isinstance(leaf, Tensor) else leaf
-
-
-def _add(leaves: list[Any]) -> Any:
-    return leaves[0] + leaves[1] if isinstance(leaves[0], Tensor) else leaves[0]
-
-
-def _log_add(leaves: list[Any]) -> Any:
-    return torch.logaddexp(*leaves) if isinstance(leaves[0], Tensor) else leaves[0]
-
-
-def _mean(total: Any, n: int, is_log: bool) -> Any:
-    if not isinstance(total, Tensor):
-        return total
-    return total - torch.tensor(n, dtype=total.dtype).log() if is_log else total / n
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor

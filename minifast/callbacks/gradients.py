@@ -13,8 +13,7 @@ from ..errors import check_number
 class GradientNorm(Callback):
     """Records the L2 norm of the gradient of every weight update: `learn.recorder.column("grad_norm")`.
 
-    It is the norm over all parameters together, averaged over the accumulation window and unscaled. Nothing is
-    changed, and nothing waits for the device.
+    Of all parameters together, averaged over the accumulation window and unscaled. Nothing waits for the device.
 
     >>> import torch
     >>> from minifast import Learner
@@ -51,14 +50,11 @@ class GradientClip(GradientNorm):
     value: > 0, the largest absolute value of each element. Exactly one of the two is given. The gradient is that of
     the whole update: averaged over the accumulation window, and unscaled under `MixedPrecision("fp16")`.
 
-    A gradient that is not finite (a NaN or infinite element, or a norm beyond the largest number) cannot be clipped:
-    it is refused before the step, with `NonFiniteGradient`, which names epoch, step, learning rate and parameters.
-    Weights and optimizer are then those of the step before. On an accelerator nothing waits for that: no update is
-    made any more, and the error comes up to a second late, as `FiniteLoss` describes. There, an optimizer that is not
-    one of torch's fused ones makes these updates with a gradient of 0: only momentum and weight decay move the
-    weights, which stay finite; this costs one small kernel per parameter. Inside `lr_find`, nothing is refused.
-
-    Raises ValueError for none or both of the two, and for one that is no number > 0.
+    A gradient that is not finite (a NaN or infinite element, or a norm beyond the largest number) is refused before the
+    step, with `NonFiniteGradient`, which names epoch, step, learning rate and parameters: weights and optimizer are
+    those of the step before. On an accelerator nothing waits for that: no update is made any more, and the error comes
+    up to a second late, as `FiniteLoss` describes. There, an optimizer that is not one of torch's fused ones makes the
+    updates until then with a gradient of 0, by a small kernel per parameter. Inside `lr_find`, nothing is refused.
 
     >>> GradientClip(norm=1.0)
     GradientClip(norm=1.0, value=None)

@@ -23,17 +23,15 @@ class AutoMicrobatch(Callback):
 
     size: samples in a part at most, None for whole batches. min_size: what it may fall to, >= 1 and at most `size`.
     Where memory runs out, the size is halved and the same batch is run again, from the same random numbers: what the
-    failed attempt added is dropped. One message to the log "minifast" says what it settled on; that is kept for
-    later fits, as `current_size`. At `min_size` the error is raised, with a note of what was tried.
+    failed attempt added is dropped. The log "minifast" says once what it settled on; later fits begin with that,
+    `current_size`. At `min_size` the error is raised, with a note of what was tried.
 
-    Parts are of even size; batches may be nests of tensors, as `minifast.base.batch.parts` describes. Means are
-    weighted as with `accumulate`, so updates are those of the whole batch within rounding, but for two things that a
-    batch does not do sample by sample: BatchNorm takes its statistics over each part (and an attempt that failed has
-    moved its running ones), and dropout draws other numbers. Callbacks hear `after_pred`, `after_loss` and
-    `after_backward` once per part, and again for the parts of a batch that is run again. In `after_batch`, `batch`,
-    `n_samples`, `loss` and `loss_weight` are those of the whole batch, `pred` and `target` of its last part.
-
-    Validation is not covered: its batches need less memory; make them smaller if they do not fit.
+    Parts are of even size; batches may be nests, as `minifast.base.batch.parts` describes. Means are weighted as with
+    `accumulate`, so updates are those of the whole batch within rounding, but for what a batch does not do sample by
+    sample: BatchNorm takes its statistics over each part (and an attempt that failed has moved its running ones), and
+    dropout draws other numbers. Callbacks hear `after_pred`, `after_loss` and `after_backward` once per part, again if
+    the batch is run again. In `after_batch`, `batch`, `n_samples`, `loss` and `loss_weight` are those of the whole
+    batch, `pred` and `target` of its last part. Validation is not covered.
 
     Raises ValueError for sizes that are no ints >= 1 or a `size` below `min_size`.
 
@@ -78,13 +76,13 @@ class AutoMicrobatch(Callback):
 
         A function of its own: when it has returned, nothing holds on to the error and the tensors in its traceback.
         """
-        batch, weighted = state.batch, []
+        batch, done = state.batch, []
         small = [batch] if self.current_size is None else parts(batch, _n_samples(state), self.current_size)
         try:
             with window.in_parts(len(small)):
                 for state.batch in small:
                     gradient(state, emit, window)
-                    weighted.append((state.n_samples, state.loss.detach(), state.loss_weight))
+                    done.append((state.n_samples, state.loss.detach(), state.loss_weight))
         except RuntimeError as error:
             state.batch = batch
             if not _is_out_of_memory(error):
@@ -94,10 +92,10 @@ class AutoMicrobatch(Callback):
         finally:
             state.batch = batch
         if len(small) > 1:
-            state.n_samples = sum(n for n, _, _ in weighted)
-            state.loss_weight = sum(weight for _, _, weight in weighted)
-            losses = torch.stack([loss * weight for _, loss, weight in weighted])
-            state.loss = losses.sum() / nonzero(state.loss_weight)
+            sizes, losses, weights = zip(*done, strict=True)
+            state.n_samples, state.loss_weight = sum(sizes), sum(weights)
+            weighted = [loss * weight for loss, weight in zip(losses, weights, strict=True)]
+            state.loss = torch.stack(weighted).sum() / nonzero(state.loss_weight)
         return True
 
     def _halve(self, n: int, error: RuntimeError) -> None:

@@ -1,4 +1,4 @@
-"""Changing whole batches of images on the device: mixed samples, and small images first."""
+"""Samples of a batch that are mixed with one another, on the device."""
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
@@ -25,11 +25,18 @@ class Mixing(Callback):
 
     in_lr_find = True  # mixed batches have a loss of their own
     owns = ("the mixing of samples",)  # one of them in a fit
+    takes_only_images = False
+    alpha: float
     num_classes: int | None
 
-    def _transforms(self) -> list[Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]]:
-        """One of these, drawn by chance, mixes a batch: images (n, c, h, w), targets (n, k)."""
-        raise NotImplementedError(f"{type(self).__name__} is to define _transforms().")
+    def __post_init__(self) -> None:
+        self.alpha = check_number("alpha", self.alpha, minimum=SMALLEST_ALPHA)
+        if self.num_classes is not None:
+            check_int("num_classes", self.num_classes, minimum=2)
+
+    def _transforms(self, v2: Any) -> list[Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]]:
+        """One of these, of torchvision's `v2`, is drawn to mix a batch: images (n, c, h, w), targets (n, k)."""
+        raise NotImplementedError(f"{type(self).__name__} is to define _transforms(v2).")
 
     def before_fit(self, state: State) -> None:
         if is_loss(state.loss_func, WANT_CLASSES, *WANT_CLASSES_FUNCTIONS):
@@ -37,14 +44,24 @@ class Mixing(Callback):
             name = getattr(loss_func, "__name__", type(loss_func).__name__)
             raise ValueError(f"{type(self).__name__} makes targets of probabilities, but {name} takes class indices. "
                              "Pass e.g. loss_func=nn.CrossEntropyLoss(), with a model that gives logits.")
-        self._mix, self._n_classes = self._transforms(), self.num_classes
+        with torchvision_errors():
+            from torchvision.transforms import v2
+        self._mix, self._n_classes = self._transforms(v2), self.num_classes
 
     def before_batch(self, state: State) -> None:
-        x, y = self._checked(state)
+        name, (x, y) = type(self).__name__, inputs_and_target(self, state)
+        if not isinstance(y, Tensor) or y.ndim == 0:
+            raise TypeError(f"{name} mixes targets that are tensors (n, ...), got {describe(y)}.")
+        if not x.is_floating_point():
+            raise TypeError(f"{name} mixes floating-point inputs, got {describe(x)}. Convert them first, e.g. by "
+                            "x.float() / 255.")
+        if self.takes_only_images and x.ndim != 4:
+            raise ValueError(f"{name} takes images (n, channels, height, width), got {describe(x)}.")
         which = 0 if len(self._mix) == 1 else int(torch.randint(len(self._mix), ()))
         images = x if x.ndim == 4 else x.reshape(len(x), 1, 1, -1)
         mixed, target = self._mix[which](images, self._as_shares(y, x.dtype, state).reshape(len(y), -1))
-        state.batch = _like(state.batch, mixed.reshape(x.shape), target if _is_labels(y) else target.reshape(y.shape))
+        target = target.reshape(y.shape) if y.is_floating_point() else target
+        state.batch = batch_like(state.batch, mixed.reshape(x.shape), target)
 
     def after_pred(self, state: State) -> None:
         outputs = scores(state.pred)
@@ -54,19 +71,10 @@ class Mixing(Callback):
             raise ValueError(f"{type(self).__name__}(num_classes={self.num_classes}), but the model has "
                              f"{outputs.shape[1]} outputs. Give both one number.")
 
-    def _checked(self, state: State) -> tuple[Tensor, Tensor]:
-        x, y = _pair(self, state)
-        if not isinstance(y, Tensor) or y.ndim == 0:
-            raise TypeError(f"{type(self).__name__} mixes targets that are tensors (n, ...), got {describe(y)}.")
-        if not x.is_floating_point():
-            raise TypeError(f"{type(self).__name__} mixes floating-point inputs, got {describe(x)}. Convert them "
-                            "first, e.g. by x.float() / 255.")
-        return x, y
-
     def _as_shares(self, y: Tensor, dtype: torch.dtype, state: State) -> Tensor:
         """Targets that can be mixed: class labels (n,) as (n, classes), floating-point ones as they are."""
         name, n = type(self).__name__, self.num_classes
-        if not _is_labels(y):
+        if y.is_floating_point():
             if n is not None and tuple(y.shape[1:]) != (n,):
                 raise ValueError(f"{name}(num_classes={n}) takes class labels, integers of shape (n,), or "
                                  f"probabilities of shape (n, {n}), got {describe(y)}. Leave num_classes out to mix "
@@ -103,15 +111,15 @@ class MixUp(Mixing):
     """Trains on weighted means of two samples: share * sample + (1 - share) * the sample before it, targets alike.
 
     alpha: the share is drawn for each batch from Beta(alpha, alpha), >= 0.01; 1.0 is uniform, less is closer to plain
-    training. The default is fastai's; torchvision's is 1.0. num_classes: how many classes there are, an int >= 2:
-    class labels (n,) become probabilities (n, num_classes). None: as many as the model has outputs (n, classes), for
-    which it is called once. Floating-point targets (n, ...) are mixed as they are.
+        training. The default is fastai's; torchvision's is 1.0.
+    num_classes: how many classes there are, an int >= 2: class labels (n,) become probabilities (n, num_classes). None:
+        as many as the model has outputs (n, classes), for which it is called once. Floating-point targets (n, ...) are
+        mixed as they are.
 
     Takes batches (inputs, target), inputs (n, ...) of any floating-point type. The loss must take probabilities, as
     `nn.CrossEntropyLoss` does, with label_smoothing too. Metrics of the training data see the mixed targets, of which
-    `accuracy` takes the largest share; validation sees nothing of it. Each batch is mixed within itself, so with
-    `accumulate` each micro-batch is; as the partner is the sample before, the data should be shuffled. Shares come from
-    torch's global generator. Raises ValueError or TypeError for other arguments, batches and losses.
+    `accuracy` takes the largest share; validation sees nothing of it. Each (micro-)batch is mixed within itself, each
+    sample with the one before it, so the data should be shuffled. Shares come from torch's global generator.
 
     Source: Zhang et al. 2017 (arXiv 1710.09412); the mixing is torchvision's `v2.MixUp`.
 
@@ -122,13 +130,7 @@ class MixUp(Mixing):
     alpha: float = 0.4
     num_classes: int | None = None
 
-    def __post_init__(self) -> None:
-        self.alpha = check_number("alpha", self.alpha, minimum=SMALLEST_ALPHA)
-        _check_classes(self.num_classes)
-
-    def _transforms(self) -> list[Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]]:
-        with torchvision_errors():
-            from torchvision.transforms import v2
+    def _transforms(self, v2: Any) -> list[Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]]:
         return [v2.MixUp(alpha=self.alpha)]
 
 
@@ -152,35 +154,18 @@ class CutMix(Mixing):
     _: KW_ONLY
     mixup_alpha: float | None = None
 
+    takes_only_images = True
+
     def __post_init__(self) -> None:
-        self.alpha = check_number("alpha", self.alpha, minimum=SMALLEST_ALPHA)
+        super().__post_init__()
         if self.mixup_alpha is not None:
             self.mixup_alpha = check_number("mixup_alpha", self.mixup_alpha, minimum=SMALLEST_ALPHA)
-        _check_classes(self.num_classes)
 
-    def _transforms(self) -> list[Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]]:
-        with torchvision_errors():
-            from torchvision.transforms import v2
-        mixup = [] if self.mixup_alpha is None else [v2.MixUp(alpha=self.mixup_alpha)]
-        return [v2.CutMix(alpha=self.alpha), *mixup]
-
-    def _checked(self, state: State) -> tuple[Tensor, Tensor]:
-        x, y = super()._checked(state)
-        if x.ndim != 4:
-            raise ValueError(f"CutMix takes images (n, channels, height, width), got {describe(x)}.")
-        return x, y
+    def _transforms(self, v2: Any) -> list[Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]]:
+        return [v2.CutMix(alpha=self.alpha), *([] if self.mixup_alpha is None else [v2.MixUp(alpha=self.mixup_alpha)])]
 
 
-def _check_classes(num_classes: Any) -> None:
-    if num_classes is not None:
-        check_int("num_classes", num_classes, minimum=2)
-
-
-def _is_labels(target: Tensor) -> bool:
-    return not target.is_floating_point()
-
-
-def _pair(callback: Callback, state: State) -> tuple[Tensor, Any]:
+def inputs_and_target(callback: Callback, state: State) -> tuple[Tensor, Any]:
     """The inputs and the target of a batch that can be put together again."""
     batch = state.batch
     inputs, target = state.unpack(batch)
@@ -191,7 +176,7 @@ def _pair(callback: Callback, state: State) -> tuple[Tensor, Any]:
                     f"{describe(batch)}.")
 
 
-def _like(batch: Batch, inputs: Tensor, target: Any) -> Batch:
+def batch_like(batch: Batch, inputs: Tensor, target: Any) -> Batch:
     """The two in a tuple, list or namedtuple as `batch` is one."""
     make = getattr(type(batch), "_make", type(batch))
     return make((inputs, target))

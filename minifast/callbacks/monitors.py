@@ -2,7 +2,7 @@
 import logging
 import math
 import os
-from contextlib import ExitStack
+from contextlib import nullcontext
 from dataclasses import KW_ONLY, dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ..base import snapshot
+from ..base.snapshot import clone
 from ..core.callback import Callback
 from ..core.emitter import evaluating
 from ..core.state import State
@@ -19,7 +19,7 @@ from ..files.weights import load_weights, save_weights
 from ..record.record import Best
 from ..show.tables import shown
 from ..standard.meters import snake_case
-from .swap import FINAL_WEIGHTS
+from .weights import FINAL_WEIGHTS
 
 log = logging.getLogger("minifast")
 
@@ -35,13 +35,9 @@ HIGHER = {"accuracy", "acc", "top", "auc", "auroc", "roc", "f1", "fbeta", "preci
 class Monitor(Callback):
     """What callbacks that watch a column have in common: whether an epoch was better than all before it.
 
-    monitor: a key of the epoch row, e.g. "valid_loss", "accuracy", "train_loss", "noisy_accuracy" (of the validation
-    set "noisy"). mode: "min" or "max", whether smaller or larger is better; None: by the name (loss, error, rmse,
-    perplexity, ...: "min"; accuracy, auc, f1, iou, ...: "max"). min_delta: by how much a value must be better, >= 0;
-    less is no improvement.
-
-    `best`, `best_epoch`: the best value of this fit and its epoch (0-based), None before the first. A value that is
-    not finite is never better. An epoch without the value (it was cancelled) does not count.
+    monitor, mode, min_delta: as `SaveBest` says. `best`, `best_epoch`: the best value of this fit and its epoch
+    (0-based), None before the first. A value that is not finite is never better. An epoch without the value (it was
+    cancelled) does not count.
     """
 
     monitor: str = "valid_loss"
@@ -72,48 +68,42 @@ class Monitor(Callback):
     def after_epoch(self, state: State) -> None:
         value = state.metrics.get(self.monitor)
         if value is not None:
-            self.look(state, value, self._improves(value))
-        elif not self.monitor.startswith("train_") and any(name.endswith("valid_loss") for name in state.metrics):
-            # the epoch is complete
+            self.judge(state, value, self._improves(value))
+            return
+        is_complete = any(name.endswith("valid_loss") for name in state.metrics)
+        if is_complete and not self.monitor.startswith("train_"):
             raise ValueError(f"there is no {self.monitor!r} in the epoch row: {', '.join(state.metrics)}. A metric "
                              "object that computes a dict tells its keys by an attribute `names`.")
 
-    def look(self, state: State, value: float, is_better: bool) -> None:
-        """An epoch has ended with `value`. If it is better, take it in with `keep_best`."""
-        raise NotImplementedError(f"{type(self).__name__} is to define look(state, value, is_better).")
+    def judge(self, state: State, value: float, is_better: bool) -> None:
+        """An epoch has ended with `value`: do what is to be done, and `keep_best` if it is better."""
+        raise NotImplementedError(f"{type(self).__name__} is to define judge(state, value, is_better).")
 
     def keep_best(self, state: State, value: float) -> None:
-        """`value` is the best so far."""
         self.best, self.best_epoch = value, state.epoch
 
     def _improves(self, value: float) -> bool:
-        if not math.isfinite(value):
-            return False
-        return self.best is None or self._sign * (value - self.best) > self.min_delta
+        return math.isfinite(value) and (self.best is None or self._sign * (value - self.best) > self.min_delta)
 
     def _check_name(self, state: State) -> None:
         names = [name for name in state.record.row_names if name != "epoch"]
         if self.monitor in names:
             return
-        columns = f"the columns of this fit are {', '.join(names)}"
+        watches = f"{type(self).__name__} watches {self.monitor!r}"
+        columns = f"the columns of this fit are {', '.join(names)}."
         if not state.valid_sets:
-            raise ValueError(f"{type(self).__name__} watches {self.monitor!r}, but there is no validation data: "
-                             f"{columns}. Make the Learner with DataLoaders(train, valid), or pass monitor="
-                             "\"train_loss\".")
+            raise ValueError(f"{watches}, but there is no validation data: {columns} Make the Learner with "
+                             "DataLoaders(train, valid), or pass monitor=\"train_loss\".")
         near = get_close_matches(self.monitor, names, 1) or [name for name in names if name.endswith(self.monitor)]
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"{type(self).__name__} watches {self.monitor!r}, which is not in the epoch table: {columns}."
-                         f"{hint}")
+        raise ValueError(f"{watches}, which is not in the epoch table: {columns}{hint}")
 
     def _resolved_mode(self, state: State) -> str:
         if self.mode is not None:
             return self.mode
-        name = self.monitor
-        for prefix in (*(f"{valid_set}_" for valid_set, _ in state.valid_sets if valid_set), "train_"):
-            if name.startswith(prefix):
-                name = name.removeprefix(prefix)
-                break
-        words = set(snake_case(name).split("_"))
+        prefixes = [*(f"{valid_set}_" for valid_set, _ in state.valid_sets if valid_set), "train_"]
+        prefix = next((prefix for prefix in prefixes if self.monitor.startswith(prefix)), "")
+        words = set(snake_case(self.monitor.removeprefix(prefix)).split("_"))
         if words & (LOWER | HIGHER):
             return "min" if words & LOWER else "max"
         raise ValueError(f"it cannot be told by the name whether a smaller or a larger {self.monitor!r} is better: "
@@ -125,12 +115,10 @@ class EarlyStopping(Monitor):
     """Ends the fit after `patience` epochs in a row that were no better than the best one before them.
 
     monitor, mode, min_delta: as in `SaveBest`. patience: an int >= 1. The epoch ends as always, so that all other
-    callbacks hear of it; the weights are the newest ones: see `SaveBest(restore=True)` for the best. `stopped_epoch`:
-    the epoch (0-based) after which it ended the fit, `reason`: why, in a sentence, which is also printed where the fit
-    is verbose; both None if it did not.
+    callbacks hear of it; the weights are the newest ones: see `SaveBest(restore=True)` for the best.
 
-    Raises ValueError or TypeError for values out of range, and for a column that is not in the epoch table when the
-    fit begins.
+    `stopped_epoch`: the epoch (0-based) after which it ended the fit; `reason`: why, in a sentence, which is also
+    printed where the fit is verbose; both None if it did not.
 
     >>> EarlyStopping("accuracy", patience=5)
     EarlyStopping(monitor='accuracy', mode=None, min_delta=0.0, patience=5)
@@ -150,7 +138,7 @@ class EarlyStopping(Monitor):
         self.stopped_epoch: int | None = None
         self.reason: str | None = None
 
-    def look(self, state: State, value: float, is_better: bool) -> None:
+    def judge(self, state: State, value: float, is_better: bool) -> None:
         self._waited = 0 if is_better else self._waited + 1
         if is_better:
             self.keep_best(state, value)
@@ -164,12 +152,12 @@ class EarlyStopping(Monitor):
             state.say(self.reason)
 
     def _why(self, epoch: int) -> str:
-        while_ = f"stopped early after epoch {epoch}: for {self._waited} epoch{'s' * (self._waited > 1)} {self.monitor}"
+        begins = f"stopped early after epoch {epoch}: for {self._waited} epoch{'s' * (self._waited > 1)} {self.monitor}"
         if self.best is None:
-            return f"{while_} was no finite number"
-        by = f" by more than {self.min_delta:g}" if self.min_delta else ""
-        return (f"{while_} was not {'above' if self._sign > 0 else 'below'} {shown(self.best)}, its value in epoch "
-                f"{self.best_epoch},{by}").rstrip(",")
+            return f"{begins} was no finite number"
+        by = f", by more than {self.min_delta:g}" if self.min_delta else ""
+        side = "above" if self._sign > 0 else "below"
+        return f"{begins} was not {side} {shown(self.best)}, its value in epoch {self.best_epoch}{by}"
 
 
 @dataclass(eq=False)
@@ -177,18 +165,21 @@ class SaveBest(Monitor):
     """Keeps the weights of the best epoch, in memory or in a file.
 
     monitor: a key of the epoch row: "valid_loss", "accuracy", "train_loss", "noisy_accuracy" (of the validation set
-    "noisy"), ... path: the file, written as by `learn.save` and read by `learn.load`, replaced at each better epoch;
-    None: a copy in host memory, `weights`. mode: "min" or "max", None: by the name. min_delta: by how much a value
-    must be better, >= 0. restore: load the best weights into the model when the fit ends, however it ends. The
-    optimizer's state stays that of the last step.
+        "noisy"), ...
+    path: the file, written as by `learn.save` and read by `learn.load`, replaced at each better epoch; None: a copy in
+        host memory, `weights`.
+    mode: "min" or "max", whether smaller or larger is better; None: by the name (loss, error, rmse, perplexity, ...:
+        "min"; accuracy, auc, f1, iou, ...: "max").
+    min_delta: by how much a value must be better, >= 0; less is no improvement.
+    restore: load the best weights into the model when the fit ends, however it ends. The optimizer's state stays that
+        of the last step.
 
     `best`, `best_epoch`: the value and its epoch (0-based); each fit begins anew, and its first epoch replaces the
     file of an earlier fit. The weights are those that were validated: where an `EMA` or `SWA` is swapped in for
     validation, its average (for a column of the training data, the model's own). If the file cannot be written, the
-    older one and `best` stay as they are, a warning is logged, and training goes on.
-
-    Raises ValueError or TypeError for values out of range, and for a column that is not in the epoch table or a path
-    that cannot be a file when the fit begins.
+    older one and `best` stay as they are, a warning is logged, and training goes on. Raises ValueError or TypeError for
+    values out of range and, when the fit begins, for a column that is not in the epoch table or a path that cannot be
+    a file.
 
     >>> SaveBest("accuracy", "best.pt", restore=True)
     SaveBest(monitor='accuracy', mode=None, min_delta=0.0, path='best.pt', restore=True)
@@ -221,17 +212,17 @@ class SaveBest(Monitor):
             if not path.parent.is_dir():
                 raise FileNotFoundError(f"cannot save to {path}: there is no folder {path.parent}. Make it first.")
 
-    def look(self, state: State, value: float, is_better: bool) -> None:
+    def judge(self, state: State, value: float, is_better: bool) -> None:
         if not is_better:
             return
-        with ExitStack() as stack:
-            if not self.monitor.startswith("train_"):  # the weights that were validated: an average, if there is one
-                stack.enter_context(evaluating(state.callbacks, state.model))
+        is_of_training = self.monitor.startswith("train_")  # else the weights that were validated: maybe an average
+        with nullcontext() if is_of_training else evaluating(state.callbacks, state.model):
             self._keep(state, value)
 
     def _keep(self, state: State, value: float) -> None:
         if self.path is None:
-            self.weights = {name: _host_copy(value) for name, value in state.model.state_dict().items()}
+            self.weights = {name: value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else clone(value)
+                            for name, value in state.model.state_dict().items()}
         else:
             try:
                 save_weights(state.model, self.path)
@@ -244,29 +235,22 @@ class SaveBest(Monitor):
             state.record.best = Best(self.monitor, value, state.epoch)
 
     def after_fit(self, state: State) -> None:
-        if not self.restore or self.best_epoch is None:
-            return
-        if self.weights is not None:
+        if self.restore and self.weights is not None:
             state.model.load_state_dict(self.weights)
-        elif self.path is not None:
+        elif self.restore and self.path is not None and self.best_epoch is not None:
             load_weights(state.model, self.path)
-
-
-def _host_copy(value: Any) -> Any:
-    return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else snapshot.clone(value)
 
 
 @dataclass(eq=False)
 class ReduceLROnPlateau(Monitor):
     """Multiplies the learning rate by `factor` after `patience` epochs that were no better than the best before them.
 
-    It scales whatever the schedule says, by `state.lr_scale`, for the rest of the fit: every schedule can be used, and
-    several of these multiply. monitor, mode, min_delta: as in `SaveBest`. factor: 0 < factor < 1. patience: an int
-    >= 1. min_scale: the product of its factors never falls below that, 0..1. cooldown: epochs after each reduction
-    that do not count as waiting, an int >= 0. `scale`: the product so far.
+    monitor, mode, min_delta: as in `SaveBest`. factor: 0 < factor < 1. patience: an int >= 1.
+    min_scale: the product of its factors never falls below that, 0..1.
+    cooldown: epochs after each reduction that do not count as waiting, an int >= 0.
 
-    Raises ValueError or TypeError for values out of range, and for a column that is not in the epoch table when the
-    fit begins.
+    It scales whatever the schedule says, by `state.lr_scale`, for the rest of the fit: every schedule can be used, and
+    several of these multiply. `scale`: the product so far.
 
     >>> ReduceLROnPlateau("valid_loss", 0.5, patience=2)
     ReduceLROnPlateau(monitor='valid_loss', mode=None, min_delta=0.0,
@@ -292,7 +276,7 @@ class ReduceLROnPlateau(Monitor):
         self.scale = 1.0
         self._waited = self._resting = 0
 
-    def look(self, state: State, value: float, is_better: bool) -> None:
+    def judge(self, state: State, value: float, is_better: bool) -> None:
         if is_better:
             self.keep_best(state, value)
         if self._resting:
@@ -306,5 +290,5 @@ class ReduceLROnPlateau(Monitor):
         if ratio < 1:
             self.scale *= ratio
             state.lr_scale *= ratio
-            log.info("epoch %d: no better %s than %s, learning rate multiplied by %g", state.epoch, self.monitor,
-                     self.best, ratio)
+            log.info("epoch %d: no better %s than %s, learning rate multiplied by %g",
+                     state.epoch, self.monitor, self.best, ratio)

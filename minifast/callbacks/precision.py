@@ -1,4 +1,4 @@
-"""Faster arithmetic: mixed precision and the channels-last memory format."""
+"""The model in half precision where that is safe."""
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..base.nest import map_tensors, tensors
 from ..core.callback import Callback, CancelBatch, Order
@@ -23,20 +23,19 @@ class MixedPrecision(Callback):
 
     precision: "bf16", or "fp16" for devices without bfloat16. The model's outputs are converted to float32, in fits,
     validation and predictions alike: so the loss, metrics and what `get_preds` returns are computed in float32.
-    Outputs that are no nest of tensors (a plain object with attributes) are left as they are. Tensors of float64 are
-    left in float64, as by autocast itself.
+    Outputs that are no nest of tensors (a plain object with attributes) are left as they are, as are tensors of
+    float64, also by autocast itself.
 
     bf16 needs no loss scaling and never waits for the device. fp16 multiplies the loss by the scale of a
     `torch.amp.GradScaler`, kept as `scaler` over all fits and in `state_dict`; recorded losses and the gradients that
     clipping sees are unscaled. An update whose gradients overflow is skipped like a cancelled batch (no step, no
-    `after_step`, schedules stand still) and the scale is halved. To know that, the host waits for the device once per
-    update. Once the scale has fallen to 2**-16, gradients that are not finite are no matter of the scale: then the
-    update is made, as it would be without `MixedPrecision`.
+    `after_step`, schedules stand still) and the scale is halved: the host waits for the device once per update to know
+    that. Once the scale has fallen to 2**-16, the update is made, as it would be without `MixedPrecision`: gradients
+    that overflow there are not finite at any scale.
 
     Given to the Learner, it holds for `validate`, `get_preds` and `predict`, too; there a model compiled by `compile=`
-    is called in its own precision by `validate`.
-
-    Raises ValueError for another precision, and before the fit for a device that lacks it, or for weights in float16.
+    is called in its own precision by `validate`. Raises ValueError for another precision, and before the fit for a
+    device that lacks it, or for weights in float16.
 
     >>> MixedPrecision("bf16")
     MixedPrecision(precision='bf16')
@@ -56,7 +55,7 @@ class MixedPrecision(Callback):
         self._saved: dict[str, Any] | None = None  # what a scaler that is not made yet begins with
 
     def before_fit(self, state: State) -> None:
-        forward, device = state.forward, state.device.type  # not the state: it would hold itself
+        forward, device = state.forward, state.device.type  # not the state itself, which would hold this function
         self._check(device)  # raises now what would be raised in the first batch
 
         def in_autocast(*args: Any, **kwargs: Any) -> Any:
@@ -65,7 +64,10 @@ class MixedPrecision(Callback):
             return to_float32(output)
         state.forward = in_autocast
         if self.precision == "fp16":
-            self._check_weights(state.model)
+            half = next((name for name, p in state.model.named_parameters() if p.dtype is torch.float16), None)
+            if half is not None:
+                raise ValueError(f'MixedPrecision("fp16") needs weights in float32, but {half} is float16. Call '
+                                 "model.float() before the Learner is made.")
             self._one = torch.ones((), device=state.device)
             if self.scaler is None:
                 self.scaler = torch.amp.GradScaler(state.device.type)
@@ -78,7 +80,7 @@ class MixedPrecision(Callback):
             state.window.loss_scale = self.scaler.scale(self._one)
 
     def after_loss(self, state: State) -> None:
-        if state.loss.dtype in DTYPES.values():  # of a loss that computes in half precision by itself
+        if state.loss.dtype in DTYPES.values():  # the loss function computes in half precision
             state.loss = state.loss.float()
 
     def before_step(self, state: State) -> None:
@@ -87,11 +89,11 @@ class MixedPrecision(Callback):
         scale = self._scale
         self.scaler.unscale_(state.opt)
         self.scaler.update()
-        self._scale = self.scaler.get_scale()  # the one wait
+        self._scale = self.scaler.get_scale()  # waits for the device
         has_overflowed = self._scale < scale
         if has_overflowed and scale > MIN_SCALE:
             raise CancelBatch
-        if scale <= MIN_SCALE:  # it was no matter of the scale: so it does not go on to 0, and comes back afterwards
+        if scale <= MIN_SCALE:  # a smaller one would not help: the scale stays, and begins anew after a finite gradient
             self._scale = MIN_SCALE if has_overflowed else FIRST_SCALE
             self.scaler.update(self._scale)
 
@@ -105,7 +107,7 @@ class MixedPrecision(Callback):
         def enter(module: nn.Module, args: Any) -> None:
             if not torch.compiler.is_compiling():  # the compiler cannot follow it; in a fit, `forward` does it
                 is_on = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == DTYPES[self.precision]
-                # in a fit `forward` is around it, which a model that fails leaves before this would be left
+                # within the autocast of a fit's `forward`, a model that fails would leave the outer one first
                 entered.append(nullcontext() if is_on else self._autocast(device))
                 entered[-1].__enter__()
 
@@ -119,11 +121,11 @@ class MixedPrecision(Callback):
         finally:
             for hook in hooks:
                 hook.remove()
-            for autocast in reversed(entered):  # of a model that failed
+            for autocast in reversed(entered):  # those that a model that failed has not left
                 autocast.__exit__(None, None, None)
 
     def state_dict(self) -> dict[str, Any]:
-        """The loss scale and what it grows by; None before the first fit, and always with bf16."""
+        """The loss scale and what it grows by; None before the first fit, and with bf16."""
         return {"scaler": self._saved if self.scaler is None else self.scaler.state_dict()}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
@@ -152,13 +154,6 @@ class MixedPrecision(Callback):
                              "Pass another precision, or leave it out.") from error
         self._checked.add(device)
 
-    @staticmethod
-    def _check_weights(model: nn.Module) -> None:
-        half = next((name for name, p in model.named_parameters() if p.dtype is torch.float16), None)
-        if half is not None:
-            raise ValueError(f'MixedPrecision("fp16") needs weights in float32, but {half} is float16. Call '
-                             "model.float() before the Learner is made.")
-
 
 def to_float32(output: Any) -> Any:
     """The same nest with its half-precision tensors in float32.
@@ -166,10 +161,6 @@ def to_float32(output: Any) -> Any:
     >>> to_float32({"logits": torch.ones(1, dtype=torch.bfloat16)})
     {'logits': tensor([1.])}
     """
-    def convert(tensor: Tensor) -> Tensor:
-        return tensor.float() if tensor.dtype in DTYPES.values() else tensor
-    if any(tensor.dtype in DTYPES.values() for tensor in tensors(output)):
-        return map_tensors(convert, output)
-    return output
-
-
+    if not any(tensor.dtype in DTYPES.values() for tensor in tensors(output)):
+        return output
+    return map_tensors(lambda tensor: tensor.float() if tensor.dtype in DTYPES.values() else tensor, output)

@@ -8,7 +8,7 @@ from ..base.nest import describe
 from ..core.callback import Callback
 from ..core.state import State
 from ..errors import check_int, check_number
-from .mixing import _like, _pair
+from .mixing import batch_like, inputs_and_target
 
 
 @dataclass(eq=False)
@@ -25,9 +25,8 @@ class ProgressiveResizing(Callback):
     size_increment: pixels, an int >= 1; larger ones make fewer sizes: a compiled model is compiled for each of them.
 
     Takes batches (images, target), images floating point (n, channels, height, width), resized bilinearly with
-    antialiasing on their device; targets stay as they are. The model must take images of any size. List it before
-    `MixUp`: less is to be mixed. It does not run in `lr_find`, which so finds the rate for full size. Raises
-    ValueError or TypeError for other arguments and batches.
+    antialiasing on their device; the model must take images of any size. List it before `MixUp`: less is to be mixed.
+    It does not run in `lr_find`, which so finds the rate for full size.
 
     Source: Howard 2018 (fast.ai in DAWNBench); names and defaults as in Composer's progressive resizing.
 
@@ -60,15 +59,12 @@ class ProgressiveResizing(Callback):
             last - self.delay_fraction)
 
     def values(self, n_steps: int, size: int) -> dict[str, list[int]]:
-        """The side in pixels that each of `n_steps` updates trains on, of images with full side `size`.
-
-        Raises ValueError for n_steps or size < 1.
-        """
+        """The side in pixels that each of `n_steps` updates trains on, of images with full side `size`."""
         n_steps, size = check_int("n_steps", n_steps), check_int("size", size)
         return {"size": [self._side(size, self.scale(step, n_steps)) for step in range(n_steps)]}
 
     def before_batch(self, state: State) -> None:
-        x, y = _pair(self, state)
+        x, y = inputs_and_target(self, state)
         if x.ndim != 4 or not x.is_floating_point():
             raise ValueError(f"ProgressiveResizing takes floating-point images (n, channels, height, width), got "
                              f"{describe(x)}.")
@@ -78,7 +74,7 @@ class ProgressiveResizing(Callback):
         scale = self.scale(state.schedule_step, state.n_steps)
         size = [self._side(side, scale) for side in x.shape[-2:]]
         if size != list(x.shape[-2:]):
-            state.batch = _like(state.batch, F.interpolate(x, size, mode="bilinear", antialias=True), y)
+            state.batch = batch_like(state.batch, F.interpolate(x, size, mode="bilinear", antialias=True), y)
 
     def _side(self, full: int, scale: float) -> int:
         if scale == 1:

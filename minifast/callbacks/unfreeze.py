@@ -1,6 +1,6 @@
 """Gradual unfreezing as a schedule."""
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -19,16 +19,15 @@ class Unfreeze(Callback):
     """Freezes parts of the model and thaws each of them at its own share of the fit.
 
     parts: name -> share of the fit, 0..1. A name is that of a layer group, of a module, or a glob over parameter names;
-    the first that is found. A part is frozen before the first update with position >= share * n_steps, and all of it
-    is trained from that one on: 0.0 trains from the start, 1.0 not at all. What is not named is left as it is.
+        the first that is found. A part is frozen before the first update with schedule_step >= share * n_steps, and
+        trained as a whole from that one on: 0.0 from the start, 1.0 not at all. What is not named is left as it is.
     train_bn: norm layers of frozen parts are left as they are, which is training unless `freeze` made them still, as
-    with the Learner's `train_bn`; False: they are frozen, in eval mode, with the rest.
+        with the Learner's `train_bn`; False: they are frozen, in eval mode, with the rest.
 
-    A frozen parameter has no gradient: the optimizer neither moves nor decays it, and its optimizer state, if an
-    earlier fit made any, is left alone. Learning rates are scheduled all the time, so a part that is thawed late
-    joins in at the rate of that moment. What has to be frozen is a function of the position alone: that is how it
-    survives a kill and resume. After the fit, however it ended, what was thawed stays so, and what was still frozen
-    is as it was before. It does not run in `lr_find`.
+    A frozen parameter has no gradient: the optimizer neither moves nor decays it, and leaves its state alone. Learning
+    rates are scheduled all the time: a part that is thawed late joins in at the rate of that moment. What is frozen is
+    a function of the step alone, so a resumed fit needs no more. After the fit, however it ended, what was thawed
+    stays so, and what was still frozen is as it was before. It does not run in `lr_find`.
 
     Raises ValueError or TypeError for other arguments, names that are not found, a parameter that two of them mean,
     and if nothing were left to train.
@@ -68,59 +67,54 @@ class Unfreeze(Callback):
         return {name: math.ceil(round(share * n_steps, 6)) for name, share in self.parts.items()}
 
     def before_fit(self, state: State) -> None:
-        first = self.steps(state.n_steps)
-        frozen = [part for part in _find(self.parts, state) if first[part.name] > state.schedule_step]
-        of_norms = _params_of_norms(state.model) if self.train_bn else set()
-        held = {id(p) for part in frozen for p in part.params} - of_norms
+        parts = [part for part in _find(self.steps(state.n_steps), state) if part.first > state.schedule_step]
+        held = {id(p) for part in parts for p in part.params}
+        if self.train_bn:
+            held -= {id(p) for module in state.model.modules() if is_norm(module)
+                     for p in module.parameters(recurse=False)}
         if not any(p.requires_grad and id(p) not in held for p in state.model.parameters()):
             raise ValueError(f"{self!r:.200} leaves nothing to train in update {state.schedule_step} of "
                              f"{state.n_steps}. Give one part, e.g. the head, the share 0, or do not name it.")
-        self._frozen = sorted(frozen, key=lambda part: first[part.name])
-        self._due = [first[part.name] for part in self._frozen]  # in step with _frozen
-        self._was = [(p, p.requires_grad) for part in frozen for p in part.params]
-        for p, _ in self._was:
-            if id(p) in held:
-                p.requires_grad_(False)
+        for p in (p for part in parts for p in part.params if id(p) in held):
+            p.requires_grad_(False)
         if not self.train_bn:
-            state.norms_in_eval += tuple(norm for part in frozen for norm in part.norms)
+            state.norms_in_eval += tuple(norm for part in parts for norm in part.norms)
+        self._frozen = sorted(parts, key=lambda part: part.first)
 
     def before_batch(self, state: State) -> None:
-        if not self._due or state.schedule_step < self._due[0]:
+        if not self._frozen or state.schedule_step < self._frozen[0].first:
             return
         if state.batch_index % state.accumulate:
-            return  # with a time limit positions pass within a window: half a gradient is none
-        while self._due and state.schedule_step >= self._due[0]:
-            del self._due[0]
-            self._thaw(self._frozen.pop(0), state)
+            return  # with a time limit the step moves on within a window, whose gradients are to be of all parts
+        while self._frozen and state.schedule_step >= self._frozen[0].first:
+            part = self._frozen.pop(0)
+            for p in part.params:
+                p.requires_grad_(True)
+            for norm in part.norms:
+                norm.train()
+            state.norms_in_eval = tuple(norm for norm in state.norms_in_eval if norm not in part.norms)
         fill_momentum(state.opt, any("momentum" in callback.owns for callback in state.callbacks))
 
     def after_fit(self, state: State) -> None:
-        frozen = {id(p) for part in self._frozen for p in part.params}
-        for p, was in self._was:
-            if id(p) in frozen:
-                p.requires_grad_(was)
-        self._was, self._frozen, self._due = [], [], []  # no hold on the model
-
-    def _thaw(self, part: "_Part", state: State) -> None:
-        for p in part.params:
-            p.requires_grad_(True)
-        for norm in part.norms:
-            norm.train()
-        state.norms_in_eval = tuple(norm for norm in state.norms_in_eval if norm not in part.norms)
+        for part in self._frozen:
+            for p, was_trained in zip(part.params, part.were_trained, strict=True):
+                p.requires_grad_(was_trained)
+        self._frozen = []  # no hold on the model
 
 
 @dataclass(frozen=True, eq=False)
 class _Part:
-    name: str
+    first: int  # the first update that trains it
     params: list[nn.Parameter]
+    were_trained: list[bool]  # each of them, before the fit
     norms: list[nn.Module]
 
 
-def _find(names: Iterable[str], state: State) -> list[_Part]:
-    """The parts of the model that `names` mean. Raises ValueError for none, and for a parameter in two of them."""
+def _find(steps: Mapping[str, int], state: State) -> list[_Part]:
+    """The parts of the model that are named in `steps`. Raises ValueError for none, and a parameter in two of them."""
     owner: dict[int, str] = {}
-    parts: list[_Part] = []
-    for name in names:
+    parts: dict[str, _Part] = {}
+    for name, first in steps.items():
         params = _params(name, state)
         if not params:
             parameters = listed(full for full, _ in state.model.named_parameters())
@@ -130,15 +124,14 @@ def _find(names: Iterable[str], state: State) -> list[_Part]:
         if both is not None:
             raise ValueError(f"{both!r} and {name!r} share a parameter: when would it be thawed? Name each once.")
         owner |= {id(p): name for p in params}
-        parts.append(_Part(name, params, []))
-    norms = {part.name: part.norms for part in parts}
+        parts[name] = _Part(first, params, [p.requires_grad for p in params], [])
     current = None
     for module in state.model.modules():
         own = next(module.parameters(recurse=False), None)
-        current = current if own is None else owner.get(id(own))  # without parameters: with the layer before, as in
-        if current is not None and is_norm(module):  # layer groups
-            norms[current].append(module)
-    return parts
+        current = current if own is None else owner.get(id(own))  # without parameters: part of the layer before it
+        if current is not None and is_norm(module):
+            parts[current].norms.append(module)
+    return list(parts.values())
 
 
 def _params(name: str, state: State) -> list[nn.Parameter]:
@@ -148,7 +141,3 @@ def _params(name: str, state: State) -> list[nn.Parameter]:
     named = state.model.named_parameters(remove_duplicate=False)  # tied weights have two names
     found = {id(p): p for full, p in named if full.startswith(f"{name}.") or fnmatchcase(full, name)}
     return list(found.values())
-
-
-def _params_of_norms(model: nn.Module) -> set[int]:
-    return {id(p) for module in model.modules() if is_norm(module) for p in module.parameters(recurse=False)}

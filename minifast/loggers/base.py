@@ -17,10 +17,10 @@ log = logging.getLogger("minifast")
 
 
 class Logger(Callback):
-    """Hands the new steps and epochs of the Recorder on: about every `every_seconds`, and when an epoch or fit ends.
+    """Writes the new steps and epochs of the Recorder: about every `every_seconds`, and when an epoch or fit ends.
 
-    So it never waits for the device in a step; a look costs one copy of what the Recorder has not read yet. What could
-    not be written because of an OSError is tried again with the next look.
+    A subclass defines `target`, and of the methods that write those that it needs. No step waits for the device: one
+    copy brings over what is new. What could not be written because of an OSError is tried again the next time.
     """
 
     order = Order.RECORD
@@ -28,9 +28,13 @@ class Logger(Callback):
     saves: ClassVar[tuple[str, ...]] = ("_n_steps", "_n_epochs")
     every_seconds: float = math.inf
     _is_open = False
+    _settings: dict[str, Any] | None = None  # what `write_settings` is still to write
 
     def open(self, state: State) -> None:
         """Begin. An error here ends the fit before it has begun."""
+
+    def write_settings(self, settings: dict[str, Any]) -> None:
+        """Write, before all else, what `open` has put into `_settings`."""
 
     def write_steps(self, first: int, columns: dict[str, list[float]]) -> None:
         """Write steps `first`, `first` + 1, ...: one value each in every column."""
@@ -51,53 +55,61 @@ class Logger(Callback):
         self._has_begun = self._has_warned = False
         self.open(state)
         self._is_open = True
-        self._next_look = time.perf_counter() + self.every_seconds
+        self._next_time = time.perf_counter() + self.every_seconds
 
     def before_epoch(self, state: State) -> None:
-        self._has_begun = True  # not before: until then the Recorder's newest record is that of an earlier fit
+        # only now: another callback may have refused the fit, and a resumed one has learned of its steps since before_fit
+        self._has_begun = True
+        self._write_new(state)
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        # a sandbox gives back what was before it, but what is written stays written: outside a fit only forward
+        # A sandbox gives back the state from before it, but what is written stays written. So outside of a fit, a state
+        # with fewer steps is not taken up.
         if self._is_open or _n_written(saved) > _n_written(vars(self)):
             super().load_state_dict(saved)
             self._has_begun = True
 
     def after_batch(self, state: State) -> None:
-        if time.perf_counter() >= self._next_look:
-            self._look(state)
+        if time.perf_counter() >= self._next_time:
+            self._write_new(state)
 
     def after_epoch(self, state: State) -> None:
-        self._look(state)
+        self._write_new(state)
 
     def after_fit(self, state: State) -> None:
         try:
             if self._has_begun:
-                self._look(state)
+                self._write_new(state)
         finally:
             self._is_open = False
             self._try(self.close, state)
 
-    def _look(self, state: State) -> None:
-        record, first = state.record, self._n_steps
-        if len(record) > first and self._try(self.write_steps, first, step_columns(record, first)):
-            self._n_steps = len(record)
-        for row, step in zip(record.epochs[self._n_epochs:], record.epoch_ends[self._n_epochs:], strict=True):
-            if not self._try(self.write_epoch, step, row):
-                break
-            self._n_epochs += 1
-        self._next_look = time.perf_counter() + self.every_seconds
+    def _write_new(self, state: State) -> None:
+        self._try(self._write, state.record)
+        self._next_time = time.perf_counter() + self.every_seconds
 
-    def _try(self, write: Callable[..., None], *args: Any) -> bool:
-        """Whether `write(*args)` succeeded; the first time in a fit that it does not, that is logged."""
+    def _write(self, record: FitRecord) -> None:
+        """All that is new: what an OSError keeps from being written is new the next time, too."""
+        if self._settings is not None:
+            self.write_settings(self._settings)
+            self._settings = None
+        n_steps = len(record)
+        if n_steps > self._n_steps:
+            self.write_steps(self._n_steps, step_columns(record, self._n_steps))
+            self._n_steps = n_steps
+        for row, step in zip(record.epochs[self._n_epochs:], record.epoch_ends[self._n_epochs:], strict=True):
+            self.write_epoch(step, row)
+            self._n_epochs += 1
+
+    def _try(self, write: Callable[[Any], None], what: Any) -> None:
+        """`write(what)`; the first OSError of a fit is logged."""
         try:
-            write(*args)
+            write(what)
         except OSError as error:
             if not self._has_warned:
                 self._has_warned = True
                 log.warning("%s cannot write to %s (%s): training goes on, and what is missing is tried again",
                             type(self).__name__, self.target, error.strerror or error)
-            return False
-        return True
 
 
 def _n_written(attributes: Mapping[str, Any]) -> int:
@@ -107,12 +119,11 @@ def _n_written(attributes: Mapping[str, Any]) -> int:
 
 def step_columns(record: FitRecord, first: int) -> dict[str, list[float]]:
     """The steps from `first` on: lr of each layer group, momentum, loss, and what callbacks have logged."""
-    n = len(record) - first
     lrs = ["lr"] if len(record.group_names) == 1 else [f"lr_{name}" for name in record.group_names]
-    logged = {name: column.tail(first).tolist() for name, column in record.columns.items()}
-    return {**{name: column[first:].tolist() for name, column in zip(lrs, record.lr_columns, strict=True)},
-            "momentum": record.mom_column[first:].tolist(), "loss": record.loss_column.tail(first).tolist(),
-            **{name: values + [math.nan] * (n - len(values)) for name, values in logged.items()}}
+    columns = {name: column[first:].tolist() for name, column in zip(lrs, record.lr_columns, strict=True)}
+    columns |= {"momentum": record.mom_column[first:].tolist(), "loss": record.loss_column.tail(first).tolist()}
+    columns |= {name: column.tail(first).tolist() for name, column in record.columns.items()}
+    return {name: values + [math.nan] * (len(record) - first - len(values)) for name, values in columns.items()}
 
 
 @contextmanager

@@ -45,7 +45,7 @@ class CSVLogger(Logger):
         return os.fspath(self.path)
 
     def open(self, state: State) -> None:
-        self._columns: list[str] = []  # of the header; none: the file is not what it should be, and is written anew
+        self._columns: list[str] = []  # of the header; empty: the file is to be written anew
         self._rows: list[dict[str, Any]] = []  # all that the file should hold
         with opening("CSVLogger", self.path):
             _make_writable(Path(self.path))
@@ -58,7 +58,7 @@ class CSVLogger(Logger):
 
     def write_epoch(self, step: int, row: dict[str, Any]) -> None:
         cells = {name: "" if value is None else str(scalar(value)) for name, value in row.items()}
-        columns, self._columns = self._columns, []  # should this fail half way, all of it is written anew
+        columns, self._columns = self._columns, []  # if writing fails half way, all of it is written anew
         if columns and cells.keys() <= set(columns):
             _append(Path(self.path), _csv_lines(columns, [cells]))
         else:
@@ -76,7 +76,7 @@ class RunLog(Logger):
     path: a folder, in which it writes run.jsonl, or a file *.jsonl; folders are made. every_seconds: how often the
     steps are written, >= 0; they are also written when an epoch or the fit ends. A kill loses at most the steps since
     then: each record is one line, written by one call. More fits append to the same file, and a resumed one continues
-    its own record. `read_run` reads it, `plot_runs` draws several; the format is described in minifast/loggers/runs.py.
+    its own record. `read_run` reads it, `plot_runs` draws several; the format is described in minifast/record/runs.py.
 
     Raises OSError in `before_fit` if the file cannot be written. An error later is logged once; training goes on, and
     what is missing is written when that is possible again.
@@ -98,36 +98,29 @@ class RunLog(Logger):
         return str(self._file)
 
     def open(self, state: State) -> None:
-        self._id = uuid.uuid4().hex[:12]  # from the system: no random generator that is seeded moves
+        self._id = uuid.uuid4().hex[:12]  # made by the system: no generator that is seeded moves
         self._file = record_file(self.path)
-        self._settings: dict[str, Any] | None = settings(state)  # None: written
+        self._settings = settings(state)
         with opening("RunLog", self._file):
             _make_writable(self._file)
 
-    def before_epoch(self, state: State) -> None:
-        super().before_epoch(state)
-        self._try(self._write_settings)
+    def write_settings(self, settings: dict[str, Any]) -> None:
+        self._append("fit", {"step": self._n_steps, **settings})
 
     def write_steps(self, first: int, columns: dict[str, list[float]]) -> None:
-        self._write("steps", {"first": first, "columns": columns})
+        self._append("steps", {"first": first, "columns": columns})
 
     def write_epoch(self, step: int, row: dict[str, Any]) -> None:
-        self._write("epoch", {"step": step, "row": row})
+        self._append("epoch", {"step": step, "row": row})
 
     def close(self, state: State) -> None:
-        if self._has_begun:
+        if self._has_begun and self._settings is None:
             n_epochs = len(state.record.epochs)
             ended = _ended(state, n_epochs)
-            self._write("end", {"time": now(), "ended": ended, "step": state.step, "epochs": n_epochs})
+            self._append("end", {"time": now(), "ended": ended, "step": state.step, "epochs": n_epochs})
 
-    def _write(self, kind: str, content: dict[str, Any]) -> None:
-        self._write_settings()
+    def _append(self, kind: str, content: dict[str, Any]) -> None:
         _append(self._file, to_line({"kind": kind, "fit": self._id, **content}))
-
-    def _write_settings(self) -> None:
-        if self._settings is not None:  # not in `before_fit`: only after it a fit learns that it is a resumed one
-            _append(self._file, to_line({"kind": "fit", "fit": self._id, "step": self._n_steps, **self._settings}))
-            self._settings = None
 
 
 def _ended(state: State, n_epochs: int) -> str:

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from ..core.state import State
 from ..errors import check_number, check_path
-from ..record.runs import plain, scalar
+from ..record.runs import scalar, to_json
 from .base import Logger, PathLike, load, opening
 from .settings import settings
 
@@ -62,35 +62,27 @@ class TensorBoardLogger(_Service):
         writer_class = load("torch.utils.tensorboard", "TensorBoardLogger", "tensorboard").SummaryWriter
         with opening("TensorBoardLogger", self.log_dir):
             self._writer = writer_class(self.target, max_queue=1000)
-        self._settings: dict[str, Any] | None = plain(settings(state))  # None: written
+        self._settings = to_json(settings(state))
 
-    def before_epoch(self, state: State) -> None:
-        super().before_epoch(state)
-        self._try(self._begin)
+    def write_settings(self, settings: dict[str, Any]) -> None:
+        events = load("tensorboard.compat.proto.event_pb2", "TensorBoardLogger", "tensorboard")
+        step = self._earlier + self._n_steps
+        start = events.SessionLog(status=events.SessionLog.START)  # who reads it drops what is at `step` or later
+        self._writer.file_writer.add_event(events.Event(session_log=start), step)
+        self._writer.add_text("settings", f"```\n{json.dumps(settings, indent=1)}\n```", step)
 
     def write_steps(self, first: int, columns: dict[str, list[float]]) -> None:
-        self._begin()
         for step, values in self.by_step(first, columns):
             self._add(step, values)
         self._writer.flush()
 
     def write_epoch(self, step: int, row: dict[str, Any]) -> None:
-        self._begin()
         self._add(*self.of_epoch(step, row))
         self._writer.flush()
 
     def close(self, state: State) -> None:
         super().close(state)
         self._writer.close()
-
-    def _begin(self) -> None:
-        if self._settings is not None:  # not in `before_fit`: only after it a fit learns that it is a resumed one
-            events = load("tensorboard.compat.proto.event_pb2", "TensorBoardLogger", "tensorboard")
-            step = self._earlier + self._n_steps
-            start = events.SessionLog(status=events.SessionLog.START)  # who reads it drops what is at `step` or later
-            self._writer.file_writer.add_event(events.Event(session_log=start), step)
-            self._writer.add_text("settings", f"```\n{json.dumps(self._settings, indent=1)}\n```", step)
-            self._settings = None
 
     def _add(self, step: int, values: dict[str, float]) -> None:
         """One event with all the values: a third of what add_scalar costs for each."""
@@ -137,7 +129,7 @@ class WandbLogger(_Service):
             self._earlier = 0  # a new run
         self._run = wandb.run if not self._is_own else wandb.init(
             project=self.project, name=self.name, id=self.id, resume=None if self.id is None else "allow",
-            config={**plain(settings(state)), **(self.config or {})})
+            config={**to_json(settings(state)), **(self.config or {})})
 
     def write_steps(self, first: int, columns: dict[str, list[float]]) -> None:
         for step, values in self.by_step(first, columns):

@@ -32,8 +32,8 @@ def settings(state: State) -> dict[str, Any]:
         "steps_per_epoch": state.steps_per_epoch,
         "accumulate": state.accumulate,
         "batch_size": getattr(state.train_dl, "batch_size", None),
-        "schedule": next((shown(callback) for callback in state.callbacks if "lr" in callback.owns), None),
-        "callbacks": [shown(callback) for callback in state.callbacks if not isinstance(callback, Recorder)],
+        "schedule": next((in_words(callback) for callback in state.callbacks if "lr" in callback.owns), None),
+        "callbacks": [in_words(callback) for callback in state.callbacks if not isinstance(callback, Recorder)],
     }
 
 
@@ -42,7 +42,7 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def shown(callback: Callback) -> str:
+def in_words(callback: Callback) -> str:
     """Its repr; of one that has none its class: an address says nothing."""
     has_none = type(callback).__repr__ is object.__repr__
     return type(callback).__name__ if has_none else f"{callback!r:.1000}"

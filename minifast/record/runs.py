@@ -68,14 +68,12 @@ class Run:
 
         nan where a fit has no such column.
         """
-        parts, first = [], 0
+        blocks, first = [], 0
         for number, fit in enumerate(self.fits):
-            n = len(fit.steps.get("step", ()))
-            if n:
-                parts.append({**fit.steps, "step": fit.steps["step"] + first, "fit": np.full(n, float(number))})
+            if n := len(fit.steps.get("step", ())):
+                blocks.append({**fit.steps, "step": fit.steps["step"] + first, "fit": np.full(n, float(number))})
                 first += int(fit.steps["step"][-1]) + 1
-        return {name: np.concatenate([part.get(name, np.full(len(part["step"]), np.nan)) for part in parts])
-                for name in tables.columns(parts)}
+        return _end_to_end(blocks)
 
     @property
     def epochs(self) -> list[dict[str, Any]]:
@@ -112,43 +110,42 @@ def plot_runs(runs: PathLike | Iterable[PathLike] = "runs/*", metric: str | None
               ax: "Axes | None" = None) -> "Axes":
     """Draw one column of several runs over one another, named after their folders.
 
-    runs: a glob pattern, a folder, a file, or several of them; what a pattern finds besides runs is left out. metric: a
-    column of the epochs (train_loss, a metric), drawn against the epoch, or of the steps (loss, lr, ...), drawn against
-    the step; "loss" is drawn pale with its smoothed form on top. Runs may differ in length; in the legend a run says
-    so if it has no such column. None: valid_loss, or train_loss if no run has one.
+    runs: a glob pattern, a folder, a file, or several of them; what a pattern finds besides runs is left out.
+    metric: a column of the epochs (train_loss, a metric), drawn against the epoch, or of the steps (loss, lr, ...),
+        drawn against the step; "loss" is drawn pale with its smoothed form on top. None: valid_loss, or train_loss if
+        no run has one. A run without such a column says so in the legend.
 
     Raises FileNotFoundError if no run is found, ValueError with the columns there are if no run has `metric`.
     """
     if metric is not None:
         check_text("metric", metric)
     found = _find(runs)
-    columns = [(run.steps, run.epochs) for run in found]
+    steps, rows = [run.steps for run in found], [run.epochs for run in found]
+    of_steps, of_epochs = tables.columns(steps), tables.columns(row for of_run in rows for row in of_run)
     if metric is None:
-        metric = "valid_loss" if any("valid_loss" in row for _, rows in columns for row in rows) else "train_loss"
-    in_steps = any(metric in steps for steps, _ in columns)
-    if not in_steps and not any(metric in row for _, rows in columns for row in rows):
-        of_steps = tables.columns(steps for steps, _ in columns)
-        of_epochs = tables.columns(row for _, rows in columns for row in rows)
+        metric = "valid_loss" if "valid_loss" in of_epochs else "train_loss"
+    in_steps = metric in of_steps
+    if not in_steps and metric not in of_epochs:
         raise ValueError(f"no run has a column {metric!r}. Columns of the steps: {', '.join(of_steps) or 'none'}; of "
                          f"the epochs: {', '.join(of_epochs) or 'none'}.")
+    is_loss = in_steps and metric == "loss"
     ax = plots.axes(ax)
     n_points = 0
-    for i, (name, (steps, rows)) in enumerate(zip(_names(found), columns, strict=True)):
+    for i, name in enumerate(_names(found)):
         color = _color(i, len(found))
         if in_steps:
-            x, y = (steps["step"], steps[metric]) if metric in steps else (np.empty(0), np.empty(0))
+            x, y = (steps[i]["step"], steps[i][metric]) if metric in steps[i] else np.empty((2, 0))
         else:
-            x, y = np.array([(row["epoch"], row[metric]) for row in rows if metric in row], float).reshape(-1, 2).T
+            x, y = np.array([(row["epoch"], row[metric]) for row in rows[i] if metric in row], float).reshape(-1, 2).T
         n_points = max(n_points, len(x))
-        if in_steps and metric == "loss":
+        if is_loss:
             ax.plot(x, y, color=color, alpha=0.3, linewidth=1)
             ema = Ema()
             y = np.array([ema.add(value) for value in y])
         ax.plot(x, y, color=color, label=name if len(x) else f"{name}: no {metric}",
                 marker="o" if len(x) == 1 or (not in_steps and len(x) <= 50) else None, markersize=4)
     plots.count_on_x(ax, plots.STEPS if in_steps else "epoch")
-    ax.set_ylabel("loss (pale: each step, line: smoothed)" if in_steps and metric == "loss"
-                  else plots.LABELS.get(metric, metric))
+    ax.set_ylabel("loss (pale: each step, line: smoothed)" if is_loss else plots.LABELS.get(metric, metric))
     ax.legend(loc="best" if n_points * len(found) < 10_000 else "upper right", fontsize="small",
               ncols=1 if len(found) <= 12 else 2)
     return ax
@@ -165,27 +162,27 @@ def record_file(path: PathLike) -> Path:
 
 
 def to_line(record: Mapping[str, Any]) -> bytes:
-    r"""`record` as one line of JSON; what JSON does not know becomes its nearest: a number, a list, or its repr.
+    r"""`record` as one line of JSON.
 
     >>> to_line({"loss": [0.5, math.inf], "device": Path})
     b'{"loss":[0.5,"Infinity"],"device":"<class \'pathlib.Path\'>"}\n'
     """
-    return json.dumps(plain(record), allow_nan=False, separators=(",", ":")).encode() + b"\n"
+    return json.dumps(to_json(record), allow_nan=False, separators=(",", ":")).encode() + b"\n"
 
 
-def plain(value: Any) -> Any:
-    """`value` as JSON knows it."""
+def to_json(value: Any) -> Any:
+    """`value` as JSON has it: what JSON does not know becomes its nearest, a number, a list, or its repr."""
     if value is None or isinstance(value, (bool, str, int)):
         return value
     if isinstance(value, float):
         number = float(value)
         return number if math.isfinite(number) else "NaN" if number != number else f"{'-' * (number < 0)}Infinity"
     if isinstance(value, Mapping):
-        return {str(key): plain(inner) for key, inner in value.items()}
+        return {str(key): to_json(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(inner) for inner in value]
+        return [to_json(inner) for inner in value]
     number = scalar(value)
-    return f"{value!r:.500}" if number is value else plain(number)
+    return f"{value!r:.500}" if number is value else to_json(number)
 
 
 def scalar(value: Any) -> Any:
@@ -194,61 +191,56 @@ def scalar(value: Any) -> Any:
 
 
 def _read(file: Path) -> Run:
-    fits: dict[str, _Parts] = {}
+    records: dict[str, list[dict[str, Any]]] = {}  # by fit, as the file has them
     skipped = 0
     for line in file.read_bytes().split(b"\n"):
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
-            known = fits.get(record["fit"]) or _Parts()
-            known.take(record)
-            fits[record["fit"]] = known
+            record = _parsed(json.loads(line))
+            records.setdefault(record["fit"], []).append(record)
         except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
             skipped += 1
-    return Run(file, [parts.fit() for parts in fits.values()], skipped)
+    return Run(file, [_fit(of_one) for of_one in records.values()], skipped)
 
 
-class _Parts:
-    """The records of one fit, in the order of the file."""
+def _parsed(record: dict[str, Any]) -> dict[str, Any]:
+    """`record` with columns and rows of numbers; an error of whatever kind if it is none."""
+    kind = record["kind"]
+    if kind == "steps":
+        columns = {name: np.array([float(value) for value in values]) for name, values in record["columns"].items()}
+        n = len(columns["loss"])
+        if any(len(column) != n for column in columns.values()):
+            raise ValueError("columns of different lengths")
+        steps = np.arange(n, dtype=np.float64) + float(record["first"])
+        return {**record, "columns": {"step": steps, **columns}}
+    if kind == "epoch":
+        row = {name: NON_FINITE.get(value, value) if isinstance(value, str) else value
+               for name, value in record["row"].items()}
+        return {**record, "row": row, "epoch": int(row["epoch"])}
+    if kind not in ("fit", "end"):
+        raise ValueError("not a kind of record")
+    return record
 
-    def __init__(self) -> None:
-        self.starts: list[dict[str, Any]] = []
-        self.blocks: list[dict[str, Column]] = []
-        self.rows: dict[int, dict[str, Any]] = {}
-        self.end: dict[str, Any] | None = None
 
-    def take(self, record: dict[str, Any]) -> None:
-        """Add one record; an error if it is none, and then nothing is added."""
-        kind = record["kind"]
-        if kind == "fit":
-            self.starts.append(record)
-            self.end = None
-        elif kind == "steps":
-            columns = {name: np.array([float(value) for value in values]) for name, values in record["columns"].items()}
-            n = len(columns["loss"])
-            steps = np.arange(n, dtype=np.float64) + float(record["first"])
-            if any(len(column) != n for column in columns.values()):
-                raise ValueError("columns of different lengths")
-            self.blocks.append({"step": steps, **columns})
-        elif kind == "epoch":
-            row = {name: NON_FINITE.get(value, value) if isinstance(value, str) else value
-                   for name, value in record["row"].items()}
-            self.rows[int(row["epoch"])] = row
-        elif kind == "end":
-            self.end = record
-        else:
-            raise ValueError("not a kind of record")
+def _fit(records: list[dict[str, Any]]) -> LoggedFit:
+    """What the records of one fit say, the newest of each step and each epoch."""
+    def of_kind(*kinds: str) -> list[dict[str, Any]]:
+        return [record for record in records if record["kind"] in kinds]
+    columns = _end_to_end([record["columns"] for record in of_kind("steps")])
+    if columns:
+        newest = len(columns["step"]) - 1 - np.unique(columns["step"][::-1], return_index=True)[1]
+        columns = {name: column[newest] for name, column in columns.items()}
+    rows = {record["epoch"]: record["row"] for record in of_kind("epoch")}
+    last = of_kind("fit", "end")[-1:]
+    end = last[0] if last and last[0]["kind"] == "end" else None  # none after the last start: it still runs
+    return LoggedFit(of_kind("fit"), columns, [rows[epoch] for epoch in sorted(rows)], end)
 
-    def fit(self) -> LoggedFit:
-        """All of it, the newest of each step and each epoch."""
-        names = tables.columns(self.blocks)
-        columns = {name: np.concatenate([block.get(name, np.full(len(block["step"]), np.nan)) for block in self.blocks])
-                   for name in names}
-        if columns:
-            newest = len(columns["step"]) - 1 - np.unique(columns["step"][::-1], return_index=True)[1]
-            columns = {name: column[newest] for name, column in columns.items()}
-        return LoggedFit(self.starts, columns, [self.rows[epoch] for epoch in sorted(self.rows)], self.end)
+
+def _end_to_end(blocks: list[dict[str, Column]]) -> dict[str, Column]:
+    """Columns with the rows of all `blocks`; nan where one has no such column."""
+    return {name: np.concatenate([block.get(name, np.full(len(block["step"]), np.nan)) for block in blocks])
+            for name in tables.columns(blocks)}
 
 
 def _find(runs: PathLike | Iterable[PathLike]) -> list[Run]:
