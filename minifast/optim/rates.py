@@ -1,5 +1,5 @@
 """Learning rates in every form: checked, and spread over the layer groups."""
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ..errors import check_number, quoted
@@ -74,3 +74,16 @@ def spread_lrs(lr: Any, groups: int | Sequence[str], name: str = "lr") -> tuple[
         raise ValueError(f"{name} holds {len(lr)} learning rates for {n} layer group{'s' * (n > 1)}{names}: pass "
                          f"one float, slice(lo, hi) or {n} value{'s' * (n > 1)}.")
     return tuple(lr)
+
+
+def as_written(lr: Any) -> str:
+    """A learning rate in any form, as people write it.
+
+    >>> as_written(3e-3), as_written(slice(1e-5, 1e-3)), as_written([1e-3, 1e-2])
+    ('0.003', 'slice(1e-05, 0.001)', '[0.001, 0.01]')
+    """
+    if isinstance(lr, slice):
+        return f"slice({lr.stop:.4g})" if lr.start is None else f"slice({lr.start:.4g}, {lr.stop:.4g})"
+    if isinstance(lr, Iterable) and getattr(lr, "ndim", 1) != 0:
+        return f"[{', '.join(f'{value:.4g}' for value in lr)}]"
+    return f"{lr:.4g}"
