@@ -2,8 +2,6 @@
 import math
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,7 +22,7 @@ from ..training.trainer import Trainer
 from .leaks import find_leaks
 from .overfit import overfit_batch
 from .report import Finding, Report
-from .timeline import profile
+from .timeline import profile, trace
 
 OVERFIT = 0.2  # a batch counts as overfitted when its loss falls below this share of the first
 BUDGET = 4.0  # seconds, at most about that, for each of the attempts to overfit
@@ -41,21 +39,14 @@ def check(learn: Trainer) -> Report:
         on = _Checks(learn, report)
         for step in (on.parts, on.data, on.output, on.loss, on.gradients, on.determinism, on.leaks, on.validation,
                      on.speed, on.capacity):
-            with _caught(report, step.__name__):
+            try:
                 step()
+            except Exception as error:  # is a finding like any other
+                notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
+                report.append(Finding("problem", step.__name__, f"{type(error).__name__}: {error}{notes}"))
             if report.problems and step in (on.parts, on.data, on.output, on.loss, on.validation):
                 break  # what comes after would fail of the same
     return report
-
-
-@contextmanager
-def _caught(report: Report, what: str) -> Iterator[None]:
-    """An error is a finding."""
-    try:
-        yield
-    except Exception as error:
-        notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
-        report.append(Finding("problem", what, f"{type(error).__name__}: {error}{notes}"))
 
 
 class _Checks:
@@ -69,21 +60,18 @@ class _Checks:
 
     def parts(self) -> None:
         """Whether a fit could begin: what it checks before any work."""
-        self._one_epoch()
+        steps = 1 if n_batches(self.learn.dls.train) is None else None
+        fitting.prepare(self.learn, 1, self.learn.lr, None, steps_per_epoch=steps, verbose=False)
         check_trainable(self.learn.model, self.learn.groups.names)
         params = [p for p in self.learn.model.parameters() if p.requires_grad]
         self._say("ok", "parts", f"{sum(p.numel() for p in params):,} trainable parameters on {self.learn.device}")
 
-    def _one_epoch(self, *callbacks: Callback) -> State:
-        """The state of a fit that could begin now; raises what keeps it from that."""
-        steps = 1 if n_batches(self.learn.dls.train) is None else None
-        return fitting.prepare(self.learn, 1, self.learn.lr, None, callbacks=callbacks, steps_per_epoch=steps,
-                               verbose=False)
-
     def data(self) -> None:
-        """The first batch of the training data."""
+        """The first training batch, as the model gets it: callbacks may change it in `before_batch`."""
         self.began = time.perf_counter()
-        self.batch = self._first_batch()
+        peek = _Peek()
+        trace(self.learn, 1, callbacks=[peek])
+        self.batch = peek.batch
         self.inputs, self.target = self.learn.unpack(self.batch)
         self.n = n_samples(self.target, self.inputs)
         self.bad = [describe(tensor) for tensor in _floats(self.batch) if not torch.isfinite(tensor).all()]
@@ -92,14 +80,6 @@ class _Checks:
         large = [f"{what}: {size:.3g}" for what, size in sizes if LARGE < size < math.inf]
         if large:
             self._say("note", "data", f"inputs are as large as {', '.join(large)}: normalise them to about 0 +- 1")
-
-    def _first_batch(self) -> Any:
-        """The first training batch as the model gets it: callbacks may change it in `before_batch`."""
-        peek = _Peek()
-        with self.learn.sandbox():
-            self.learn.callbacks = [cb for cb in self.learn.callbacks if cb.in_sandbox]
-            fitting.run(self.learn, self._one_epoch(peek))
-        return peek.batch
 
     def output(self) -> None:
         """The model on it, and the target against the output."""
@@ -133,9 +113,11 @@ class _Checks:
         check_loss(self.first_loss)
         value, bad = float(self.first_loss.detach()), f"NaN or infinite values in {', '.join(self.bad)}"
         if not math.isfinite(value):
+            ranges = [f"{float(leaf.detach().min()):.3g} .. {float(leaf.detach().max()):.3g}"
+                      for leaf in tensors(scores(self.pred)) if leaf.numel()]
             raise ValueError(f"the first loss is {value}" + (
                 f": the first batch has {bad}. Clean the data." if self.bad else
-                f". Look at the model's output: {_range(scores(self.pred))}."))
+                f". Look at the model's output: {', '.join(ranges)}."))
         if self.bad:
             self._say("note", "data", f"{bad}; the loss is finite all the same")
         if value < 0 and is_loss(self.learn.loss_func, nn.NLLLoss, nn.functional.nll_loss):
@@ -275,11 +257,6 @@ def _times(lr: Any, factor: float) -> Any:
     if isinstance(lr, slice):
         return slice(None if lr.start is None else lr.start * factor, lr.stop * factor)
     return tuple(value * factor for value in lr) if isinstance(lr, tuple) else lr * factor
-
-
-def _range(pred: Any) -> str:
-    return ", ".join(f"{float(tensor.detach().min()):.3g} .. {float(tensor.detach().max()):.3g}"
-                     for tensor in tensors(pred) if tensor.numel())
 
 
 def _floats(nest: Any) -> list[Tensor]:

@@ -1,6 +1,6 @@
 """What happens in a few batches of a fit: who is called when, what it changes, and where the time goes."""
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -149,30 +149,20 @@ class _TimingEmitter(Emitter):
         self._left = time.perf_counter()
 
     def __call__(self, event: Event) -> None:
-        name = event.__name__
-        if name in WORK:
-            self._note(WORK[name], None, "", self._now() - self._left)
-        hooks = self.hooks[event]
-        for hook in hooks:
-            self.hooks[event] = (hook,)
-            try:
-                self._timed(name, type(getattr(hook, "__self__", hook)).__name__, lambda: Emitter.__call__(self, event))
-            finally:
-                self.hooks[event] = hooks
-        self._left = self._now()
+        if event.__name__ in WORK:
+            self._note(WORK[event.__name__], None, "", self._now() - self._left)
+        for cb in self.callbacks:
+            self._call(event, cb)
 
     def _call(self, event: Event, cb: Callback) -> None:
-        if getattr(type(cb), event.__name__) is not event:
-            self._timed(event.__name__, type(cb).__name__, lambda: Emitter._call(self, event, cb))
+        if getattr(cb, event.__name__) in self.hooks[event]:
+            before, began = self._values(), self._now()
+            try:
+                super()._call(event, cb)
+            finally:
+                seconds = self._now() - began
+                self._note(event.__name__, type(cb).__name__, _changes(before, self._values()), seconds)
         self._left = self._now()
-
-    def _timed(self, event: str, callback: str, call: Callable[[], None]) -> None:
-        before, began = self._values(), self._now()
-        try:
-            call()
-        finally:
-            seconds = self._now() - began
-            self._note(event, callback, _changes(before, self._values()), seconds)
 
     def _note(self, event: str, callback: str | None, changed: str, seconds: float) -> None:
         state = self.state
