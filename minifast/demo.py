@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .data.dataloaders import DataLoaders
 from .learner import Learner
@@ -31,7 +31,8 @@ def run(dls: DataLoaders, out: Path, *, lr: float | None = None, epochs: int | N
     Prints as it goes; gives the accuracy, 0..1, of each run.
     """
     torch.manual_seed(seed)
-    images, labels = _tensors(dls.train)
+    train: Any = dls.train
+    images, labels = train.tensors
     model = convnet(tuple(images.shape[1:]), int(labels.max()) + 1)
 
     def learner() -> Learner:  # the same weights and, by the seed, the same order of the data for each
@@ -76,15 +77,11 @@ def _conv(n_in: int, n_out: int, stride: int = 1) -> list[nn.Module]:
     return [nn.Conv2d(n_in, n_out, 3, stride, padding=1, bias=False), nn.BatchNorm2d(n_out), nn.ReLU()]
 
 
-def _tensors(loader: Any) -> tuple[Tensor, Tensor]:
-    images, labels = loader.tensors
-    return images, labels
-
-
 def _say_what_is_trained(learn: Learner) -> None:
-    images, labels = _tensors(learn.dls.train)
+    dls: Any = learn.dls
+    images, labels = dls.train.tensors
     n, channels, height, width = images.shape
-    print(f"{n:,} training and {len(_tensors(learn.dls.valid)[0]):,} validation images of {int(labels.max()) + 1} "
+    print(f"{n:,} training and {len(dls.valid.tensors[0]):,} validation images of {int(labels.max()) + 1} "
           f"classes, {width}x{height} pixels, {'grey' if channels == 1 else 'colour'}\n"
           f"a convnet of {sum(p.numel() for p in learn.model.parameters()):,} parameters on {learn.device}")
 

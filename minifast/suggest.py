@@ -22,14 +22,12 @@ Curve = NDArray[np.float64]
 MIN_POINTS = 10
 
 # "Descent" is the largest fall from any loss to a later one. It has to exceed two things:
-#
 # * 1 % of the loss's level (the median of |loss|): relative, so that the unit of the loss does not matter. The smoothed
 #   loss of a model that learns nothing wanders by 0.35 % when its batch losses scatter by 1 %; the shallowest real
 #   descent among the recorded curves, of a run that diverges after 60 of 100 steps, is 1.8 %.
 # * the noise, in units of sqrt(N) typical steps (the median of |loss[k+1] - loss[k]|). This one is for losses that were
 #   not smoothed: N = 40..200 points of white noise, of any size, fall by 0.4-0.75 such units. Recorded flat noise falls
 #   by 0.56, the noisiest recorded curve that does descend by 0.98, clean curves by 5 to 15.
-#
 # In doubt it gives numbers. A smoothed curve wanders like a random walk, by 1-3 units: where the batch losses scatter
 # by more than about 3 % of their mean, as they do once a model has been trained, that passes for a descent.
 MIN_FALL_OF_LEVEL = 0.01
@@ -74,7 +72,7 @@ def steep(lrs: Curve, losses: Curve) -> float:
     """The learning rate where the loss falls fastest per step of log(lr).
 
     `lrs[k]` for the k with the smallest `(losses[k+1] - losses[k]) / (ln lrs[k+1] - ln lrs[k])`: the left end of the
-    steepest piece. Losses that never fall give the place where they rise least.
+    steepest piece. Losses that never fall give the point where they rise least.
 
     Source: fastai 2.8, `steep`.
 
@@ -103,7 +101,7 @@ def slide(lrs: Curve, losses: Curve, lr_diff: int = 15, thresh: float = 0.005, a
     """The end of the long slide: the last learning rate before the loss stops falling and the curve starts to turn.
 
     An interval of `lr_diff` points slides down from the right end of the curve until the gradients at its two ends (per
-    index, as `numpy.gradient`) differ by no more than `thresh`. The answer is its left end one place before that, times
+    index, as `numpy.gradient`) differ by no more than `thresh`. The answer is its left end one point before that, times
     `adjust_value`; where they never differ by more, the left end it began with.
 
     lr_diff: points between the two ends of the interval, at least 1; the curve must have more.

@@ -41,7 +41,7 @@ def _call(opt_func: Callable[..., Optimizer], param_groups: list[dict[str, Any]]
         try:
             return opt_func(param_groups, lr=lr, fused=True)
         except (RuntimeError, TypeError):
-            pass  # this optimizer, device or dtype has no fused kernel: the plain one does the same
+            pass  # this optimizer, device or dtype has no fused kernel: the usual one does the same
     try:
         return opt_func(param_groups, lr=lr)
     except TypeError as error:

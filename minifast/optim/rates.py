@@ -9,7 +9,7 @@ LR = float | slice | Sequence[float]  # slices hold floats
 
 
 def check_lr(name: str, lr: Any) -> Any:
-    """`lr` in one of its forms, checked and plain: a float, a slice, or a tuple of floats.
+    """`lr` in one of its forms, checked: a float, a slice, or a tuple of floats.
 
     Raises ValueError for anything that is not finite and > 0, and for a slice that falls.
 
@@ -50,8 +50,10 @@ def spread_lrs(lr: Any, groups: int | Sequence[str], name: str = "lr") -> tuple[
     """One learning rate per layer group, first layers first.
 
     lr: a float for all groups; slice(hi): hi for the last, hi/10 for the others; slice(lo, hi): geometric from lo to
-    hi; a sequence of one value per group. groups: their number or names. Raises ValueError as `check_lr` does, and for
-    a sequence of another length.
+        hi; a sequence of one value per group.
+    groups: their number or names.
+
+    Raises ValueError as `check_lr` does, and for a sequence of another length.
 
     >>> [round(lr, 6) for lr in spread_lrs(slice(1e-4, 1e-2), 3)]
     [0.0001, 0.001, 0.01]
