@@ -5,6 +5,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -23,7 +24,7 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line."""
 
     def error(self, message: str) -> NoReturn:
-        """Say what is wrong with the command line and exit with status 2."""
+        """Refuse the command line."""
         self.refuse(f"{message} (--help lists the options)")
 
     def refuse(self, message: str) -> NoReturn:
@@ -111,13 +112,11 @@ def _parser() -> Parser:
 
 def _number(kind: Callable[[str], Any], is_ok: Callable[[Any], bool], wanted: str) -> Callable[[str], Any]:
     def parse(text: str) -> Any:
-        try:
+        with suppress(ValueError):
             value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not is_ok(value):
-            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
-        return value
+            if is_ok(value):
+                return value
+        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
     return parse
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .data.dataloaders import DataLoaders
 from .learner import Learner
@@ -24,27 +24,30 @@ def run(dls: DataLoaders, out: Path, *, lr: float | None = None, epochs: int | N
         device: torch.device | str | None = None, seed: int = 0) -> dict[str, float]:
     """Train twice from the same weights on `dls` and write the plots into `out`, an existing folder.
 
-    dls: `TensorLoader`s of images (n, channels, height, width) and class indices (n,). lr: the peak, None for what the
-    finder suggests. epochs: of each run, None for `EPOCHS`. Prints as it goes; gives the accuracy, 0..1, of each run.
+    dls: `TensorLoader`s of images (n, channels, height, width) and class indices (n,).
+    lr: the peak, None for what the finder suggests.
+    epochs: of each run, None for `EPOCHS`.
+
+    Prints as it goes; gives the accuracy, 0..1, of each run.
     """
     torch.manual_seed(seed)
-    images, labels = _tensors(dls.train)
+    train: Any = dls.train
+    images, labels = train.tensors
     model = convnet(tuple(images.shape[1:]), int(labels.max()) + 1)
 
     def learner() -> Learner:  # the same weights and, by the seed, the same order of the data for each
         return Learner(copy.deepcopy(model), dls, nn.CrossEntropyLoss(), metrics=[accuracy], device=device, seed=seed)
 
+    one, circular = (n if epochs is None else epochs for n in EPOCHS.values())
     learn = learner()
     _say_what_is_trained(learn)
     lr = _find(learn, lr, out)
-    n = EPOCHS["one cycle"] if epochs is None else epochs
-    print(f"\nlearn.fit_one_cycle({n}, {lr:.3g})")
-    learn.fit_one_cycle(n, lr)
+    print(f"\nlearn.fit_one_cycle({one}, {lr:.3g})")
+    learn.fit_one_cycle(one, lr)
     reached = {"one cycle": _show(learn, "one cycle", out)}
+    print(f"\nlearn.fit({lr:.3g}, 1, cycle_len={circular}, use_clr=(32, 5))   # again, from the same initial weights")
     learn = learner()
-    n = EPOCHS["circular"] if epochs is None else epochs
-    print(f"\nlearn.fit({lr:.3g}, 1, cycle_len={n}, use_clr=(32, 5))   # again, from the same initial weights")
-    learn.fit(lr, 1, cycle_len=n, use_clr=(32, 5))
+    learn.fit(lr, 1, cycle_len=circular, use_clr=(32, 5))
     reached["circular"] = _show(learn, "circular", out)
     print("\n  ".join([f"\nThe plots are in {out}:", *PLOTS]), flush=True)
     return reached
@@ -74,18 +77,13 @@ def _conv(n_in: int, n_out: int, stride: int = 1) -> list[nn.Module]:
     return [nn.Conv2d(n_in, n_out, 3, stride, padding=1, bias=False), nn.BatchNorm2d(n_out), nn.ReLU()]
 
 
-def _tensors(loader: Any) -> tuple[Tensor, Tensor]:
-    images, labels = loader.tensors
-    return images, labels
-
-
 def _say_what_is_trained(learn: Learner) -> None:
-    images, labels = _tensors(learn.dls.train)
+    dls: Any = learn.dls
+    images, labels = dls.train.tensors
     n, channels, height, width = images.shape
-    parameters = sum(p.numel() for p in learn.model.parameters())
-    print(f"{n:,} training and {len(_tensors(learn.dls.valid)[0]):,} validation images of {int(labels.max()) + 1} "
+    print(f"{n:,} training and {len(dls.valid.tensors[0]):,} validation images of {int(labels.max()) + 1} "
           f"classes, {width}x{height} pixels, {'grey' if channels == 1 else 'colour'}\n"
-          f"a convnet of {parameters:,} parameters on {learn.device}")
+          f"a convnet of {sum(p.numel() for p in learn.model.parameters()):,} parameters on {learn.device}")
 
 
 def _find(learn: Learner, lr: float | None, out: Path) -> float:
@@ -95,13 +93,12 @@ def _find(learn: Learner, lr: float | None, out: Path) -> float:
     _draw(learn.recorder.plot, "LR finder", f"{out / 'lr_find'}.png")
     if lr is not None:
         print(f"training with {lr:.3g}, as given")
-    elif found.suggestion is None:
-        lr = FALLBACK_LR
-        print(f"training with {lr:.3g}, because there is no suggestion")
-    else:
-        lr = found.suggestion
-        print(f"training with the valley's, {lr:.3g} (--lr takes another)")
-    return lr
+        return lr
+    if found.suggestion is None:
+        print(f"training with {FALLBACK_LR:.3g}, because there is no suggestion")
+        return FALLBACK_LR
+    print(f"training with the valley's, {found.suggestion:.3g} (--lr takes another)")
+    return found.suggestion
 
 
 def _show(learn: Learner, name: str, out: Path) -> float:

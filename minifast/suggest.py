@@ -5,9 +5,9 @@ smoothed training loss at each of them. Every rule is a function `(lrs, losses) 
 rules are those of fastai 2.8 (`fastai.callback.schedule`), computed in float64 where fastai computes in float32.
 
 `suggestions` is the front door: it trims a recorded curve, applies every rule of `RULES` and never raises.
-The rules by themselves do not trim, and raise `ValueError` where they cannot be applied.
+The rules by themselves do not trim. They raise `ValueError` for a curve that is not as above, and for one of
+fewer points than they need: 2, and `slide` one more than its `lr_diff`.
 """
-
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -22,14 +22,12 @@ Curve = NDArray[np.float64]
 MIN_POINTS = 10
 
 # "Descent" is the largest fall from any loss to a later one. It has to exceed two things:
-#
 # * 1 % of the loss's level (the median of |loss|): relative, so that the unit of the loss does not matter. The smoothed
 #   loss of a model that learns nothing wanders by 0.35 % when its batch losses scatter by 1 %; the shallowest real
 #   descent among the recorded curves, of a run that diverges after 60 of 100 steps, is 1.8 %.
 # * the noise, in units of sqrt(N) typical steps (the median of |loss[k+1] - loss[k]|). This one is for losses that were
 #   not smoothed: N = 40..200 points of white noise, of any size, fall by 0.4-0.75 such units. Recorded flat noise falls
 #   by 0.56, the noisiest recorded curve that does descend by 0.98, clean curves by 5 to 15.
-#
 # In doubt it gives numbers. A smoothed curve wanders like a random walk, by 1-3 units: where the batch losses scatter
 # by more than about 3 % of their mean, as they do once a model has been trained, that passes for a descent.
 MIN_FALL_OF_LEVEL = 0.01
@@ -43,13 +41,8 @@ def valley(lrs: Curve, losses: Curve) -> float:
     first such e). Its points are counted as if they were neighbours: it starts at s = e - d, and the answer is
     `lrs[s + d // 3 + d // 6]`. Losses that never fall give `lrs[0]`. O(N^2), meant for a few hundred points.
 
-    Args:
-        lrs: shape (N,), positive and increasing.
-        losses: shape (N,), finite.
-
-    Raises:
-        ValueError: fewer than 2 points, a curve that is not as above, or a longest descent that is just the first two
-            points: the rule's index is -1 there, for which fastai 2.8 returns the *largest* learning rate.
+    Raises ValueError too where the longest descent is just the first two points: the rule's index is -1 there, for
+    which fastai 2.8 returns the *largest* learning rate.
 
     Source: fastai 2.8, `valley`.
 
@@ -70,9 +63,8 @@ def valley(lrs: Curve, losses: Curve) -> float:
     d = int(length[end])
     index = end - d + d // 3 + d // 6
     if index < 0:
-        raise ValueError(
-            f"the longest descent of {len(losses)} points is the first 2, at least 3 needed: give a smaller start_lr"
-        )
+        raise ValueError(f"the longest descent of {len(losses)} points is the first 2, at least 3 needed: give a "
+                         "smaller start_lr")
     return float(lrs[index])
 
 
@@ -80,14 +72,7 @@ def steep(lrs: Curve, losses: Curve) -> float:
     """The learning rate where the loss falls fastest per step of log(lr).
 
     `lrs[k]` for the k with the smallest `(losses[k+1] - losses[k]) / (ln lrs[k+1] - ln lrs[k])`: the left end of the
-    steepest piece. Losses that never fall give the place where they rise least.
-
-    Args:
-        lrs: shape (N,), positive and increasing.
-        losses: shape (N,), finite.
-
-    Raises:
-        ValueError: fewer than 2 points, or a curve that is not as above.
+    steepest piece. Losses that never fall give the point where they rise least.
 
     Source: fastai 2.8, `steep`.
 
@@ -101,13 +86,6 @@ def steep(lrs: Curve, losses: Curve) -> float:
 
 def minimum(lrs: Curve, losses: Curve) -> float:
     """A tenth of the learning rate with the lowest loss.
-
-    Args:
-        lrs: shape (N,), positive and increasing.
-        losses: shape (N,), finite.
-
-    Raises:
-        ValueError: fewer than 2 points, or a curve that is not as above.
 
     Source: fastai 2.8, `minimum`; the advice is that of fastai 0.7's course: well before the minimum, not at it.
 
@@ -123,18 +101,12 @@ def slide(lrs: Curve, losses: Curve, lr_diff: int = 15, thresh: float = 0.005, a
     """The end of the long slide: the last learning rate before the loss stops falling and the curve starts to turn.
 
     An interval of `lr_diff` points slides down from the right end of the curve until the gradients at its two ends (per
-    index, as `numpy.gradient`) differ by no more than `thresh`. The answer is its left end one place before that, times
+    index, as `numpy.gradient`) differ by no more than `thresh`. The answer is its left end one point before that, times
     `adjust_value`; where they never differ by more, the left end it began with.
 
-    Args:
-        lrs: shape (N,), N > lr_diff, positive and increasing.
-        losses: shape (N,), finite.
-        lr_diff: points between the two ends of the interval, at least 1.
-        thresh: in units of the loss per index, so it depends on the loss's scale.
-        adjust_value: factor on the answer.
-
-    Raises:
-        ValueError: fewer than `lr_diff + 1` points (16 by default), `lr_diff` below 1, or a curve that is not as above.
+    lr_diff: points between the two ends of the interval, at least 1; the curve must have more.
+    thresh: in units of the loss per index, so it depends on the loss's scale.
+    adjust_value: factor on the answer.
 
     Source: fastai 2.8, `slide`.
 
@@ -157,11 +129,7 @@ def slide(lrs: Curve, losses: Curve, lr_diff: int = 15, thresh: float = 0.005, a
 
 
 RULES: Mapping[str, Callable[[Curve, Curve], float]] = {
-    "valley": valley,
-    "steep": steep,
-    "minimum": minimum,
-    "slide": slide,
-}
+    "valley": valley, "steep": steep, "minimum": minimum, "slide": slide}
 """The rules by name, the default one first."""
 
 
@@ -170,13 +138,7 @@ def usable(lrs: Curve, losses: Curve, num_it: int) -> tuple[Curve, Curve]:
 
     `[num_it // 10 : -5]`, then cut at the first non-finite point. What is left can be empty.
 
-    Args:
-        lrs: shape (N,).
-        losses: shape (N,), as recorded: N is below `num_it` where the finder stopped early.
-        num_it: learning rates that the finder was asked to try, at least 1.
-
-    Raises:
-        ValueError: `num_it` below 1, or shapes that differ or are not (N,).
+    num_it: learning rates that the finder was asked to try, at least 1; it may have stopped before.
 
     Source: fastai 2.8, `Learner.lr_find`, which cuts at nan only.
 
@@ -200,13 +162,10 @@ def suggestions(lrs: Curve, losses: Curve, num_it: int) -> tuple[dict[str, float
     its level and by more than its noise, every value is None and the reason says so in one line. Otherwise the reason
     is '', and only a rule that does not apply is None: `slide` on fewer than 16 points (call it to be told why).
 
-    Args:
-        lrs: shape (N,), positive and increasing.
-        losses: shape (N,), as recorded; may end in nan or inf.
-        num_it: learning rates that the finder was asked to try.
+    losses: as recorded; may end in nan or inf.
+    num_it: learning rates that the finder was asked to try.
 
-    Returns:
-        A dict of rule name to learning rate or None, in the order of `RULES`, and the reason.
+    Gives a dict of rule name to learning rate or None, in the order of `RULES`, and the reason.
 
     >>> lrs = np.geomspace(1e-7, 1.0, 29)
     >>> found, reason = suggestions(lrs, np.linspace(3.0, 1.0, 29), num_it=29)
@@ -219,20 +178,16 @@ def suggestions(lrs: Curve, losses: Curve, num_it: int) -> tuple[dict[str, float
     try:
         kept_lrs, kept_losses = usable(lrs, losses, num_it)
         if len(kept_losses) < MIN_POINTS:
-            return nothing, (
-                f"{len(kept_losses)} usable points of {len(losses)} recorded, at least {MIN_POINTS} needed: "
-                "raise num_it or lower end_lr"
-            )
+            return nothing, (f"{len(kept_losses)} usable points of {len(losses)} recorded, at least {MIN_POINTS} "
+                             "needed: raise num_it or lower end_lr")
         _curve(kept_lrs, kept_losses)
     except ValueError as problem:
         return nothing, str(problem)
     with np.errstate(all="ignore"):  # losses up to 1e308 are finite; their differences need not be
         fall, needed = largest_fall(kept_losses), needed_fall(kept_losses)
         if not fall > needed:
-            return nothing, (
-                f"no descent: the largest fall of the loss is {fall:.3g}, more than {needed:.3g} is needed; "
-                "try a higher end_lr or a smaller start_lr"
-            )
+            return nothing, (f"no descent: the largest fall of the loss is {fall:.3g}, more than {needed:.3g} is "
+                             "needed; try a higher end_lr or a smaller start_lr")
         return {name: _or_none(rule, kept_lrs, kept_losses) for name, rule in RULES.items()}, ""
 
 

@@ -411,7 +411,8 @@ def test_a_notebook(monkeypatch):
     nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
     pytest.importorskip("ipykernel")
     monkeypatch.delenv("MPLBACKEND")  # as a user's: the kernel draws inline
-    cells = [textwrap.dedent(SCRIPT) + "import minifast.progress\nminifast.progress.REFRESH = 0\nlearn.fit(0.01, 2)",
+    fit = "from minifast.standard import progress\nprogress.REFRESH = 0\nlearn.fit(0.01, 2)"
+    cells = [textwrap.dedent(SCRIPT) + fit,
              "found = learn.lr_find(num_it=40)\nax = learn.recorder.plot()"]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
     nbclient.NotebookClient(notebook, timeout=100, kernel_name="python3").execute()

@@ -79,19 +79,19 @@ def _rebuilt(nest: Any, function: Callable[[Any], Any]) -> Any:
     return nest
 
 
-def describe(nest: Any) -> str:
-    """A nest in words, for error messages.
+def describe(nest: Any, leaf: Callable[[Tensor], str] | None = None) -> str:
+    """A nest in words, for error messages; leaf: gives those for a tensor, None for its dtype and shape.
 
     >>> describe((torch.zeros(64, 3), {"y": torch.zeros(64, dtype=torch.int64)}))
     '(float32 (64, 3), {y: int64 (64,)})'
     """
     if isinstance(nest, Tensor):
-        return f"{str(nest.dtype).removeprefix('torch.')} {tuple(nest.shape)}"
+        return leaf(nest) if leaf else f"{str(nest.dtype).removeprefix('torch.')} {tuple(nest.shape)}"
     if isinstance(nest, Mapping):
-        return "{" + ", ".join(f"{key}: {describe(value)}" for key, value in nest.items()) + "}"
-    if isinstance(nest, (tuple, list)):
-        return "(" + ", ".join(map(describe, nest)) + ")"
-    return type(nest).__name__
+        return "{" + ", ".join(f"{key}: {describe(value, leaf)}" for key, value in nest.items()) + "}"
+    words = ", ".join(describe(part, leaf) for part in (nest if isinstance(nest, (tuple, list)) else tensors(nest)))
+    kind = "" if isinstance(nest, (tuple, list)) else type(nest).__name__
+    return f"{kind}({words})" if words or not kind else kind
 
 
 def join(function: Callable[[list[Any]], Any], nests: list[Any]) -> Any:

@@ -37,7 +37,7 @@ _GLOBAL_HOOKS = tuple(getattr(base, f"_global_optimizer_{when}_hooks", None) for
 # What counts a step on the CPU: of a plain number torch would make a tensor for each parameter.
 _ONE = torch.ones((), dtype=torch.float32, device="cpu")
 
-Parts = list[tuple[dict[str, Any], list[Tensor], list[Tensor], list[dict[str, Any]]]]
+Work = list[tuple[dict[str, Any], list[Tensor], list[Tensor], list[dict[str, Any]]]]  # of each group, see `_work`
 
 
 def updater(opt: Optimizer) -> Callable[[], None]:
@@ -60,12 +60,12 @@ def updater(opt: Optimizer) -> Callable[[], None]:
 
     def update() -> None:
         found_inf = getattr(opt, "found_inf", None)
-        parts = None if _is_watched(opt) else _parts(opt)
-        if parts is None or (found_inf is not None and found_inf.device != device):
+        work = None if _is_watched(opt) else _work(opt)
+        if work is None or (found_inf is not None and found_inf.device != device):
             return opt.step()
         torch.set_grad_enabled(False)  # the fit has it on; a `with` takes as long as a kernel
         try:
-            launch(parts, found_inf)
+            launch(work, found_inf)
         finally:
             torch.set_grad_enabled(True)
         return None
@@ -134,39 +134,39 @@ def _is_watched(opt: Any) -> bool:
                 or getattr(opt, "grad_scale", None) is not None)
 
 
-def _parts(opt: Any) -> Parts | None:
+def _work(opt: Any) -> Work | None:
     """(group, parameters with a gradient, their gradients, their states) of each group; None: let `opt` do it."""
-    parts, is_adam = [], type(opt) is not SGD
+    work, is_adam = [], type(opt) is not SGD
     for group in opt.param_groups:
         params = [p for p in group["params"] if p.grad is not None]
         if not params:
             continue
         grads = [p.grad for p in params]
         states = [opt.state[p] for p in params] if is_adam or group["momentum"] else []
-        if not _is_plain(group) or any([grad.is_sparse for grad in grads]):
+        if not _takes_kernel(group) or any([grad.is_sparse for grad in grads]):
             return None
         if is_adam and not all(states):
             opt._init_group(group, [], [], [], [], [], [])  # makes those that are missing
         if not is_adam and not all([state.get("momentum_buffer") is not None for state in states]):
             return None
-        parts.append((group, params, grads, states))
-    return parts
+        work.append((group, params, grads, states))
+    return work
 
 
-def _is_plain(group: dict[str, Any]) -> bool:
+def _takes_kernel(group: dict[str, Any]) -> bool:
     """Whether a group is to be updated by the kernel, with hyper-parameters that are numbers."""
     return (group["fused"] and not group["differentiable"] and not isinstance(group["lr"], Tensor)
             and not ("betas" in group and isinstance(group["betas"][0], Tensor)))
 
 
-def _launch_adam(parts: Parts, found_inf: Tensor | None) -> None:
-    steps = [[state["step"] for state in states] for _, _, _, states in parts]
+def _launch_adam(work: Work, found_inf: Tensor | None) -> None:
+    steps = [[state["step"] for state in states] for _, _, _, states in work]
     together = [step for of_group in steps for step in of_group]
     if together and together[0].is_cpu:
         torch._foreach_add_(together, _ONE, alpha=1.0)
     elif together:
         torch._foreach_add_(together, 1)
-    for (group, params, grads, states), of_group in zip(parts, steps, strict=True):
+    for (group, params, grads, states), of_group in zip(work, steps, strict=True):
         amsgrad, (beta1, beta2) = group["amsgrad"], group["betas"]
         kernel = torch._fused_adamw_ if group["decoupled_weight_decay"] else torch._fused_adam_
         kernel(params, grads, [state["exp_avg"] for state in states], [state["exp_avg_sq"] for state in states],
@@ -177,8 +177,8 @@ def _launch_adam(parts: Parts, found_inf: Tensor | None) -> None:
         torch._foreach_sub_(together, [found_inf] * len(together))
 
 
-def _launch_sgd(parts: Parts, found_inf: Tensor | None) -> None:
-    for group, params, grads, states in parts:
+def _launch_sgd(work: Work, found_inf: Tensor | None) -> None:
+    for group, params, grads, states in work:
         torch._fused_sgd_(params, grads, [state["momentum_buffer"] for state in states],
                           weight_decay=group["weight_decay"], momentum=group["momentum"], lr=group["lr"],
                           dampening=group["dampening"], nesterov=group["nesterov"], maximize=group["maximize"],

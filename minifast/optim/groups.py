@@ -56,33 +56,34 @@ def split(model: nn.Module, splitter: Splitter = None) -> LayerGroups:
     """The layer groups of `model`: all of its parameters, each in exactly one group.
 
     splitter: None for one group; a callable that returns a list (or a dict by name) of modules, parameters or lists
-    of them; or a dict of group name -> glob or globs over parameter names, in the order of the layers. A parameter
-    that several groups claim (tied weights, overlapping globs) belongs to the first. Raises ValueError that names the
-    parameters left over, a group without parameters, or a model without any.
+    of them; or a dict of group name -> glob or globs over parameter names, in the order of the layers.
+
+    A parameter that several groups claim (tied weights, overlapping globs) belongs to the first. Raises ValueError
+    that names the parameters left over, a group without parameters, or a model without any.
 
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
     >>> split(model, {"body": ["0.*", "1.*"], "head": "2.*"}).names
     ('body', 'head')
     """
-    named = list(model.named_parameters())
+    named = dict(model.named_parameters())
     if not named:
         raise ValueError(f"the model ({type(model).__name__}) has no parameters to train.")
-    if any(is_lazy(p) for _, p in named):
+    if any(map(is_lazy, named.values())):
         raise ValueError(f"the model ({type(model).__name__}) has lazy layers without a shape yet. Call it once on a "
                          "batch before making the Learner.")
     claimed: set[int] = set()
     claims: dict[str, list[nn.Parameter]] = {}
     for name, wanted in _wanted(model, named, splitter).items():
         claims[name] = [p for p in wanted if id(p) not in claimed]
-        claimed |= {id(p) for p in wanted}
+        claimed |= set(map(id, wanted))
         if not claims[name]:
             raise ValueError(f"layer group {name!r} has no parameters of its own. Parameters of this model: "
-                             f"{listed(n for n, _ in named)}.")
-    left = [name for name, p in named if id(p) not in claimed]
+                             f"{listed(named)}.")
+    left = [name for name, p in named.items() if id(p) not in claimed]
     if left:
         raise ValueError(f"{len(left)} of {len(named)} parameters are in no layer group: {listed(left)}. "
                          "Let the splitter name them too, e.g. with a last group '*'.")
-    foreign = claimed - {id(p) for _, p in named}
+    foreign = claimed - set(map(id, named.values()))
     if foreign:
         raise ValueError(f"the splitter names {len(foreign)} parameters that are not the model's.")
     return _group(model, claims)
@@ -98,42 +99,40 @@ def is_norm(module: nn.Module) -> bool:
         module, (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm))
 
 
-def _wanted(model: nn.Module, named: list[tuple[str, nn.Parameter]], splitter: Splitter
-            ) -> dict[str, list[nn.Parameter]]:
+def _wanted(model: nn.Module, named: Mapping[str, nn.Parameter], splitter: Splitter) -> dict[str, list[nn.Parameter]]:
     if splitter is None:
-        return {"model": [p for _, p in named]}
+        return {"model": list(named.values())}
     if isinstance(splitter, Mapping):
         return {str(group): _matching(str(group), globs, named) for group, globs in splitter.items()}
     if not callable(splitter):
         raise TypeError(f"splitter must be a callable, a dict of name -> glob, or None, got {splitter!r:.80}.")
-    parts = splitter(model)
-    if not isinstance(parts, Iterable) or isinstance(parts, str):
-        raise TypeError(f"splitter must return a list or dict of modules or parameter lists, got {parts!r:.80}.")
-    if not isinstance(parts, Mapping):
-        parts = {f"group {i}": part for i, part in enumerate(parts)}
-    return {str(name): _parameters(part) for name, part in parts.items()}
+    given = splitter(model)
+    if not isinstance(given, Iterable) or isinstance(given, str):
+        raise TypeError(f"splitter must return a list or dict of modules or parameter lists, got {given!r:.80}.")
+    by_name = given if isinstance(given, Mapping) else {f"group {i}": group for i, group in enumerate(given)}
+    return {str(name): _parameters(group) for name, group in by_name.items()}
 
 
-def _matching(group: str, given: Any, named: list[tuple[str, nn.Parameter]]) -> list[nn.Parameter]:
+def _matching(group: str, given: Any, named: Mapping[str, nn.Parameter]) -> list[nn.Parameter]:
     globs = [given] if isinstance(given, str) else given
     if not isinstance(globs, (list, tuple)) or not all(isinstance(glob, str) for glob in globs):
         raise TypeError(f"splitter[{group!r}] must be a glob over parameter names or a list of them, got "
                         f"{quoted(given)}.")
     for glob in globs:
-        if not any(fnmatchcase(name, glob) for name, _ in named):
+        if not any(fnmatchcase(name, glob) for name in named):
             raise ValueError(f"layer group {group!r}: no parameter matches {glob!r}. Parameters of this model: "
-                             f"{listed(name for name, _ in named)}.")
-    return [p for name, p in named if any(fnmatchcase(name, glob) for glob in globs)]
+                             f"{listed(named)}.")
+    return [p for name, p in named.items() if any(fnmatchcase(name, glob) for glob in globs)]
 
 
-def _parameters(part: Any) -> list[nn.Parameter]:
-    if isinstance(part, nn.Parameter):
-        return [part]
-    if isinstance(part, nn.Module):
-        return list(part.parameters())
-    if isinstance(part, Iterable) and not isinstance(part, str):
-        return [p for inner in part for p in _parameters(inner)]
-    raise TypeError(f"a splitter returns modules, parameters or lists of them, got a {type(part).__name__}.")
+def _parameters(given: Any) -> list[nn.Parameter]:
+    if isinstance(given, nn.Parameter):
+        return [given]
+    if isinstance(given, nn.Module):
+        return list(given.parameters())
+    if isinstance(given, Iterable) and not isinstance(given, str):
+        return [p for inner in given for p in _parameters(inner)]
+    raise TypeError(f"a splitter returns modules, parameters or lists of them, got a {type(given).__name__}.")
 
 
 def _group(model: nn.Module, claims: dict[str, list[nn.Parameter]]) -> LayerGroups:

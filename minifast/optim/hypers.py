@@ -1,4 +1,4 @@
-"""Hyper-parameters: reading learning rates in every form, and reading and writing them in an optimizer."""
+"""Hyper-parameters of an optimizer: read, written, and put back."""
 from collections.abc import Callable, Iterable, Sequence
 
 from torch.optim import Optimizer
@@ -48,5 +48,3 @@ def keep_hypers(opt: Optimizer, names: Iterable[str]) -> Callable[[], None]:
         for group, values in noted:
             group.update(values)
     return restore
-
-

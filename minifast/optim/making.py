@@ -2,22 +2,20 @@
 import inspect
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn, optim
 from torch.optim import Optimizer
 
 from ..errors import check_device
-
-if TYPE_CHECKING:
-    from .groups import LayerGroup, LayerGroups
+from .groups import LayerGroup, LayerGroups
 
 _MAKE_STATE_AS_THEY_GO = (optim.Adadelta, optim.Adafactor, optim.Adam, optim.Adamax, optim.ASGD, optim.NAdam,
                           optim.RAdam, optim.RMSprop, optim.Rprop, optim.SparseAdam)
 
 
-def make_optimizer(opt_func: Callable[..., Optimizer], model: nn.Module, groups: "LayerGroups", lrs: Sequence[float],
+def make_optimizer(opt_func: Callable[..., Optimizer], model: nn.Module, groups: LayerGroups, lrs: Sequence[float],
                    wd: float | None, wd_norm_bias: bool) -> Optimizer:
     """`opt_func` over all parameters of `model`, fused where optimizer, device and model allow that.
 
@@ -38,13 +36,12 @@ def make_optimizer(opt_func: Callable[..., Optimizer], model: nn.Module, groups:
     return opt
 
 
-def _call(opt_func: Callable[..., Optimizer], param_groups: list[dict[str, Any]], lr: float,
-          model: nn.Module) -> Any:
+def _call(opt_func: Callable[..., Optimizer], param_groups: list[dict[str, Any]], lr: float, model: nn.Module) -> Any:
     if _can_fuse(opt_func, model):
         try:
             return opt_func(param_groups, lr=lr, fused=True)
         except (RuntimeError, TypeError):
-            pass  # this optimizer, device or dtype has no fused kernel: the plain one does the same
+            pass  # this optimizer, device or dtype has no fused kernel: the usual one does the same
     try:
         return opt_func(param_groups, lr=lr)
     except TypeError as error:
@@ -54,10 +51,8 @@ def _call(opt_func: Callable[..., Optimizer], param_groups: list[dict[str, Any]]
 
 def _can_fuse(opt_func: Callable[..., Optimizer], model: nn.Module) -> bool:
     given = opt_func.keywords if isinstance(opt_func, partial) else {}
-    if given.keys() & {"fused", "foreach", "capturable", "differentiable"}:
-        return False  # the user has chosen
-    if given.get("dampening"):
-        return False  # `fill_momentum` would not be exact
+    if given.keys() & {"fused", "foreach", "capturable", "differentiable"} or given.get("dampening"):
+        return False  # the user has chosen; or `fill_momentum` would not be exact
     if any(getattr(module, "sparse", False) for module in model.modules()):
         return False  # an embedding with sparse gradients, which fused kernels do not take
     try:
@@ -73,7 +68,7 @@ def fill_momentum(opt: Optimizer, is_scheduled: bool) -> None:
     Left to itself the fused kernel makes them at the first gradient, and fails where the parameters of a group do not
     all have their first gradient in the same step: thawed layers, or a branch of the model that is taken later.
     """
-    if isinstance(opt, torch.optim.SGD) and opt.defaults.get("fused") and not opt.defaults.get("dampening"):
+    if isinstance(opt, optim.SGD) and opt.defaults.get("fused") and not opt.defaults.get("dampening"):
         groups = [group for group in opt.param_groups if group["momentum"] or is_scheduled]
         for p in (p for group in groups for p in group["params"] if p.requires_grad):
             if opt.state[p].get("momentum_buffer") is None:
@@ -106,7 +101,7 @@ def label_groups(opt: Optimizer, n_groups: int) -> None:
         group["layer_group"] = 0 if n_groups == 1 else i
 
 
-def set_weight_decay(opt: Optimizer, groups: "LayerGroups", wd: float | None, wd_norm_bias: bool) -> None:
+def set_weight_decay(opt: Optimizer, groups: LayerGroups, wd: float | None, wd_norm_bias: bool) -> None:
     """Write the optimizer's own weight decay (None: its default), and 0 for norms and biases unless `wd_norm_bias`."""
     if "weight_decay" not in opt.defaults:
         if wd is not None:
@@ -114,11 +109,11 @@ def set_weight_decay(opt: Optimizer, groups: "LayerGroups", wd: float | None, wd
         return
     undecayed = {id(p) for group in groups for p in group.undecayed}
     for group in opt.param_groups:
-        plain = wd_norm_bias or not all(id(p) in undecayed for p in group["params"])
-        group["weight_decay"] = (opt.defaults["weight_decay"] if wd is None else float(wd)) if plain else 0.0
+        decays = wd_norm_bias or not all(id(p) in undecayed for p in group["params"])
+        group["weight_decay"] = (opt.defaults["weight_decay"] if wd is None else float(wd)) if decays else 0.0
 
 
-def freeze(groups: "LayerGroups", n: int, opt: Optimizer, train_bn: bool) -> None:
+def freeze(groups: LayerGroups, n: int, opt: Optimizer, train_bn: bool) -> None:
     """Freeze groups[:n] and unfreeze groups[n:]; with `train_bn` the norm layers of frozen groups stay trainable.
 
     A frozen parameter has no gradient, and its optimizer state is dropped: years later it would be a stale momentum.
@@ -132,7 +127,7 @@ def freeze(groups: "LayerGroups", n: int, opt: Optimizer, train_bn: bool) -> Non
                 opt.state.pop(p, None)
 
 
-def norms_in_eval(groups: "Iterable[LayerGroup]", train_bn: bool) -> tuple[nn.Module, ...]:
+def norms_in_eval(groups: Iterable[LayerGroup], train_bn: bool) -> tuple[nn.Module, ...]:
     """The norm layers that stay in eval mode while the rest trains: those of frozen groups, unless `train_bn`."""
     return () if train_bn else tuple(norm for group in groups if group.is_frozen for norm in group.norms)
 

@@ -1,5 +1,5 @@
 """Learning rates in every form: checked, and spread over the layer groups."""
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ..errors import check_number, quoted
@@ -9,7 +9,7 @@ LR = float | slice | Sequence[float]  # slices hold floats
 
 
 def check_lr(name: str, lr: Any) -> Any:
-    """`lr` in one of its forms, checked and plain: a float, a slice, or a tuple of floats.
+    """`lr` in one of its forms, checked: a float, a slice, or a tuple of floats.
 
     Raises ValueError for anything that is not finite and > 0, and for a slice that falls.
 
@@ -50,8 +50,10 @@ def spread_lrs(lr: Any, groups: int | Sequence[str], name: str = "lr") -> tuple[
     """One learning rate per layer group, first layers first.
 
     lr: a float for all groups; slice(hi): hi for the last, hi/10 for the others; slice(lo, hi): geometric from lo to
-    hi; a sequence of one value per group. groups: their number or names. Raises ValueError as `check_lr` does, and for
-    a sequence of another length.
+        hi; a sequence of one value per group.
+    groups: their number or names.
+
+    Raises ValueError as `check_lr` does, and for a sequence of another length.
 
     >>> [round(lr, 6) for lr in spread_lrs(slice(1e-4, 1e-2), 3)]
     [0.0001, 0.001, 0.01]
@@ -74,3 +76,16 @@ def spread_lrs(lr: Any, groups: int | Sequence[str], name: str = "lr") -> tuple[
         raise ValueError(f"{name} holds {len(lr)} learning rates for {n} layer group{'s' * (n > 1)}{names}: pass "
                          f"one float, slice(lo, hi) or {n} value{'s' * (n > 1)}.")
     return tuple(lr)
+
+
+def as_written(lr: Any) -> str:
+    """A learning rate in any form, as people write it.
+
+    >>> as_written(3e-3), as_written(slice(1e-5, 1e-3)), as_written([1e-3, 1e-2])
+    ('0.003', 'slice(1e-05, 0.001)', '[0.001, 0.01]')
+    """
+    if isinstance(lr, slice):
+        return f"slice({lr.stop:.4g})" if lr.start is None else f"slice({lr.start:.4g}, {lr.stop:.4g})"
+    if isinstance(lr, Iterable) and getattr(lr, "ndim", 1) != 0:
+        return f"[{', '.join(f'{value:.4g}' for value in lr)}]"
+    return f"{lr:.4g}"

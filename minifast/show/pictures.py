@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 Picture = NDArray[np.uint8]
 POINTS = 8  # size of the titles' font
-LETTER = 0.65 * POINTS / 72  # inches: a rather broad one, so that a line of them stays in its place
+LETTER = 0.65 * POINTS / 72  # inches: a rather broad one, so that a line of them stays over its picture
 LINE = 1.3 * POINTS / 72  # inches
 MOST_LINES = 6  # of a title
-TALLEST = 2.0  # height / width of the place for a picture; a taller one is drawn smaller
+TALLEST = 2.0  # height / width of the room for a picture; a taller one is drawn smaller
 
 
 def are_pictures(x: Any) -> bool:
@@ -71,8 +71,7 @@ def _unit(x: Tensor, shift: Tensor | None, scale: Tensor | None) -> Tensor:
     x = x if scale is None else x * scale
     x = x if shift is None else x + shift
     finite = torch.isfinite(x)
-    is_known = shift is not None or scale is not None
-    if not is_known and (finite & ((x < 0) | (x > 1))).any():
+    if shift is None and scale is None and (finite & ((x < 0) | (x > 1))).any():
         low = torch.where(finite, x, torch.inf).amin((1, 2, 3), keepdim=True)
         high = torch.where(finite, x, -torch.inf).amax((1, 2, 3), keepdim=True)
         x = (x - low) / (high - low).clamp(min=torch.finfo(x.dtype).tiny)
@@ -83,10 +82,11 @@ def grid(pictures: Iterable[Picture], titles: Sequence[str], colors: Sequence[st
          figure: "Figure | None" = None) -> "Figure":
     """Draw `pictures`, each uint8 (height, width, 1 or 3), under their `titles`, in rows and columns; gives the figure.
 
-    titles: one for each; a long one is wrapped to the width of its picture and cut after six lines. colors: of the
-    titles, one for each, None for the usual one. figure: an empty one, or a part of one, that is filled; None: a new
-    one, as large as the number of pictures wants. Raises ValueError for no picture and for titles of another number,
-    TypeError for what is no figure.
+    titles: one for each; a long one is wrapped to the width of its picture and cut after six lines.
+    colors: of the titles, one for each, None for the usual one.
+    figure: an empty one, or a part of one, that is filled; None: a new one, as large as the number of pictures wants.
+
+    Raises ValueError for no picture and for titles of another number, TypeError for what is no figure.
 
     >>> figure = grid(to_pictures(torch.rand(5, 1, 8, 8)), ["a", "b", "c", "d", "e"])
     >>> len(figure.axes)
@@ -105,11 +105,15 @@ def grid(pictures: Iterable[Picture], titles: Sequence[str], colors: Sequence[st
     if figure is not None:
         check_figure(figure)
         side = figure.bbox.width / figure.dpi / columns
-    texts = [_wrapped(title, side) for title in titles]
+    texts = [_wrapped(title, max(4, int(side / LETTER))) for title in titles]
     above = LINE * (0.7 + max(text.count("\n") + 1 for text in texts))
     if figure is None:
-        figure = _new_figure((columns * side, rows * (side * _shape(pictures) + above) + 0.1))
-    panels = figure.subplots(rows, columns, squeeze=False, gridspec_kw=_places(figure, rows, above)).flatten()
+        tallest = min(TALLEST, max(picture.shape[0] / picture.shape[1] for picture in pictures))
+        figure = _new_figure((columns * side, rows * (side * tallest + above) + 0.1))
+    height = figure.bbox.height / figure.dpi
+    panels = figure.subplots(rows, columns, squeeze=False, gridspec_kw={
+        "left": 0.01, "right": 0.99, "bottom": 0.1 / height, "top": max(0.2, 1 - above / height), "wspace": 0.06,
+        "hspace": above / max(0.1, (height - 0.1) / rows - above)}).flatten()
     for ax, picture, text, color in zip(panels, pictures, texts, colors or [None] * n, strict=False):
         ax.imshow(picture, cmap="gray", vmin=0, vmax=255)
         ax.set_title(text, fontsize=POINTS, parse_math=False, **({} if color is None else {"color": color}))
@@ -119,24 +123,15 @@ def grid(pictures: Iterable[Picture], titles: Sequence[str], colors: Sequence[st
     return figure
 
 
-def _shape(pictures: Sequence[Picture]) -> float:
-    """Height / width of the place that each picture gets."""
-    tallest: float = max(picture.shape[0] / picture.shape[1] for picture in pictures)
-    return min(TALLEST, tallest)
-
-
-def _wrapped(title: str, width: float) -> str:
-    """`title` in lines of at most `width` inches. Each of its own lines gets as many of them; what is cut ends in "…".
-    """
-    letters = max(4, int(width / LETTER))
-    parts = title.split("\n")[:MOST_LINES]
-    most = MOST_LINES // len(parts)
+def _wrapped(title: str, letters: int) -> str:
+    """`title` in lines of at most `letters`. Each of its own lines gets as many of them; what is cut ends in "…"."""
+    own = title.split("\n")[:MOST_LINES]
+    most = MOST_LINES // len(own)
     lines: list[str] = []
-    for part in parts:
-        wrapped = textwrap.wrap(part, letters) or [""]
+    for wrapped in (textwrap.wrap(line, letters) or [""] for line in own):
+        lines += wrapped[:most]
         if len(wrapped) > most:
-            wrapped = [*wrapped[:most - 1], wrapped[most - 1][:letters - 1] + "…"]
-        lines += wrapped
+            lines[-1] = lines[-1][:letters - 1] + "…"
     return "\n".join(lines)
 
 
@@ -159,14 +154,6 @@ def _close(number: int | str) -> None:
     import matplotlib.pyplot as plt
     plt.close(number)
     raise NotImplementedError
-
-
-def _places(figure: "Figure", rows: int, above: float) -> dict[str, float]:
-    """Where the grid begins and ends in the figure, and its gaps: room for titles `above` inches high."""
-    height = figure.bbox.height / figure.dpi
-    picture = max(0.1, (height - 0.1) / rows - above)  # inches
-    return {"left": 0.01, "right": 0.99, "bottom": 0.1 / height, "top": max(0.2, 1 - above / height), "wspace": 0.06,
-            "hspace": above / picture}
 
 
 def check_figure(figure: Any) -> None:

@@ -72,51 +72,46 @@ def plot_hypers(columns: Mapping[str, NDArray[np.float64]], names: Sequence[str]
         if i > 1:
             panel.spines["right"].set_position(("axes", 1 + 0.18 * (i - 1)))
         label, curves = LABELS.get(hyper, hyper), column.reshape(len(column), -1).T
+        labels = [label] if len(curves) == 1 else [f"{label}, {name}" for name in names]
+        handles += _draw(panel, np.arange(len(column)), curves, labels, len(handles), linestyle="--" if i else "-")
         panel.set_ylabel(label)
-        handles += _curves(panel, curves, label, names, first_color=len(handles), linestyle="-" if i == 0 else "--")
         peaks = curves.max(axis=1)
         if curves.min() > 0 and peaks.max() > 5 * peaks.min():  # on a linear axis the first layers would look frozen
             panel.set_yscale("log")
         elif i == 0:
             panel.set_ylim(bottom=min(0.0, curves.min()))  # so that a constant rate does not look like a step
     count_on_x(left, STEPS)
-    rows = 0
-    if len(handles) > 1:  # above the axes: inside, it would hide one curve or another
-        left.legend(handles=handles, loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, fontsize="small")
-        rows = -(-len(handles) // 3)
+    rows = _legend(left, handles)
     left.set_title(textwrap.fill(title, 88), fontsize="small", pad=6 + 16 * rows)
     return left
 
 
-def _curves(ax: "Axes", curves: NDArray[np.float64], label: str, names: Sequence[str], first_color: int,
-            linestyle: str) -> list["Line2D"]:
-    """One curve per layer group; gives those that belong in a legend: of many, the first and the last."""
-    n = len(curves)
-    if n == 1:
-        return [line(ax, curves[0], label=label, color=f"C{first_color}", linestyle=linestyle)]
-    from matplotlib import colormaps
-    drawn = [line(ax, curve, label=f"{label}, {names[k]}", linestyle=linestyle,
-                  color=f"C{first_color + k}" if n <= MANY else colormaps["viridis"](k / (n - 1)))
-             for k, curve in enumerate(curves)]
-    return drawn if n <= MANY else [drawn[0], drawn[-1]]
-
-
 def step_curves(steps: NDArray[np.int64], columns: NDArray[np.float64], names: Sequence[str], label: str,
                 ax: "Axes | None" = None) -> "Axes":
-    """Draw the columns of `columns`, (rows, names), against `steps`; one that is all nan is left out.
-
-    Up to 8 are named in a legend above the axes; more of them share a range of colours, and the first and the last
-    are named.
-    """
-    from matplotlib import colormaps
+    """Draw the columns of `columns`, (rows, names), against `steps`; one that is all nan is left out."""
     ax = axes(ax)
-    shown = [(name, column) for name, column in zip(names, columns.T, strict=True) if np.isfinite(column).any()]
-    for k, (name, column) in enumerate(shown):
-        color = f"C{k}" if len(shown) <= MANY else colormaps["viridis"](k / (len(shown) - 1))
-        ax.plot(steps, column, color=color, label=name, linewidth=1, marker="o" if len(steps) == 1 else None)
-    handles = ax.get_lines() if len(shown) <= MANY else [ax.get_lines()[0], ax.get_lines()[-1]]
-    if len(shown) > 1:  # above the axes: inside, it would hide one curve or another
-        ax.legend(handles=handles, loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, fontsize="small")
+    known = [k for k, column in enumerate(columns.T) if np.isfinite(column).any()]
+    _legend(ax, _draw(ax, steps, columns.T[known], [names[k] for k in known], linewidth=1))
     count_on_x(ax, STEPS)
     ax.set_ylabel(label)
     return ax
+
+
+def _draw(ax: "Axes", steps: NDArray[np.int64], curves: NDArray[np.float64], labels: Sequence[str], first: int = 0,
+          **style: Any) -> list["Line2D"]:
+    """One curve per label, colours from number `first` on; gives those for a legend: of many, the first and the last.
+    """
+    from matplotlib import colormaps
+    n, marker = len(labels), "o" if len(steps) == 1 else None
+    drawn = [ax.plot(steps, curve, label=label, marker=marker, **style,
+                     color=f"C{first + k}" if n <= MANY else colormaps["viridis"](k / (n - 1)))[0]
+             for k, (curve, label) in enumerate(zip(curves, labels, strict=True))]
+    return drawn if n <= MANY else [drawn[0], drawn[-1]]
+
+
+def _legend(ax: "Axes", handles: Sequence[Any]) -> int:
+    """Name two or more curves above the axes: inside, that would hide one or another. Gives the number of rows."""
+    if len(handles) < 2:
+        return 0
+    ax.legend(handles=handles, loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, fontsize="small")
+    return -(-len(handles) // 3)

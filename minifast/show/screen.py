@@ -3,9 +3,10 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
-REFRESH = 0.25  # seconds between two looks at the loss, which wait for the device
+REFRESH = 0.25  # seconds between two readings of the loss, which wait for the device
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"  # fits in 80 columns
 BAR_OF_TIME = BAR.replace(" {n_fmt}/{total_fmt}", "")  # of a fit of which only the duration is known
 WIDTH = 120  # characters in a line of the table, where there is no terminal to ask
@@ -39,11 +40,10 @@ class _Lines:
     def close(self) -> None:
         """Take the bar away; the lines stay."""
 
-    def _try(self, write: Any) -> None:
-        if self.is_broken:
-            return
+    def _try(self, write: Callable[[], Any]) -> None:
         try:
-            write()
+            if not self.is_broken:
+                write()
         except (OSError, ValueError) as error:  # a closed pipe, a closed file
             self.is_broken = True
             log.warning("cannot write to standard output (%s): training goes on in silence", error)
@@ -54,7 +54,7 @@ class _Terminal(_Lines):
 
     has_bar = True
 
-    def __init__(self, n_steps: int, form: str) -> None:
+    def __init__(self, n_steps: int, bar_format: str) -> None:
         super().__init__()
         from tqdm import tqdm
 
@@ -62,7 +62,8 @@ class _Terminal(_Lines):
             monitor_interval = 0  # no watching thread: we refresh by the clock ourselves
 
         # delay: the first drawing is ours, with a title
-        self._bar = Bar(total=n_steps, file=sys.stdout, leave=False, dynamic_ncols=True, bar_format=form, delay=1e-9)
+        self._bar = Bar(total=n_steps, file=sys.stdout, leave=False, dynamic_ncols=True, bar_format=bar_format,
+                        delay=1e-9)
 
     def width(self) -> int:
         try:
@@ -87,13 +88,11 @@ class _Notebook(_Lines):
 
     has_bar = True
 
-    def __init__(self, n_steps: int, form: str) -> None:
+    def __init__(self, n_steps: int, bar_format: str) -> None:
         super().__init__()
-        from IPython.display import display
-
-        self._display, self._output = display, None
-        self._n_steps, self._form, self._began = n_steps, form, time.perf_counter()
+        self._n_steps, self._bar_format, self._began = n_steps, bar_format, time.perf_counter()
         self._lines: list[str] = []
+        self._output: Any = None
 
     def line(self, text: str) -> None:
         self._lines.append(text)
@@ -103,7 +102,7 @@ class _Notebook(_Lines):
         from tqdm import tqdm
 
         self._show(tqdm.format_meter(step, self._n_steps, time.perf_counter() - self._began, ncols=100, prefix=title,
-                                     postfix=note, bar_format=self._form))
+                                     postfix=note, bar_format=self._bar_format))
 
     def close(self) -> None:
         if self._lines:
@@ -112,31 +111,23 @@ class _Notebook(_Lines):
             self._output.update({}, raw=True)  # there was only a bar: an output without content shows nothing
 
     def _show(self, bar: str = "") -> None:
-        text = _Text("\n".join([*self._lines, *([bar] if bar else [])]))
+        from IPython.display import display
+
+        text = {"text/plain": "\n".join([*self._lines, *([bar] if bar else [])])}
         if self._output is None:
-            self._output = self._display(text, display_id=True)  # type: ignore[no-untyped-call]
+            self._output = display(text, raw=True, display_id=True)  # type: ignore[no-untyped-call]
         else:
-            self._output.update(text)
+            self._output.update(text, raw=True)
 
 
-class _Text:
-    """Plain text whose repr is itself: a notebook shows and saves it as it is."""
-
-    def __init__(self, text: str) -> None:
-        self.text = text
-
-    def __repr__(self) -> str:
-        return self.text
-
-
-def screen(n_steps: int, form: str) -> _Lines:
+def screen(n_steps: int, bar_format: str) -> _Lines:
     """What there is to write on: a notebook, a terminal with a bar of `n_steps`, or something that takes lines."""
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython else None
     if shell is not None and hasattr(shell, "kernel"):
-        return _Notebook(n_steps, form)
+        return _Notebook(n_steps, bar_format)
     try:
         in_terminal = sys.stdout.isatty()
     except (AttributeError, ValueError):  # no standard output, or a closed one
         in_terminal = False
-    return _Terminal(n_steps, form) if in_terminal else _Lines()
+    return _Terminal(n_steps, bar_format) if in_terminal else _Lines()

@@ -13,8 +13,8 @@ def shown(value: Any) -> str:
     if value is None:
         return ""
     if isinstance(value, float):
-        plain = value == 0 or 1e-3 <= abs(value) < 1e5 or value != value
-        return f"{value:.4f}" if plain else f"{value:.3e}"
+        has_room = value == 0 or 1e-3 <= abs(value) < 1e5 or value != value
+        return f"{value:.4f}" if has_room else f"{value:.3e}"
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
@@ -58,9 +58,7 @@ class Table(list[dict[str, Any]]):
     """
 
     def __repr__(self) -> str:
-        if not self:
-            return "(no rows)"
-        return table(list(self[0]), [list(row.values()) for row in self])
+        return table(list(self[0]), [list(row.values()) for row in self]) if self else "(no rows)"
 
     __str__ = __repr__
 

@@ -2,7 +2,7 @@
 import random
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -19,9 +19,7 @@ from ..optim.rates import LR
 from ..show.screen import say
 from ..standard.progress import Progress
 from ..suggest import Curve
-
-if TYPE_CHECKING:
-    from ..training.trainer import Trainer
+from ..training.trainer import Trainer
 
 # The runs disagree if their suggestions differ by more than a decade. The suggestions aim at a rate well below that of
 # the least loss: "minimum" by a decade. Further apart, one run's peak to train with is another's end of the descent.
@@ -31,16 +29,9 @@ if TYPE_CHECKING:
 MAX_FACTOR = 10.0
 
 
-def find_repeatedly(learn: "Trainer", start_lr: LR = 1e-7, end_lr: LR = 10.0, num_it: int = 100, *, repeats: int = 3,
+def find_repeatedly(learn: Trainer, start_lr: LR = 1e-7, end_lr: LR = 10.0, num_it: int = 100, *, repeats: int = 3,
                     stop_div: bool = True, callbacks: Iterable[Callback] = ()) -> LRFind:
-    """Run `learn.lr_find` `repeats` times from the same weights, with other random numbers each time.
-
-    The first run is the one that `lr_find` makes by itself. The later ones have another seed each, drawn from torch's
-    generator as it stands now, for all global random generators and those of the loaders: another order of the data,
-    other dropout. All of it is undone, however it ends; only the result stays, in `learn.recorder.lr_find`. Costs
-    `repeats * num_it` weight updates and, on top of `lr_find`, one more copy of model and optimizer state.
-
-    The other arguments are those of `lr_find`. Raises ValueError for repeats < 1.
+    """See `Learner.lr_find`, of which this is `repeats > 1`.
 
     >>> from minifast import Learner
     >>> data = [(torch.randn(8, 4), torch.randn(8, 1)) for _ in range(5)]
@@ -78,7 +69,7 @@ def median_of(runs: Sequence[LRFind]) -> LRFind:
     reached = sorted((len(run.lrs) for run in runs), reverse=True)
     n = reached[len(runs) // 2]  # more than half of the runs got that far
     lrs = max((run.lrs for run in runs), key=len)[:n]
-    losses, smooth = _median([run.losses for run in runs], n), _median([run.smooth_losses for run in runs], n)
+    losses, smooth = (_median([getattr(run, name) for run in runs], n) for name in ("losses", "smooth_losses"))
     curves = _stack([run.smooth_losses for run in runs], n, np.nan)
     num_it, ends = runs[0].num_it, Counter(run.stopped for run in runs)
     stopped = next(iter(ends)) if len(ends) == 1 else ", ".join(f"{why} ({k} of {len(runs)} runs)"
@@ -111,8 +102,9 @@ def _stack(columns: Sequence[Curve], n: int, missing: float) -> Curve:
 
 
 def _median(columns: Sequence[Curve], n: int) -> Curve:
+    """Of a run that had stopped, and of what is not a number, as if it lay above all others."""
+    values = _stack(columns, n, np.inf)
     with np.errstate(invalid="ignore"):
-        values = _stack(columns, n, np.inf)
         median: Curve = np.median(np.where(np.isnan(values), np.inf, values), axis=0)
     return median
 
@@ -124,7 +116,6 @@ def _reseed(seed: int, own: Iterable[Any]) -> None:
         if isinstance(generator, torch.Generator):
             generator.manual_seed(seed)
         elif isinstance(generator, np.random.Generator):
-            bits = generator.bit_generator
-            bits.state = type(bits)(seed).state
+            generator.bit_generator.state = type(generator.bit_generator)(seed).state
         elif isinstance(generator, (np.random.RandomState, random.Random)):
             generator.seed(seed)

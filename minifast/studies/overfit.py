@@ -1,18 +1,16 @@
 """Whether a model can learn one batch by heart."""
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..data.dataloaders import DataLoaders
 from ..data.feed import first_batch
 from ..errors import check_int
 from ..optim.rates import check_lr
 from ..standard.finite import Unchecked
-
-if TYPE_CHECKING:
-    from ..training.trainer import Trainer
+from ..training.trainer import Trainer
 
 
-def overfit(learn: "Trainer", steps: int = 100, lr: Any = None) -> list[float]:
-    """Train on one batch for `steps` weight updates and undo it; gives the loss of each; see `Learner.overfit`."""
+def overfit(learn: Trainer, steps: int = 100, lr: Any = None) -> list[float]:
+    """See `Learner.overfit`."""
     steps = check_int("steps", steps, example="overfit(100)")
     lr = learn.lr if lr is None else check_lr("lr", lr)
     learn.check_assigned()
@@ -23,7 +21,7 @@ def overfit(learn: "Trainer", steps: int = 100, lr: Any = None) -> list[float]:
         return overfit_batch(learn, batch, steps, lr)
 
 
-def overfit_batch(learn: "Trainer", batch: Any, steps: int, lr: Any) -> list[float]:
+def overfit_batch(learn: Trainer, batch: Any, steps: int, lr: Any) -> list[float]:
     """The loss of each of `steps` weight updates on `batch` alone, undone."""
     with learn.sandbox():
         learn.dls = DataLoaders([batch] * steps)

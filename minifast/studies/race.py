@@ -1,6 +1,6 @@
 """A race of learning rates: short fits from the same weights on the same batches, and which of them wins."""
 import math
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,18 +19,17 @@ from ..data.feed import feed
 from ..data.loader import valid_sets
 from ..errors import check_int, check_items
 from ..machine.signals import DeferredInterrupt
-from ..optim.rates import spread_lrs
+from ..optim.rates import as_written, spread_lrs
 from ..record.scalars import Ema, ScalarColumn
 from ..schedules.scheduler import Scheduler, last_lr
 from ..show import plots
 from ..show.tables import Table
 from ..standard.finite import FiniteLoss
 from ..standard.progress import Progress
+from ..training.trainer import Trainer
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-    from ..training.trainer import Trainer
 
 Column = NDArray[np.float64]
 STANDARD_ERRORS = 2.0  # how many of them a margin has to exceed
@@ -43,34 +42,30 @@ MIN_COMPARED = 5  # steps, below which there is no telling how much the losses s
 class Race:
     """What a race of learning rates came to; prints as a table and a sentence.
 
-    lrs: the candidates as they were given. losses: training loss of each step, float64 (candidates, steps). rows: one
-    per candidate, in their order: lr, train_loss (the mean over the last quarter of the steps), valid_loss (if there
-    is validation data), behind (train_loss minus the lowest one), noise (the standard error of that), result. winner:
-    one of `lrs`, or None. verdict: who wins, or why nobody does.
+    rows: one per candidate: lr, train_loss (the mean over the last quarter of the steps), valid_loss (if there is
+    validation data), behind (train_loss minus the lowest one), noise (the standard error of that), result.
     """
 
-    lrs: tuple[Any, ...]
-    losses: Column
-    rows: Table
-    winner: Any
-    verdict: str
+    lrs: tuple[Any, ...]  # the candidates as they were given
+    losses: Column  # training loss of each step, (candidates, steps)
+    rows: Table  # in the order of the candidates
+    winner: Any  # one of `lrs`, or None
+    verdict: str  # who wins, or why nobody does
 
     def plot(self, *, ax: "Axes | None" = None) -> "Axes":
         """Draw the smoothed training loss of every candidate against the step; the winner's line is thick."""
         ax = plots.axes(ax)
         beta = max(0.0, min(0.98, 1 - 10 / self.losses.shape[1]))  # over a tenth of the steps
-        seen = []
+        seen = [0.0]  # what must stay in sight: where each begins, and all of the best
         for lr, losses, row in zip(self.lrs, self.losses, self.rows, strict=True):
-            ema = Ema(beta)
-            smooth = np.array([ema.add(loss) for loss in losses])
-            smooth[~np.isfinite(losses)] = np.nan
-            label = f"{name_of(lr)}: {row['result']}" if row["result"] else name_of(lr)
-            plots.line(ax, smooth, label=label, linewidth=2.5 if row["result"] == "wins" else 1.3)
-            seen += [smooth[0], smooth.max()] if row["behind"] == 0 else [smooth[0]]
-        top = max((value for value in seen if np.isfinite(value)), default=0.0)
-        if ax.get_ylim()[1] > 2 * top > 0:  # an explosion would flatten all others: show where it leaves
-            lowest = ax.get_ylim()[0] if np.nanmin(self.losses) < 0 else 0.0
-            ax.set_ylim(lowest, 1.5 * top)
+            ema, result = Ema(beta), row["result"]
+            smooth = np.where(np.isfinite(losses), [ema.add(loss) for loss in losses], np.nan)
+            plots.line(ax, smooth, label=f"{as_written(lr)}: {result}" if result else as_written(lr),
+                       linewidth=2.5 if result == "wins" else 1.3)
+            seen += list(smooth) if row["behind"] == 0 else [smooth[0]]
+        top, (bottom, highest) = np.nanmax(seen), ax.get_ylim()
+        if highest > 2 * top > 0:  # an explosion would flatten all others: show where it leaves
+            ax.set_ylim(bottom if np.nanmin(self.losses) < 0 else 0.0, 1.5 * top)
         plots.count_on_x(ax, plots.STEPS)
         ax.set_ylabel("training loss (smoothed)")
         ax.legend(title="learning rate")
@@ -84,36 +79,9 @@ class Race:
     __repr__ = __str__
 
 
-def race(learn: "Trainer", lrs: Iterable[Any], steps: int = 100, *, schedule: Scheduler | None = None,
+def race(learn: Trainer, lrs: Iterable[Any], steps: int = 100, *, schedule: Scheduler | None = None,
          callbacks: Iterable[Callback] = ()) -> Race:
-    """Train shortly with each of `lrs`, from the same weights on the same batches, and say which wins.
-
-    lrs: two or more candidates, each in a form of a learning rate: float, slice(hi), slice(lo, hi), or one value per
-    layer group. steps: weight updates of each, >= 1, over as many passes as that takes. schedule: None for a constant
-    rate, or one without a peak of its own, such as OneCycle(), over these steps. callbacks: as in `lr_find`, only those
-    with `in_lr_find = True` run, of these and of the learner's; they hear of one epoch.
-
-    Each candidate sees the same random numbers too, and is validated once at the end (of several sets, on the first).
-    All of it is undone, however it ends, as `learn.sandbox` does. Costs len(lrs) * steps + 10 weight updates (10 show
-    the starting loss), a copy of model and optimizer state in memory, and no file.
-
-    The winner has the lowest mean training loss over the last quarter of the steps. Since the batches are the same, its
-    margin is compared with the standard error of the differences step by step, raised for differences that hang
-    together (lag-1 autocorrelation): it has to exceed 2 of these against every other candidate, and no candidate may
-    have a validation loss that is lower by as much (the differences are then those of the batches; a single one says
-    nothing). Otherwise there is no clear winner. That noise is of this start and these batches: another order of the
-    data can decide otherwise. A candidate has diverged if a loss is not finite, or the mean over a quarter of the steps
-    exceeds 4 times the loss of the starting weights.
-
-    Raises ValueError for fewer than 2 candidates, two that are the same, steps < 1, or one-pass data.
-
-    >>> from minifast import Learner
-    >>> data = [(torch.eye(4), torch.ones(4, 1))] * 5
-    >>> model = torch.nn.Linear(4, 1)
-    >>> learn = Learner(model, (data, None), torch.nn.MSELoss(), opt_func=torch.optim.SGD, verbose=False)
-    >>> race(learn, [1e-3, 1e-1, 1e3], steps=20).winner
-    0.1
-    """
+    """See `Learner.race`."""
     candidates = _check_candidates(learn, lrs)
     steps = check_int("steps", steps, example="race([1e-3, 1e-2], steps=100)")
     if schedule is not None and not isinstance(schedule, Scheduler):
@@ -125,10 +93,10 @@ def race(learn: "Trainer", lrs: Iterable[Any], steps: int = 100, *, schedule: Sc
     check_loader(learn.dls.train, 1, learn.model.modules())
     for _, loader in valid_sets(learn.dls.valid)[:1]:
         check_valid(loader)
-    start = _run(learn, STANDSTILL, min(steps, START_STEPS), [], running, "race", validates=False)
+    start = _run(learn, STANDSTILL, min(steps, START_STEPS), [], running, "race", validates=False).losses.read()
     runs = [_run(learn, lr, steps, [schedule] if schedule else [], running, f"race {k + 1}/{len(candidates)}")
             for k, lr in enumerate(candidates)]
-    return _judge(candidates, runs, _level(start))
+    return _judge(candidates, runs, float(np.abs(start).mean()) if len(start) else math.nan)
 
 
 class _Watch(Callback):
@@ -153,30 +121,23 @@ class _Watch(Callback):
 
 
 class _Passes:
-    """One pass over `loader` after another, as one pass without end."""
+    """One pass over `loader` after another, as one pass without end; `close` ends the workers of the newest."""
 
     def __init__(self, loader: Iterable[Batch]) -> None:
         self._loader = loader
-        self._open: list[Generator[Batch, None, None]] = []
+        self.close: Callable[[], None] = lambda: None
 
-    def __iter__(self) -> Generator[Batch, None, None]:
-        while True:
+    def __iter__(self) -> Iterator[Batch]:
+        is_empty = False
+        while not is_empty:  # or this would never end
             batches = feed(self._loader, torch.device("cpu"), None, DeferredInterrupt(), "the training data")
-            self._open = [batches]
-            is_empty = True
+            self.close, is_empty = batches.close, True
             for batch in batches:
                 is_empty = False
                 yield batch
-            if is_empty:  # or this would never end
-                return
-
-    def close(self) -> None:
-        """End the worker processes of the pass that was left in the middle."""
-        for batches in self._open:
-            batches.close()
 
 
-def _run(learn: "Trainer", lr: Any, steps: int, schedule: list[Scheduler], running: list[Callback],
+def _run(learn: Trainer, lr: Any, steps: int, schedule: list[Scheduler], running: list[Callback],
          title: str, validates: bool = True) -> _Watch:
     """One candidate's fit, in a sandbox: leaving it also puts the random generators back for the next one."""
     watch = _Watch()
@@ -191,7 +152,7 @@ def _run(learn: "Trainer", lr: Any, steps: int, schedule: list[Scheduler], runni
     return watch
 
 
-def _check_candidates(learn: "Trainer", lrs: Any) -> tuple[Any, ...]:
+def _check_candidates(learn: Trainer, lrs: Any) -> tuple[Any, ...]:
     candidates = tuple(check_items("lrs", lrs, "a list of learning rates", example="race([1e-3, 3e-3, 1e-2])"))
     if len(candidates) < 2:
         raise ValueError(f"lrs must hold at least 2 learning rates, got {len(candidates)}. "
@@ -200,25 +161,13 @@ def _check_candidates(learn: "Trainer", lrs: Any) -> tuple[Any, ...]:
     for i, values in enumerate(spread):
         first = spread.index(values)
         if first < i:
-            raise ValueError(f"lrs[{first}] and lrs[{i}] are the same learning rate, {name_of(candidates[i])}. "
+            raise ValueError(f"lrs[{first}] and lrs[{i}] are the same learning rate, {as_written(candidates[i])}. "
                              "Leave one of them out.")
     return candidates
 
 
-def name_of(lr: Any) -> str:
-    """A learning rate in any form, as people write it.
-
-    >>> name_of(3e-3), name_of(slice(1e-5, 1e-3)), name_of([1e-3, 1e-2])
-    ('0.003', 'slice(1e-05, 0.001)', '[0.001, 0.01]')
-    """
-    if isinstance(lr, slice):
-        return f"slice({lr.stop:.4g})" if lr.start is None else f"slice({lr.start:.4g}, {lr.stop:.4g})"
-    if np.ndim(lr):
-        return f"[{', '.join(f'{value:.4g}' for value in lr)}]"
-    return f"{lr:.4g}"
-
-
 def _judge(lrs: tuple[Any, ...], runs: Sequence[_Watch], start: float) -> Race:
+    """The result of `runs`, one per candidate; start: the size of the loss of the starting weights."""
     n_steps = min(len(run.losses) for run in runs)  # a callback may end a fit early
     if n_steps == 0:
         raise RuntimeError("a callback ended a fit before its first weight update: there is nothing to compare.")
@@ -238,14 +187,9 @@ def _judge(lrs: tuple[Any, ...], runs: Sequence[_Watch], start: float) -> Race:
         result = "wins" if k == winner else "diverged" if diverged[k] else ""
         valid = {} if run.valid_loss is None else {"valid_loss": run.valid_loss}
         behind = math.nan if best is None else float(means[k] - means[best])
-        rows.append({"lr": name_of(lr), "train_loss": float(means[k])} | valid
+        rows.append({"lr": as_written(lr), "train_loss": float(means[k])} | valid
                     | {"behind": behind, "noise": noises[k], "result": result})
     return Race(lrs, losses, rows, None if winner is None else lrs[winner], verdict)
-
-
-def _level(start: _Watch) -> float:
-    losses = np.abs(start.losses.read())
-    return float(losses.mean()) if len(losses) else math.nan
 
 
 def _decide(lrs: tuple[Any, ...], runs: Sequence[_Watch], means: Column, noises: Sequence[float],
@@ -256,7 +200,7 @@ def _decide(lrs: tuple[Any, ...], runs: Sequence[_Watch], means: Column, noises:
     if not ranking:
         return None, "no winner: all of them diverged; try smaller learning rates"
     best, *others = ranking
-    name, unclear = name_of(lrs[best]), "no clear winner: "
+    name, unclear = as_written(lrs[best]), "no clear winner: "
     if others and n_compared < MIN_COMPARED:
         return None, (f"{unclear}{n_compared} step{'s' * (n_compared > 1)} in the last quarter cannot tell a margin "
                       f"from noise; take steps={4 * MIN_COMPARED} or more")
@@ -265,13 +209,13 @@ def _decide(lrs: tuple[Any, ...], runs: Sequence[_Watch], means: Column, noises:
     for k in others:
         behind = float(means[k] - means[best])
         if not behind > STANDARD_ERRORS * noises[k]:
-            return None, (f"{unclear}{name} has the lowest training loss, but {name_of(lrs[k])} is behind by only "
+            return None, (f"{unclear}{name} has the lowest training loss, but {as_written(lrs[k])} is behind by only "
                           f"{behind:.2g}, with a noise of {noises[k]:.2g}; take either, or more steps")
     for k in others:
         ahead = runs[best].valid_losses.read() - runs[k].valid_losses.read()  # > 0: k has the lower one
         if len(ahead) and not ahead.mean() <= STANDARD_ERRORS * _noise(ahead):
-            return None, (f"{unclear}{name} has the lowest training loss, but {name_of(lrs[k])} a validation loss of "
-                          f"{runs[k].valid_loss:.4g} against {runs[best].valid_loss:.4g}; take more steps")
+            return None, (f"{unclear}{name} has the lowest training loss, but {as_written(lrs[k])} a validation loss "
+                          f"of {runs[k].valid_loss:.4g} against {runs[best].valid_loss:.4g}; take more steps")
     gone = len(lrs) - len(ranking)
     peaks = [last_lr(lr) for lr in lrs]
     hint = ("; it is the highest: a higher one may do better" if peaks[best] == max(peaks) else
@@ -279,8 +223,8 @@ def _decide(lrs: tuple[Any, ...], runs: Sequence[_Watch], means: Column, noises:
     if not others:
         return best, f"{name} wins: {'the other' if gone == 1 else f'all {gone} others'} diverged{hint}"
     second = others[0]
-    return best, (f"{name} wins: the next, {name_of(lrs[second])}, is behind by {means[second] - means[best]:.2g} in "
-                  f"training loss, with a noise of {noises[second]:.2g}{hint}")
+    return best, (f"{name} wins: the next, {as_written(lrs[second])}, is behind by {means[second] - means[best]:.2g} "
+                  f"in training loss, with a noise of {noises[second]:.2g}{hint}")
 
 
 def _noise(differences: Column) -> float:

@@ -1,10 +1,10 @@
-"""What a look over a Learner has found."""
+"""What `learn.check()` has found."""
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at. level: "ok", "note" (worth knowing), "problem"."""
+    """One thing that was checked. level: "ok", "note" (worth knowing), "problem"."""
 
     level: str
     what: str

@@ -1,8 +1,8 @@
 """What a model is made of, what one batch makes of it, and how much memory that takes."""
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +16,8 @@ from ..data.dataloaders import as_dataloaders
 from ..data.feed import feed
 from ..data.loader import generators, second_copy
 from ..machine.signals import DeferredInterrupt
-from ..show.tables import table
-
-if TYPE_CHECKING:
-    from ..training.trainer import Trainer
+from ..show.tables import shown, table
+from ..training.trainer import Trainer
 
 MOST_LINES = 60  # of a printed table: a longer model is shown by its outer modules
 ROOT = "(model)"  # the name of the model among its modules
@@ -29,27 +27,22 @@ ROOT = "(model)"  # the name of the model among its modules
 class Summary:
     """The layers of a model and their totals; prints as a table.
 
-    rows: one dict per layer (a module without children, or with parameters of its own), in the order of the model:
-    layer (dotted name), type, output (shape of its first output for one batch; "not run" if it had none), parameters,
-    trainable. A module or parameter that is used twice is counted where it comes first.
-
-    Bytes: `parameter_bytes`; `gradient_bytes`, of the trainable ones; `buffer_bytes`; `activation_bytes`, of all
-    outputs of all modules in a forward pass of one batch, each piece of memory once (what functions between the modules
-    keep for the backward pass is not seen); `optimizer_bytes`, of the state that the optimizer has after its first
-    step with the hyper-parameters of now, None where that cannot be told.
+    A module or parameter that is used twice is counted where it comes first. Each piece of memory counts once.
     """
 
     model: str
     inputs: str
+    # One per layer, a module without children or with parameters of its own, in the order of the model: layer (dotted
+    # name), type, output (shape of its first output for one batch; "not run" if it had none), parameters, trainable.
     rows: list[dict[str, Any]]
     outer: dict[str, tuple[str, str]]  # of all modules: name -> (type, output)
     n_parameters: int
     n_trainable: int
     parameter_bytes: int
-    gradient_bytes: int
+    gradient_bytes: int  # of the trainable parameters
     buffer_bytes: int
-    activation_bytes: int
-    optimizer_bytes: int | None
+    activation_bytes: int  # of all modules' outputs for one batch; what functions between them keep is not seen
+    optimizer_bytes: int | None  # of its state after a first step as it is now; None: that cannot be told
 
     def __repr__(self) -> str:
         rows, depth = self._shown()
@@ -57,23 +50,19 @@ class Summary:
             list(row.values()) for row in rows])]
         if len(rows) < len(self.rows):
             lines.append(f"{len(self.rows)} layers, shown to depth {depth}: `.rows` holds all")
-        state = "unknown" if self.optimizer_bytes is None else _size(self.optimizer_bytes)
-        totals = [["parameters", f"{self.n_parameters:,}", _size(self.parameter_bytes)],
-                  ["trainable, and their gradients", f"{self.n_trainable:,}", _size(self.gradient_bytes)],
-                  ["buffers", "", _size(self.buffer_bytes)],
-                  ["outputs of all modules, one batch", "", _size(self.activation_bytes)],
-                  ["optimizer state after a step", "", state]]
-        widths = [max(len(row[i]) for row in totals) for i in range(3)]
-        lines += [f"{name.ljust(widths[0])}  {count.rjust(widths[1])}  {size.rjust(widths[2])}"
-                  for name, count, size in totals]
+        for name, count, size in (("parameters", self.n_parameters, self.parameter_bytes),
+                                  ("trainable, and their gradients", self.n_trainable, self.gradient_bytes),
+                                  ("buffers", None, self.buffer_bytes),
+                                  ("outputs of all modules, one batch", None, self.activation_bytes),
+                                  ("optimizer state after a step", None, self.optimizer_bytes)):
+            lines.append(f"{name:33}  {shown(count):>14}  {'unknown' if size is None else _size(size):>13}")
         return "\n".join(lines)
 
     __str__ = __repr__
 
     def _shown(self) -> tuple[list[dict[str, Any]], int]:
         """The rows, merged into their outer modules as far as that takes to be few; and how deep they then are."""
-        depth = max(row["layer"].count(".") + 1 for row in self.rows)
-        rows = self.rows
+        depth, rows = max(row["layer"].count(".") + 1 for row in self.rows), self.rows
         while len(rows) > MOST_LINES and depth > 1:
             depth -= 1
             rows = self._merged(depth)
@@ -84,46 +73,40 @@ class Summary:
         for row in self.rows:
             name = ".".join(row["layer"].split(".")[:depth])
             kind, output = self.outer[name]
-            into = merged.setdefault(name, {"layer": name, "type": kind, "output": output,
-                                            "parameters": 0, "trainable": 0})
-            into["parameters"] += row["parameters"]
-            into["trainable"] += row["trainable"]
+            sums = merged.setdefault(name, {"layer": name, "type": kind, "output": output, "parameters": 0,
+                                            "trainable": 0})
+            sums["parameters"] += row["parameters"]
+            sums["trainable"] += row["trainable"]
         return list(merged.values())
 
 
-def summary(learn: "Trainer") -> Summary:
-    """Run one batch of the training data through the model of `learn`, in eval mode, and say what came out.
-
-    Modes, buffers and random generators, those of the loaders too, are put back; nothing is trained. All outputs of
-    the batch are held at once, as training would. Raises ValueError for data that is an iterator, good for one pass
-    (the batch would be missing from training), and for data without a batch.
-    """
+def summary(learn: Trainer) -> Summary:
+    """See `Learner.summary`."""
     model, data = learn.model, second_copy(as_dataloaders(learn.model, learn.dls).train)
-    modules = {name: module for name, module in model.named_modules()}
-    layers = [name for name, module in modules.items()
-              if not list(module.children()) or list(module.parameters(recurse=False))]
+    modules = dict(model.named_modules())
     with _as_it_was(model, data), closing(feed(data, learn.device, 1, DeferredInterrupt())) as batches:
-        for batch in batches:
-            inputs, _ = learn.unpack(batch)
-            outputs, held = _run(model, modules, inputs)
-            break
-        else:
+        batch = next(batches, None)
+        if batch is None:
             raise ValueError(f"there is nothing to run: the training data ({type(data).__name__}) yielded 0 batches.")
+        inputs, _ = learn.unpack(batch)
+        outputs, held = _run(model, modules, inputs)
         activations = _distinct_bytes(held, [*model.parameters(), *model.buffers(), *tensors(batch)])
+    outer = {name or ROOT: (type(module).__name__, outputs.get(name, "not run")) for name, module in modules.items()}
     rows, seen = [], set[int]()
-    for name in layers:
-        own = [p for p in modules[name].parameters(recurse=False) if id(p) not in seen]
-        seen |= {id(p) for p in own}
-        rows.append({"layer": name or ROOT, "type": type(modules[name]).__name__,
-                     "output": outputs.get(name, "not run"), "parameters": sum(p.numel() for p in own),
-                     "trainable": sum(p.numel() for p in own if p.requires_grad)})
-    params = list(model.parameters())
-    trainable = [p for p in params if p.requires_grad]
+    for name, module in modules.items():
+        params = list(module.parameters(recurse=False))
+        if params or not list(module.children()):
+            own = [p for p in params if id(p) not in seen]
+            seen |= set(map(id, own))
+            kind, output = outer[name or ROOT]
+            rows.append({"layer": name or ROOT, "type": kind, "output": output,
+                         "parameters": sum(p.numel() for p in own),
+                         "trainable": sum(p.numel() for p in own if p.requires_grad)})
+    trainable = [p for p in model.parameters() if p.requires_grad]
     return Summary(
-        type(model).__name__, describe(inputs), rows,
-        {name or ROOT: (type(module).__name__, outputs.get(name, "not run")) for name, module in modules.items()},
-        sum(p.numel() for p in params), sum(p.numel() for p in trainable), sum(map(_n_bytes, params)),
-        sum(map(_n_bytes, trainable)), sum(map(_n_bytes, model.buffers())), activations, state_bytes(learn.opt))
+        type(model).__name__, describe(inputs), rows, outer, sum(p.numel() for p in model.parameters()),
+        sum(p.numel() for p in trainable), sum(map(_n_bytes, model.parameters())), sum(map(_n_bytes, trainable)),
+        sum(map(_n_bytes, model.buffers())), activations, state_bytes(learn.opt))
 
 
 @contextmanager
@@ -153,7 +136,7 @@ def _run(model: nn.Module, modules: dict[str, nn.Module], inputs: Any) -> tuple[
     held: list[Tensor] = []
 
     def note(module: nn.Module, inputs: Any, output: Any) -> None:
-        shapes.setdefault(names[module], _shape(output))
+        shapes.setdefault(names[module], describe(output, lambda tensor: str(tuple(tensor.shape))))
         held.extend(tensors(output))
 
     with hook_outputs(modules.values(), note):
@@ -165,30 +148,14 @@ def _run(model: nn.Module, modules: dict[str, nn.Module], inputs: Any) -> tuple[
     return shapes, held
 
 
-def _shape(nest: Any) -> str:
-    """A nest of tensors by their shapes.
-
-    >>> _shape((torch.zeros(4, 3), {"hidden": torch.zeros(2)}))
-    '((4, 3), {hidden: (2,)})'
-    """
-    if isinstance(nest, Tensor):
-        return str(tuple(nest.shape))
-    if isinstance(nest, Mapping):
-        return "{" + ", ".join(f"{key}: {_shape(value)}" for key, value in nest.items()) + "}"
-    if isinstance(nest, (tuple, list)):
-        return "(" + ", ".join(map(_shape, nest)) + ")"
-    inner = list(tensors(nest))
-    return f"{type(nest).__name__}({', '.join(map(_shape, inner))})" if inner else type(nest).__name__
-
-
 def _distinct_bytes(held: list[Tensor], known: list[Tensor]) -> int:
     """Bytes behind `held`: views and in-place results of one another, or of `known`, cost nothing."""
-    memory = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
-              for tensor in held if tensor.layout is torch.strided}
-    for tensor in known:
-        if tensor.layout is torch.strided:
-            memory.pop(tensor.untyped_storage().data_ptr(), None)
-    return sum(memory.values())
+    def memory(of: list[Tensor]) -> dict[int, int]:
+        return {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+                for tensor in of if tensor.layout is torch.strided}
+
+    mine = memory(held)
+    return sum(mine[at] for at in mine.keys() - memory(known).keys())
 
 
 def _n_bytes(tensor: Tensor) -> int:

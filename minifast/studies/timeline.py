@@ -1,9 +1,10 @@
 """What happens in a few batches of a fit: who is called when, what it changes, and where the time goes."""
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.optim import Optimizer
@@ -17,9 +18,7 @@ from ..data.waiting import SHARE, remedies
 from ..errors import check_flag, check_int, check_text
 from ..show.tables import shown, table
 from ..training import fitting
-
-if TYPE_CHECKING:
-    from ..training.trainer import Trainer
+from ..training.trainer import Trainer
 
 WARM_UP = 3  # batches
 # What the loop does before each event of a batch.
@@ -78,24 +77,18 @@ class Profile:
     __str__ = __repr__
 
 
-def trace(learn: "Trainer", n: int = 2, *, callbacks: Iterable[Callback] = (), accumulate: int = 1) -> Trace:
-    """Run `n` training batches and as many of validation, and undo them; gives what happened."""
+def trace(learn: Trainer, n: int = 2, *, callbacks: Iterable[Callback] = (), accumulate: int = 1) -> Trace:
+    """See `Learner.trace`."""
     return Trace(_run(learn, check_int("n", n), callbacks, accumulate, _TracingEmitter))
 
 
-def profile(learn: "Trainer", n: int = 50, *, callbacks: Iterable[Callback] = (), accumulate: int = 1,
+def profile(learn: Trainer, n: int = 50, *, callbacks: Iterable[Callback] = (), accumulate: int = 1,
             ops: bool = False) -> Profile:
-    """Run `n` training batches (one pass at most) and as many of validation, and undo them; gives where the time went.
-
-    The first `WARM_UP` batches, in which much is done for the first time, are not counted where there are enough.
-    """
-    n, table_of_ops = check_int("n", n), ""
-    if check_flag("ops", ops):
-        from torch.profiler import profile as torch_profile
-        with torch_profile() as profiler:
-            moments = _run(learn, n, callbacks, accumulate, _TimingEmitter)
-        table_of_ops = profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=15)
-    else:
+    """See `Learner.profile`."""
+    n, profiler = check_int("n", n), None
+    with ExitStack() as stack:
+        if check_flag("ops", ops):
+            profiler = stack.enter_context(torch.profiler.profile())
         moments = _run(learn, n, callbacks, accumulate, _TimingEmitter)
     last = max((moment.batch_index for moment in moments), default=-1)
     first = min(WARM_UP, max(0, last - WARM_UP))
@@ -106,20 +99,21 @@ def profile(learn: "Trainer", n: int = 50, *, callbacks: Iterable[Callback] = ()
         sums.setdefault((moment.event if moment.callback is None else "", moment.callback), []).append(moment.seconds)
     rows = [{"what": what, "callback": name, "calls": len(seconds), "seconds": sum(seconds),
              "share": sum(seconds) / total if total else 0.0} for (what, name), seconds in sums.items()]
-    batches = sum(moment.event == WORK["before_batch"] for moment in moments)
-    found = Profile(sorted(rows, key=lambda row: -float(row["share"])), total, batches, table_of_ops)
+    found = Profile(sorted(rows, key=lambda row: -float(row["share"])), total,
+                    sum(moment.event == WORK["before_batch"] for moment in moments),
+                    profiler.key_averages().table("self_cpu_time_total", row_limit=15) if profiler else "")
     return replace(found, advice=_advice(found.share(WORK["before_batch"]), learn))
 
 
-def _advice(share: float, learn: "Trainer") -> str:
+def _advice(share: float, learn: Trainer) -> str:
     remedy = remedies(learn.dls.train, learn.device) if share >= SHARE else ""
     # here the device is waited for after each piece of work; in a fit it may have some left while batches are made
     goes = "goes into" if learn.device.type == "cpu" else "would go into, if the device did nothing meanwhile,"
     return remedy and f"{100 * share:.0f} % of the time {goes} waiting for data: {remedy}"
 
 
-def _run(learn: "Trainer", n: int, callbacks: Iterable[Callback], accumulate: int, emitter: type["_TimingEmitter"]
-         ) -> list[Moment]:
+def _run(learn: Trainer, n: int, callbacks: Iterable[Callback], accumulate: int,
+         emitter: type["_TimingEmitter"]) -> list[Moment]:
     with learn.sandbox(callbacks := check_callbacks(callbacks, "callbacks")):
         learn.callbacks = [cb for cb in learn.callbacks if cb.in_sandbox]  # the others would write over their files
         callbacks = [cb for cb in callbacks if cb.in_sandbox]
@@ -155,52 +149,40 @@ class _TimingEmitter(Emitter):
         self._left = time.perf_counter()
 
     def __call__(self, event: Event) -> None:
-        name = event.__name__
-        if name in WORK:
-            self._note(WORK[name], None, "", self._now() - self._left)
-        hooks = self.hooks[event]
-        for hook in hooks:
-            self.hooks[event] = (hook,)
-            try:
-                self._timed(name, type(getattr(hook, "__self__", hook)).__name__, lambda: Emitter.__call__(self, event))
-            finally:
-                self.hooks[event] = hooks
-        self._left = self._now()
+        if event.__name__ in WORK:
+            self._note(WORK[event.__name__], None, "", self._now() - self._left)
+        for cb in self.callbacks:
+            self._call(event, cb)
 
     def _call(self, event: Event, cb: Callback) -> None:
-        if getattr(type(cb), event.__name__) is not event:
-            self._timed(event.__name__, type(cb).__name__, lambda: Emitter._call(self, event, cb))
+        if getattr(cb, event.__name__) in self.hooks[event]:
+            before, began = self._values(), self._now()
+            try:
+                super()._call(event, cb)
+            finally:
+                seconds = self._now() - began
+                self._note(event.__name__, type(cb).__name__, _changes(before, self._values()), seconds)
         self._left = self._now()
-
-    def _timed(self, event: str, callback: str, call: Any) -> None:
-        before, began = self._look(), self._now()
-        try:
-            call()
-        finally:
-            seconds = self._now() - began
-            self._note(event, callback, self._difference(before), seconds)
 
     def _note(self, event: str, callback: str | None, changed: str, seconds: float) -> None:
         state = self.state
         self.moments.append(Moment(event, callback, changed, seconds, state.epoch, state.step,
-                                 -1 if event in ("before_fit", "after_fit") else state.batch_index))
+                                   -1 if event in ("before_fit", "after_fit") else state.batch_index))
 
     def _now(self) -> float:
         if self._waits:
             torch.accelerator.synchronize(self.state.device)
         return time.perf_counter()
 
-    def _look(self) -> Any:
-        return None
-
-    def _difference(self, before: Any) -> str:
-        return ""
+    def _values(self) -> dict[str, Any]:
+        """What a callback may change."""
+        return {}
 
 
 class _TracingEmitter(_TimingEmitter):
     """Notes what each callback changed, too."""
 
-    def _look(self) -> dict[str, Any]:
+    def _values(self) -> dict[str, Any]:
         state = self.state
         fields = {name: getattr(state, name) for name in state.__dataclass_fields__ if hasattr(state, name)}
         fields["metrics"] = dict(fields.get("metrics", {}))
@@ -209,11 +191,6 @@ class _TracingEmitter(_TimingEmitter):
             "weights": [p._version for p in params], "requires_grad": [p.requires_grad for p in params],
             "gradients": [None if p.grad is None else (id(p.grad), p.grad._version) for p in params],
             "modes": [module.training for module in state.model.modules()]}
-
-    def _difference(self, before: dict[str, Any]) -> str:
-        after = self._look()
-        return ", ".join(_change(name, before.get(name), value) for name, value in after.items()
-                         if not _same(before.get(name), value))
 
 
 def _hypers(opt: Optimizer) -> dict[str, Any]:
@@ -224,26 +201,24 @@ def _hypers(opt: Optimizer) -> dict[str, Any]:
     return hypers
 
 
+def _changes(before: dict[str, Any], after: dict[str, Any]) -> str:
+    return ", ".join(_change(name, before.get(name), value) for name, value in after.items()
+                     if not _same(before.get(name), value))
+
+
 def _same(before: Any, after: Any) -> bool:
-    plain = (int, float, str, bool, dict, tuple, list, type(None))
-    if isinstance(before, plain) and isinstance(after, plain):
-        try:
+    comparable = (int, float, str, dict, tuple, list)
+    if isinstance(before, comparable) and isinstance(after, comparable):
+        with suppress(RuntimeError, ValueError):  # a batch of tensors, which have no truth value
             return bool(before == after)
-        except (RuntimeError, ValueError):  # a batch of tensors, which have no truth value
-            return before is after
     return before is after
 
 
 def _change(name: str, before: Any, after: Any) -> str:
+    """In words: the numbers where it is one, or where the last of several is another."""
     if name == "metrics":
         return "metrics: " + ", ".join(key for key in after if key not in before or after[key] != before[key])
     if isinstance(after, tuple) and after and all(isinstance(value, (int, float)) for value in after):
-        old, new = _newest(before), _newest(after)
-        return f"{name} {old} -> {new}" if old != new else name
-    if isinstance(after, (bool, int, float)):
-        return f"{name} {shown(before)} -> {shown(after)}"
-    return name
-
-
-def _newest(values: Any) -> str:
-    return shown(values[-1]) if isinstance(values, tuple) and values else shown(values)
+        before, after = before[-1] if before and isinstance(before, tuple) else before, after[-1]
+    is_told = isinstance(after, (int, float)) and shown(before) != shown(after)
+    return f"{name} {shown(before)} -> {shown(after)}" if is_told else name
