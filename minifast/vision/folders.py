@@ -1,17 +1,14 @@
 """Which files of a folder belong to which class, for training and for validation; and what is wrong with the folder."""
 import os
-import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
-
-import torch
-from torch import Tensor
 
 from ..show.tables import listed
 from .decode import FOREIGN, GREY, opened
+from .held_back import chosen
+from .listing import Listing, Sample
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif", ".jfif")
 PASSED_OVER = {"__macosx", "thumbs.db", "desktop.ini"}  # what systems leave behind, beside whatever begins with a dot
@@ -22,26 +19,8 @@ WAY_OUT = "skip_broken=True leaves out the files that cannot be read"  # a note:
 SHARE = 0.2  # of each class, held back where there is no folder for validation
 
 
-class Sample(NamedTuple):
-    """A file and the number of its class."""
-
-    path: Path
-    label: int
-
-
-@dataclass
-class Found:
-    """What a folder holds: the samples of both parts, the names of the classes, and files that are no pictures."""
-
-    train: list[Sample]
-    valid: list[Sample]
-    classes: list[str]
-    validation: str  # where the validation pictures come from, in words
-    others: list[Path]
-
-
 def find(root: Path, train: str = TRAIN, valid: str | float | None = None, seed: int = 0,
-         skip_broken: bool = False) -> Found:
+         skip_broken: bool = False) -> Listing:
     """The pictures below `root`, by class, each list in the order of the file names.
 
     Of `root/train/<class>/...` and `root/valid/<class>/...`; or of `root/<class>/...`, of which the share `valid` of
@@ -65,17 +44,16 @@ def find(root: Path, train: str = TRAIN, valid: str | float | None = None, seed:
     by_class, others = _by_class(folder, skip_broken)
     kept, held_back = _split(by_class, valid, seed)
     share = f"{valid:.0%} of each class" if any(held_back.values()) else "none, as each class has one picture only"
-    return Found(_samples(kept), _samples(held_back), list(by_class), share, others)
+    return _listed(kept, held_back, share, others, skip_broken)
 
 
-def _two_folders(train: Path, valid: Path, skip_broken: bool) -> Found:
+def _two_folders(train: Path, valid: Path, skip_broken: bool) -> Listing:
     by_class, others = _by_class(train, skip_broken)
     of_valid, others_of_valid = _by_class(valid, skip_broken, is_train=False)
     for name in of_valid:
         if name not in by_class:
             raise ValueError(f"the class {name!r} is in {valid} only: {train} has {listed(by_class)}")
-    ordered = {name: of_valid.get(name, []) for name in by_class}  # a class may be missing in validation
-    return Found(_samples(by_class), _samples(ordered), list(by_class), str(valid), others + others_of_valid)
+    return _listed(by_class, of_valid, str(valid), others + others_of_valid, skip_broken)
 
 
 def _is_part(root: Path, train: str) -> bool:
@@ -174,56 +152,22 @@ def _split(by_class: dict[str, list[Path]], share: float, seed: int
            ) -> tuple[dict[str, list[Path]], dict[str, list[Path]]]:
     kept, held_back = {}, {}
     for name, paths in by_class.items():
-        chosen = _chosen(len(paths), share, f"{seed} {name}")
-        held_back[name] = [path for i, path in enumerate(paths) if i in chosen]
-        kept[name] = [path for i, path in enumerate(paths) if i not in chosen]
+        rows = chosen(len(paths), share, f"{seed} {name}")
+        held_back[name] = [path for i, path in enumerate(paths) if i in rows]
+        kept[name] = [path for i, path in enumerate(paths) if i not in rows]
     return kept, held_back
 
 
-def _chosen(n: int, share: float, seed: str) -> set[int]:
-    """Which of `n` samples of a class are for validation: the share, at least one, but never all."""
-    return set(random.Random(seed).sample(range(n), min(max(1, round(share * n)), n - 1)))
+def _listed(kept: dict[str, list[Path]], held_back: dict[str, list[Path]], validation: str, others: list[Path],
+            skip_broken: bool) -> Listing:
+    """The listing of these files by class, with what their beginnings say.
 
-
-def held_back(labels: Sequence[int] | None, n: int, share: float, seed: int) -> Tensor:
-    """Which of `n` samples are for validation, (n,) bool: the share of each class, or of all if nobody knows these.
-
-    Of a class at least one, but never all. Raises ValueError if there is none.
-
-    >>> held_back([0, 0, 1, 1, 1, 1, 2], 7, 0.5, seed=0).sum()
-    tensor(3)
+    Raises ValueError that names the first file that is no picture, or leaves it out.
     """
-    held = torch.zeros(n, dtype=torch.bool)
-    rows: dict[int, list[int]] = {}
-    for i in range(n):
-        rows.setdefault(0 if labels is None else labels[i], []).append(i)
-    for label, own in rows.items():
-        held[[own[k] for k in _chosen(len(own), share, f"{seed} {label}")]] = True
-    if not held.any():
-        raise ValueError(f"of {n} samples none can be held back for validation, as each class has one only. Pass "
-                         "validation data, or valid=None.")
-    return held
-
-
-def _samples(by_class: dict[str, list[Path]]) -> list[Sample]:
-    return [Sample(path, i) for i, paths in enumerate(by_class.values()) for path in paths]
-
-
-# ---- what the files say of themselves
-
-
-class Headers(NamedTuple):
-    """What the beginnings of files say: how often each (width, height), whether all are grey, and the broken files."""
-
-    sizes: Counter[tuple[int, int]]
-    is_grey: bool
-    broken: list[Path]
-
-
-def read_headers(paths: Sequence[Path], skip_broken: bool) -> Headers:
-    """Read only how each picture begins. Raises ValueError that names the first that is none, or notes them."""
+    parts = [[Sample(path, label) for label, name in enumerate(kept) for path in by_class.get(name, ())]
+             for by_class in (kept, held_back)]  # a class may be missing in validation
     sizes, is_grey, broken = Counter[tuple[int, int]](), True, []
-    for path in paths:
+    for path, _ in chain(*parts):
         try:
             with opened(path) as image:
                 sizes[image.size] += 1
@@ -233,4 +177,4 @@ def read_headers(paths: Sequence[Path], skip_broken: bool) -> Headers:
                 error.add_note(WAY_OUT)
                 raise
             broken.append(path)
-    return Headers(sizes, is_grey, broken)
+    return Listing(parts, list(kept), sizes, is_grey, True, skip_broken, validation, others).without(broken)

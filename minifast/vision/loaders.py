@@ -3,7 +3,7 @@ import copy
 import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -11,21 +11,19 @@ from torch.utils.data import DataLoader
 
 from ..base import snapshot
 from ..base.batch import Batch
-from ..data import in_memory
 from ..data.dataloaders import DataLoaders
 from ..data.feed import first_batch
 from ..data.loader import generators, second_copy
 from ..data.tensor_loader import TensorLoader
-from ..errors import check_flag
+from ..errors import check_flag, check_int
+from ..show.pictures import grid, to_pictures
 from ..show.tables import listed
 from .augment import BatchTransform
 from .form import ImageForm
-from .options import Options
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-STREAMED = 32  # pictures, not kept in memory, whose mean and spread stand for all
 
 
 @dataclass(repr=False)
@@ -50,7 +48,8 @@ class ImageDataLoaders(DataLoaders):
             raise ValueError("there is no validation data: pass train=True.")
         restore = snapshot.rng(generators(loader))
         try:
-            x, y = first_batch(second_copy(loader), _place(loader))
+            device = loader.tensors[0].device if isinstance(loader, TensorLoader) else torch.device("cpu")
+            x, y = first_batch(second_copy(loader), device)
         finally:
             restore()
         return x, y
@@ -61,8 +60,14 @@ class ImageDataLoaders(DataLoaders):
         train: the first of `one_batch`, augmented, so no more than a batch; False: of the validation data, evenly
         spaced. figure: an empty one to draw on. Random generators are left as they were.
         """
-        from .show import show_batch
-        return show_batch(self, n, train=train, figure=figure)
+        n = check_int("n", n)
+        if check_flag("train", train) or self.valid is None:  # without validation data one_batch says so
+            x, y = self.one_batch(train=train)
+        else:
+            x, y = _spread(self.valid, n)
+        classes = self.classes or ()
+        titles = [classes[label] if label < len(classes) else str(label) for label in y[:n].tolist()]
+        return grid(list(to_pictures(x[:n], self.form.mean, self.form.std)), titles, figure=figure)
 
     def normalized(self, mean: Sequence[float], std: Sequence[float]) -> "ImageDataLoaders":
         """The same pictures with another normalisation, e.g. that of pretrained weights; nothing is copied.
@@ -72,7 +77,7 @@ class ImageDataLoaders(DataLoaders):
         form = dataclasses.replace(self.form, mean=mean, std=std)  # type: ignore[arg-type]  # the form makes tuples
 
         def renewed(loader: Any) -> Any:
-            return loader and _carrying(loader, dataclasses.replace(loader.batch_transform, form=form))
+            return loader and carrying(loader, dataclasses.replace(loader.batch_transform, form=form))
 
         return dataclasses.replace(self, train=renewed(self.train), valid=renewed(self.valid), form=form)
 
@@ -86,80 +91,26 @@ class ImageDataLoaders(DataLoaders):
                 f"{'grey' if self.form.channels == 1 else 'colour'}")
 
 
-class Pictures(NamedTuple):
-    """Pictures in memory, uint8 (n, channels, height, width), and their class numbers, int64 (n,)."""
-
-    images: Tensor
-    labels: Tensor
-
-
-def read(data_sets: Sequence[Any], place: torch.device, options: Options) -> list[Pictures]:
-    """The pictures of one or two data sets, each read once into the memory of `place`."""
-    train, valid = (*data_sets, None)[:2]
-    loaders = in_memory.loaders(train, valid, batch_size=1, transform=None, valid_transform=None, device=place,
-                                drop_last=False, generator=None, num_workers=options.num_workers,
-                                verbose=options.verbose)
-    return [Pictures(*loader.tensors) for loader in loaders if loader is not None]
-
-
-def of_pictures(parts: Sequence[Pictures], classes: Sequence[str] | None, form: ImageForm, options: Options
-                ) -> ImageDataLoaders:
-    """Loaders of pictures in memory, of training and perhaps of validation. classes: None for numbers.
-
-    A last training batch of one picture, of which BatchNorm cannot take statistics, is left out. Raises ValueError for
-    a label that is no class.
-    """
-    low = min(int(part.labels.min()) for part in parts)
-    high = max(int(part.labels.max()) for part in parts)
-    if classes is None and high >= sum(len(part.labels) for part in parts):
-        raise ValueError(f"labels must be class numbers from 0 without gaps, got {high} with fewer pictures. Pass "
-                         "classes=, the names of all, if that is meant.")
-    classes = [str(i) for i in range(high + 1)] if classes is None else classes
-    if low < 0 or high >= len(classes):
-        raise ValueError(f"labels must be numbers from 0 to {len(classes) - 1}, as there are {len(classes)} classes, "
-                         f"got {low if low < 0 else high}.")
-    n = len(parts[0].labels)
-    size = options.steps_of(n)
-    loaders = [TensorLoader(*parts[0], batch_size=size, shuffle=True, drop_last=n > size and n % size == 1),
-               *(TensorLoader(*part, batch_size=size) for part in parts[1:])]
-    return _of_loaders(loaders, classes, form, options)
-
-
-def of_data_sets(data_sets: Sequence[Any], classes: Sequence[str], form: ImageForm, options: Options
-                 ) -> ImageDataLoaders:
-    """Loaders that read the pictures of training, and perhaps of validation, anew in each epoch."""
-    made = DataLoaders.from_datasets(*data_sets, batch_size=options.steps_of(len(data_sets[0])),
-                                     num_workers=options.num_workers)
-    return _of_loaders([loader for loader in (made.train, made.valid) if loader is not None], classes, form, options)
-
-
-def _of_loaders(loaders: Sequence[Any], classes: Sequence[str], form: ImageForm, options: Options) -> ImageDataLoaders:
-    transform = BatchTransform(form, options.augmentation(form))
-    train, valid = (*(_carrying(loader, each) for loader, each in zip(loaders, (transform, transform.plain),
-                                                                      strict=False)), None)[:2]
-    return ImageDataLoaders(train, valid, list(classes), form=form)
-
-
-def some(data: Any) -> Tensor:
-    """A few pictures of a data set, evenly spaced."""
-    return torch.stack([data[i][0] for i in range(0, len(data), -(-len(data) // STREAMED))])
-
-
 def normalized_as(form: ImageForm, loader: Iterable[Batch]) -> Iterable[Batch]:
     """The loader itself, or, if it is one of pictures with another mean and std, a copy with those of `form`."""
     own = getattr(loader, "batch_transform", None)
     if not isinstance(own, BatchTransform) or own.form.channels != form.channels:
         return loader
     wanted = dataclasses.replace(own.form, mean=form.mean, std=form.std)
-    return loader if own.form == wanted else _carrying(loader, dataclasses.replace(own, form=wanted))
+    return loader if own.form == wanted else carrying(loader, dataclasses.replace(own, form=wanted))
 
 
-def _carrying(loader: Iterable[Batch], transform: BatchTransform) -> Any:
+def carrying(loader: Iterable[Batch], transform: BatchTransform) -> Any:
+    """A loader over the same data with this `batch_transform`."""
     twin: Any = second_copy(loader) if isinstance(loader, DataLoader) else copy.copy(loader)
     twin.batch_transform = transform
     return twin
 
 
-def _place(loader: Any) -> torch.device:
-    """Where the batches of a loader are."""
-    return loader.tensors[0].device if isinstance(loader, TensorLoader) else torch.device("cpu")
+def _spread(loader: Any, n: int) -> tuple[Tensor, Tensor]:
+    """`n` samples of a loader as the model takes them, evenly spaced: the first ones are often all of one class."""
+    data = loader.dataset
+    n = min(n, len(data))
+    images, labels = zip(*(data[i * len(data) // n] for i in range(n)), strict=True)
+    x, y = loader.batch_transform((torch.stack(images), torch.tensor([int(label) for label in labels])))
+    return x, y

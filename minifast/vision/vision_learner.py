@@ -57,7 +57,7 @@ class VisionLearner(Learner):
             self.form = dls.form
         self._dls = dls
 
-    def evaleval_data(self, dl: Iterable[Batch] | str | None) -> Iterable[Batch]:
+    def eval_data(self, dl: Iterable[Batch] | str | None) -> Iterable[Batch]:
         data = super().eval_data(dl)  # may be a test set, with the mean and std of its own pictures
         if isinstance(data, Mapping):
             return {name: normalized_as(self.form, loader) for name, loader in data.items()}

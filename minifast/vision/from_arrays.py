@@ -9,9 +9,11 @@ from torch import Tensor
 
 from ..data.classes import check_classes
 from ..errors import check_number, quoted
-from .folders import held_back
 from .form import ImageForm
-from .loaders import ImageDataLoaders, Pictures, of_pictures
+from .held_back import held_back
+from .listing import Listing
+from .loaders import ImageDataLoaders
+from .make_loaders import Pictures, of_pictures
 from .options import Options
 
 
@@ -54,10 +56,11 @@ def from_arrays(images: Any, labels: Any, valid: Any = 0.2, *, size: int | Seque
         raise TypeError(f"valid must be (images, labels), a share in 0..1 or None, got {quoted(valid)}.")
     if names is None:
         _check_numbers(parts)
-    form = options.form(Counter({(width, height): 1}), is_grey=parts[0].images.shape[1] == 1)
-    place = options.place(sum(len(part.labels) for part in parts), form) or torch.device("cpu")
-    parts = [Pictures(_in_form(part.images, form).to(place), part.labels.to(place)) for part in parts]
-    return of_pictures(parts, names, options.normalized(form, lambda: parts[0].images), options)
+    listing = Listing(parts, names, Counter({(width, height): 1}), is_grey=parts[0].images.shape[1] == 1)
+    form = options.form(listing)
+    memory = options.memory_for(sum(len(part.labels) for part in parts), form) or torch.device("cpu")
+    parts = [Pictures(_in_form(part.images, form).to(memory), part.labels.to(memory)) for part in parts]
+    return of_pictures(parts, names, form, options)
 
 
 def _arrays(name: str, images: Any, name_of_labels: str, labels: Any) -> Pictures:
