@@ -2,7 +2,6 @@
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from itertools import chain
 from pathlib import Path
 
 from ..show.tables import listed
@@ -36,24 +35,27 @@ def find(root: Path, train: str = TRAIN, valid: str | float | None = None, seed:
     has_train = _is_part(root, train)
     if valid is None:
         valid = next((name for name in VALID_NAMES if has_train and (root / name).is_dir()), SHARE)
-    if isinstance(valid, str):
-        return _two_folders(root / train, root / valid, skip_broken)
-    folder = root / train if has_train else root
-    if not has_train:
+    folder = root / train if has_train or isinstance(valid, str) else root
+    if folder == root:
         _check_classes(root, train)
     by_class, others = _by_class(folder, skip_broken)
-    kept, held_back = _split(by_class, valid, seed)
-    share = f"{valid:.0%} of each class" if any(held_back.values()) else "none, as each class has one picture only"
-    return _listed(kept, held_back, share, others, skip_broken)
-
-
-def _two_folders(train: Path, valid: Path, skip_broken: bool) -> Listing:
-    by_class, others = _by_class(train, skip_broken)
-    of_valid, others_of_valid = _by_class(valid, skip_broken, is_train=False)
-    for name in of_valid:
-        if name not in by_class:
-            raise ValueError(f"the class {name!r} is in {valid} only: {train} has {listed(by_class)}")
-    return _listed(by_class, of_valid, str(valid), others + others_of_valid, skip_broken)
+    if isinstance(valid, str):
+        validation = str(root / valid)
+        held, more = _by_class(root / valid, skip_broken, is_train=False)
+        for name in held:
+            if name not in by_class:
+                raise ValueError(f"the class {name!r} is in {validation} only: {folder} has {listed(by_class)}")
+        others += more
+    else:
+        by_class, held = _split(by_class, valid, seed)
+        validation = f"{valid:.0%} of each class" if any(held.values()) else "none, as each class has one picture only"
+    parts = [[Sample(path, label) for label, name in enumerate(by_class) for path in part.get(name, ())]
+             for part in (by_class, held)]  # a class may be missing in validation
+    sizes, is_grey = _headers([sample.path for part in parts for sample in part], skip_broken)
+    if not sizes:
+        raise ValueError(f"no picture of {folder} can be read")
+    return Listing([part for part in parts if part], list(by_class), sizes, is_grey, True, skip_broken, validation,
+                   others)
 
 
 def _is_part(root: Path, train: str) -> bool:
@@ -158,16 +160,13 @@ def _split(by_class: dict[str, list[Path]], share: float, seed: int
     return kept, held_back
 
 
-def _listed(kept: dict[str, list[Path]], held_back: dict[str, list[Path]], validation: str, others: list[Path],
-            skip_broken: bool) -> Listing:
-    """The listing of these files by class, with what their beginnings say.
+def _headers(paths: Sequence[Path], skip_broken: bool) -> tuple[Counter[tuple[int, int]], bool]:
+    """How often each (width, height) comes, and whether all are grey: what the beginnings of the files say.
 
-    Raises ValueError that names the first file that is no picture, or leaves it out.
+    Raises ValueError that names the first that is no picture, or passes over it.
     """
-    parts = [[Sample(path, label) for label, name in enumerate(kept) for path in by_class.get(name, ())]
-             for by_class in (kept, held_back)]  # a class may be missing in validation
-    sizes, is_grey, broken = Counter[tuple[int, int]](), True, []
-    for path, _ in chain(*parts):
+    sizes, is_grey = Counter[tuple[int, int]](), True
+    for path in paths:
         try:
             with opened(path) as image:
                 sizes[image.size] += 1
@@ -176,5 +175,4 @@ def _listed(kept: dict[str, list[Path]], held_back: dict[str, list[Path]], valid
             if not skip_broken:
                 error.add_note(WAY_OUT)
                 raise
-            broken.append(path)
-    return Listing(parts, list(kept), sizes, is_grey, True, skip_broken, validation, others).without(broken)
+    return sizes, is_grey

@@ -12,8 +12,7 @@ from ..errors import check_number, quoted
 from .form import ImageForm
 from .held_back import held_back
 from .listing import Listing
-from .loaders import ImageDataLoaders
-from .make_loaders import Pictures, of_pictures
+from .loaders import ImageDataLoaders, Pictures, of_pictures
 from .options import Options
 
 

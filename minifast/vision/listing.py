@@ -1,7 +1,6 @@
 """Pictures that have been found and not been read: what the way from files to loaders begins with."""
-import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,7 +32,7 @@ class Listing:
     """
 
     parts: list[Any]
-    classes: list[str] | None
+    classes: Sequence[str] | None
     sizes: Counter[tuple[int, int]]
     is_grey: bool
     are_files: bool = False
@@ -50,11 +49,7 @@ class Listing:
         for label, name in enumerate(self.classes or ()):
             if label not in trained_on:
                 raise ValueError(f"no picture of the class {name!r} that it could be trained on can be read")
-        return replace(self, parts=[part for part in parts if part], broken=sorted({*self.broken, *left_out}))
-
-    def files(self) -> list[list[str]]:
-        """The paths of the files of each part, as text; none if the samples are no files."""
-        return [[os.fspath(sample.path) for sample in part] for part in self.parts] if self.are_files else []
+        return replace(self, parts=[part for part in parts if part], broken=sorted(left_out))
 
 
 def sample_of(data: Any, i: int, name: str = "the data set") -> Any:
@@ -82,3 +77,12 @@ def targets(data: Any) -> list[int] | None:
         return None if inner is None else [inner[i] for i in data.indices]
     found = getattr(data, "targets", None)
     return None if found is None or len(found) != len(data) else [int(label) for label in found]
+
+
+def class_numbers(parts: list[Any]) -> list[str]:
+    """The numbers of the classes of data sets that know them without being read, as names."""
+    labels = [label for part in parts for label in targets(part) or ()]
+    if not labels:
+        raise ValueError("the data set has neither .classes nor .targets, and is not read before training: pass "
+                         "classes=, the names of the classes.")
+    return [str(i) for i in range(max(labels) + 1)]

@@ -1,9 +1,9 @@
 """Loaders of pictures that know their classes and the form in which a model takes them."""
 import copy
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,12 +18,16 @@ from ..data.tensor_loader import TensorLoader
 from ..errors import check_flag, check_int
 from ..show.pictures import grid, to_pictures
 from ..show.tables import listed
-from .augment import BatchTransform
+from .augment import BatchTransform, augmentation
 from .form import ImageForm
+from .options import Options
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+
+MEASURED = 512  # pictures, at most, whose mean and spread stand for all
+STREAMED = 32  # and of those that are not kept in memory
 
 
 @dataclass(repr=False)
@@ -89,6 +93,74 @@ class ImageDataLoaders(DataLoaders):
         of = f"{len(classes)} class{'es' * (len(classes) != 1)}"
         return (f"{' and '.join(counts)} pictures of {of} ({listed(classes)}), {width}x{height} pixels, "
                 f"{'grey' if self.form.channels == 1 else 'colour'}")
+
+
+class Pictures(NamedTuple):
+    """Pictures in memory, uint8 (n, channels, height, width), and their class numbers, int64 (n,)."""
+
+    images: Tensor
+    labels: Tensor
+
+
+def of_pictures(parts: Sequence[Pictures], classes: Sequence[str] | None, form: ImageForm, options: Options
+                ) -> ImageDataLoaders:
+    """Loaders of pictures in memory, of training and perhaps of validation. classes: None for numbers.
+
+    A last training batch of one picture, of which BatchNorm cannot take statistics, is left out. Raises ValueError for
+    a label that is no class.
+    """
+    low = min(int(part.labels.min()) for part in parts)
+    high = max(int(part.labels.max()) for part in parts)
+    if classes is None and high >= sum(len(part.labels) for part in parts):
+        raise ValueError(f"labels must be class numbers from 0 without gaps, got {high} with fewer pictures. Pass "
+                         "classes=, the names of all, if that is meant.")
+    classes = [str(i) for i in range(high + 1)] if classes is None else classes
+    if low < 0 or high >= len(classes):
+        raise ValueError(f"labels must be numbers from 0 to {len(classes) - 1}, as there are {len(classes)} classes, "
+                         f"got {low if low < 0 else high}.")
+    n = len(parts[0].labels)
+    size = options.batch_size_for(n)
+    loaders = [TensorLoader(*parts[0], batch_size=size, shuffle=True, drop_last=n > size and n % size == 1),
+               *(TensorLoader(*part, batch_size=size) for part in parts[1:])]
+    return _assembled(loaders, classes, form, options, lambda: parts[0].images)
+
+
+def of_data_sets(data_sets: Sequence[Any], classes: Sequence[str], form: ImageForm, options: Options
+                 ) -> ImageDataLoaders:
+    """Loaders that read the pictures of training, and perhaps of validation, anew in each epoch."""
+    def some() -> Tensor:
+        n = len(data_sets[0])
+        return torch.stack([data_sets[0][i][0] for i in range(0, n, -(-n // STREAMED))])
+
+    made = DataLoaders.from_datasets(*data_sets, batch_size=options.batch_size_for(len(data_sets[0])),
+                                     num_workers=options.num_workers)
+    loaders = [loader for loader in (made.train, made.valid) if loader is not None]
+    return _assembled(loaders, classes, form, options, some)
+
+
+def measured(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """The mean and the standard deviation of each channel of uint8 pictures, in 0..1, of up to 512 of them.
+
+    >>> measured(torch.tensor([0, 255], dtype=torch.uint8).reshape(2, 1, 1, 1))
+    ((0.5,), (0.5,))
+    """
+    some = images[::-(-len(images) // MEASURED)].cpu().double() / 255
+    mean, std = some.mean((0, 2, 3)).tolist(), some.std((0, 2, 3), correction=0).tolist()
+    # pictures of one colour have no spread
+    return tuple(round(value, 4) for value in mean), tuple(max(0.01, round(value, 4)) for value in std)
+
+
+def _assembled(loaders: Sequence[Any], classes: Sequence[str], form: ImageForm, options: Options,
+               training: Callable[[], Tensor]) -> ImageDataLoaders:
+    """The loaders with what makes of their batches those that a model takes.
+
+    training: makes training pictures, whose mean and spread normalise where the options give none.
+    """
+    mean, std = measured(training()) if options.mean is None else (options.mean, options.std)
+    form = dataclasses.replace(form, mean=mean, std=std)  # type: ignore[arg-type]  # the form makes tuples
+    transform = BatchTransform(form, augmentation(options.augment, form))
+    train, valid = (*map(carrying, loaders, (transform, transform.plain)), None)[:2]
+    return ImageDataLoaders(train, valid, list(classes), form=form)
 
 
 def normalized_as(form: ImageForm, loader: Iterable[Batch]) -> Iterable[Batch]:

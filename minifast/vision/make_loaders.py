@@ -1,38 +1,23 @@
-"""Loaders of listed pictures in their form: kept in memory where they fit, else read anew in each epoch."""
-from collections.abc import Sequence
-from contextlib import closing
+"""From listed pictures and their form to loaders: kept in memory where they fit, else read anew in each epoch."""
+import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..data import in_memory
-from ..data.dataloaders import DataLoaders
-from ..data.feed import feed
-from ..data.tensor_loader import TensorLoader
-from ..data.torch_loaders import valid_loader
-from ..machine.signals import DeferredInterrupt
 from ..show.screen import say
 from ..show.tables import listed
-from .augment import BatchTransform
 from .folders import WAY_OUT
 from .form import ImageForm
-from .listing import Listing, sample_of, targets
-from .loaders import ImageDataLoaders, carrying
+from .listing import Listing, class_numbers, sample_of
+from .loaders import ImageDataLoaders, Pictures, of_data_sets, of_pictures
 from .options import Options
 
 BROKEN = -1  # the class of a picture that could not be read
-STREAMED = 32  # pictures, not kept in memory, whose mean and spread stand for all
-
-
-class Pictures(NamedTuple):
-    """Pictures in memory, uint8 (n, channels, height, width), and their class numbers, int64 (n,)."""
-
-    images: Tensor
-    labels: Tensor
 
 
 @dataclass(frozen=True)
@@ -62,20 +47,35 @@ class Formed(Dataset[tuple[Tensor, int]]):
             raise
 
 
+@dataclass(frozen=True)
+class Tried(Dataset[tuple[Tensor, int]]):
+    """The class numbers of pictures that are read and thrown away, to see which of them can be."""
+
+    pictures: Formed
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        return torch.empty(0, dtype=torch.uint8), self.pictures[i][1]
+
+
 def make_loaders(listing: Listing, form: ImageForm, options: Options) -> ImageDataLoaders:
     """Loaders of what is listed, in `form`; the normalisation that it lacks is that of the training pictures."""
-    device = options.memory_for(sum(map(len, listing.parts)), form)
-    if device is None:
-        if listing.skip_broken:
-            listing = listing.without(_unreadable(listing, form, options))
-        dls = _read_as_it_trains(listing, form, options)
+    memory = options.memory_for(sum(map(len, listing.parts)), form)
+    pictures: list[Pictures] = []
+    if memory is not None or listing.skip_broken:
+        pictures, broken = _read(listing, form, memory, options)
+        if broken:
+            listing, pictures = listing.without(broken), [part for part in map(_readable, pictures) if len(part.labels)]
+    if memory is None:
+        classes = listing.classes or class_numbers(listing.parts)
+        dls = of_data_sets([Formed(part, form, listing.are_files) for part in listing.parts], classes, form, options)
     else:
-        parts = _read(listing, form, device, options)
-        if listing.are_files:
-            listing, parts = _readable(listing, form, parts)
-        dls = of_pictures(parts, listing.classes, form, options)
-    for loader, files in zip((dls.train, dls.valid), listing.files(), strict=False):
-        loader.files = files  # type: ignore[union-attr]
+        dls = of_pictures(pictures, listing.classes, form, options)
+    if listing.are_files:
+        for loader, samples in zip((dls.train, dls.valid), listing.parts, strict=False):
+            loader.files = [os.fspath(sample.path) for sample in samples]  # type: ignore[union-attr]
     if options.verbose:
         say(f"{dls!r}; validation: {listing.validation}" if listing.validation else repr(dls))
         for left_out, why in ((listing.others, "no pictures"), (listing.broken, "broken")):
@@ -85,94 +85,31 @@ def make_loaders(listing: Listing, form: ImageForm, options: Options) -> ImageDa
     return dls
 
 
-# ---- kept in memory
+def _read(listing: Listing, form: ImageForm, memory: torch.device | None, options: Options
+          ) -> tuple[list[Pictures], list[Path]]:
+    """The pictures of each part, read once into `memory`, and the files that cannot be read.
 
-
-def _read(listing: Listing, form: ImageForm, device: torch.device, options: Options) -> list[Pictures]:
-    """The pictures of each part, read once into the memory of `device`."""
-    # an error of a worker process has many lines: files that cannot be read are marked, and read again in this one
-    data_sets = [Formed(part, form, marks=listing.are_files) for part in listing.parts]
-    kept = in_memory.read_all(dict(zip(("train", "valid"), data_sets, strict=False)), device, options.num_workers,
-                              options.verbose)
-    return [Pictures(*columns) for _, columns in kept]
-
-
-def _readable(listing: Listing, form: ImageForm, parts: list[Pictures]) -> tuple[Listing, list[Pictures]]:
-    """Both without the files that could not be read. Raises the error of the first if none is to be left out."""
-    rows = [part.labels != BROKEN for part in parts]
-    broken = [samples[i] for samples, good in zip(listing.parts, rows, strict=True)
-              for i in (~good).nonzero().flatten().tolist()]
-    if not broken:
-        return listing, parts
-    if not listing.skip_broken:
-        _ = Formed(broken, form, are_files=True)[0]
-        raise ValueError(f"cannot read the image {broken[0].path}: only at the second attempt it could be")
-    left = [Pictures(part.images[good], part.labels[good]) for part, good in zip(parts, rows, strict=True)]
-    return listing.without(sample.path for sample in broken), [part for part in left if len(part.labels)]
-
-
-def of_pictures(parts: Sequence[Pictures], classes: Sequence[str] | None, form: ImageForm, options: Options
-                ) -> ImageDataLoaders:
-    """Loaders of pictures in memory, of training and perhaps of validation. classes: None for numbers.
-
-    A last training batch of one picture, of which BatchNorm cannot take statistics, is left out. Raises ValueError for
-    a label that is no class.
+    memory: None keeps the labels only. A file that cannot be read is marked, as an error of a worker process would have
+    many lines. Unless such files are left out, the first is read again here, for its error.
     """
-    low = min(int(part.labels.min()) for part in parts)
-    high = max(int(part.labels.max()) for part in parts)
-    if classes is None and high >= sum(len(part.labels) for part in parts):
-        raise ValueError(f"labels must be class numbers from 0 without gaps, got {high} with fewer pictures. Pass "
-                         "classes=, the names of all, if that is meant.")
-    classes = [str(i) for i in range(high + 1)] if classes is None else classes
-    if low < 0 or high >= len(classes):
-        raise ValueError(f"labels must be numbers from 0 to {len(classes) - 1}, as there are {len(classes)} classes, "
-                         f"got {low if low < 0 else high}.")
-    n = len(parts[0].labels)
-    size = options.batch_size_for(n)
-    loaders = [TensorLoader(*parts[0], batch_size=size, shuffle=True, drop_last=n > size and n % size == 1),
-               *(TensorLoader(*part, batch_size=size) for part in parts[1:])]
-    return _transformed(loaders, classes, options.normalized(form, lambda: parts[0].images), options)
+    data_sets: list[Any] = [Formed(part, form, marks=listing.are_files) for part in listing.parts]
+    if memory is None:
+        data_sets = [Tried(data_set) for data_set in data_sets]
+        if options.verbose:
+            say(f"reading {sum(map(len, data_sets)):,} pictures, to leave out those that cannot be read")
+    kept = in_memory.read_all(dict(zip(("train", "valid"), data_sets, strict=False)), memory or torch.device("cpu"),
+                              options.num_workers, options.verbose and memory is not None)
+    pictures = [Pictures(*columns) for _, columns in kept]
+    if not listing.are_files:
+        return pictures, []
+    broken = [samples[i].path for samples, part in zip(listing.parts, pictures, strict=True)
+              for i in (part.labels == BROKEN).nonzero().flatten().tolist()]
+    if broken and not listing.skip_broken:
+        _ = Formed([(broken[0], 0)], form, are_files=True)[0]
+        raise ValueError(f"cannot read the image {broken[0]}: only at the second attempt it could be")
+    return pictures, broken
 
 
-# ---- read anew in each epoch
-
-
-def _unreadable(listing: Listing, form: ImageForm, options: Options) -> list[Path]:
-    """The files that cannot be read, found by reading all."""
-    samples = [sample for part in listing.parts for sample in part]
-    if options.verbose:
-        say(f"reading {len(samples):,} pictures, to leave out those that cannot be read")
-    loader = valid_loader(Formed(samples, form, marks=True), 64, options.num_workers)
-    with closing(feed(loader, torch.device("cpu"), None, DeferredInterrupt(), "the pictures")) as batches:
-        labels = [label for _, batch in batches for label in batch.tolist()]
-    return [sample.path for sample, label in zip(samples, labels, strict=True) if label == BROKEN]
-
-
-def _read_as_it_trains(listing: Listing, form: ImageForm, options: Options) -> ImageDataLoaders:
-    data_sets = [Formed(part, form, listing.are_files) for part in listing.parts]
-    classes = _numbers(listing) if listing.classes is None else listing.classes
-    made = DataLoaders.from_datasets(*data_sets, batch_size=options.batch_size_for(len(data_sets[0])),
-                                     num_workers=options.num_workers)
-    loaders = [loader for loader in (made.train, made.valid) if loader is not None]
-    return _transformed(loaders, classes, options.normalized(form, lambda: _some(data_sets[0])), options)
-
-
-def _some(data_set: Formed) -> Tensor:
-    """A few pictures, evenly spaced."""
-    return torch.stack([data_set[i][0] for i in range(0, len(data_set), -(-len(data_set) // STREAMED))])
-
-
-def _numbers(listing: Listing) -> list[str]:
-    """The numbers of the classes, where the data sets know them without being read."""
-    labels = [label for part in listing.parts for label in targets(part) or ()]
-    if not labels:
-        raise ValueError("the data set has neither .classes nor .targets, and is not read before training: pass "
-                         "classes=, the names of the classes.")
-    return [str(i) for i in range(max(labels) + 1)]
-
-
-def _transformed(loaders: Sequence[Any], classes: Sequence[str], form: ImageForm, options: Options
-                 ) -> ImageDataLoaders:
-    transform = BatchTransform(form, options.augmentation(form))
-    train, valid = (*map(carrying, loaders, (transform, transform.plain)), None)[:2]
-    return ImageDataLoaders(train, valid, list(classes), form=form)
+def _readable(part: Pictures) -> Pictures:
+    rows = part.labels != BROKEN
+    return Pictures(part.images[rows], part.labels[rows])

@@ -1,23 +1,21 @@
 """What can be said of pictures wherever they come from, checked before anything is read."""
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..errors import check_device, check_flag, check_int, check_items
 from ..machine.limits import available
-from .augment import Augment, augmentation, check_augment
+from .augment import check_augment
 from .form import MOST_PIXELS, ImageForm
 from .listing import Listing
 
 MAX_SIZE = 224  # pixels of a side, where nobody says more: what the classical architectures were made for
 SMALLEST = 8  # pixels: of smaller sides nothing is left after the first layers of a convnet
 SHARE_OF_MEMORY = 0.5  # that pictures may take: model and batches want some too
-MEASURED = 512  # pictures, at most, whose mean and spread stand for all
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +55,7 @@ class Options:
             raise ValueError("mean and std belong together: pass both, or none of them.")
         trial = self.form(Listing([], None, Counter({(SMALLEST, SMALLEST): 1}), is_grey=False))
         if self.mean is not None:  # the form says what is wrong with the values
-            self.normalized(trial, lambda: torch.empty(0))
+            replace(trial, mean=self.mean, std=self.std)  # type: ignore[arg-type]
 
     def form(self, listing: Listing) -> ImageForm:
         """The form of the pictures that are listed, without the normalisation."""
@@ -66,17 +64,6 @@ class Options:
             size = (size, size)
         channels = len(self.mean or ()) or (1 if listing.is_grey else 3) if self.channels is None else self.channels
         return ImageForm(size, channels, resize=self.resize)
-
-    def normalized(self, form: ImageForm, pictures: Callable[[], Tensor]) -> ImageForm:
-        """`form` with the normalisation that is given, or with that of `pictures`, which are made only then."""
-        if self.mean is not None:
-            return replace(form, mean=self.mean, std=self.std)  # type: ignore[arg-type]  # the form makes tuples
-        mean, std = measured(pictures())
-        return replace(form, mean=mean, std=std)
-
-    def augmentation(self, form: ImageForm) -> Augment | None:
-        """What changes the training batches."""
-        return augmentation(self.augment, form)
 
     def batch_size_for(self, n: int) -> int:
         """The batch size for `n` training pictures. If none is given: 64, or less where that makes few steps an epoch.
@@ -124,18 +111,6 @@ def common_size(sizes: Counter[tuple[int, int]], max_size: int) -> tuple[int, in
         shorter[min(size)] += n
     side = max(SMALLEST, min(max_size, shorter.most_common(1)[0][0]))
     return side, side
-
-
-def measured(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """The mean and the standard deviation of each channel of uint8 pictures, in 0..1, of up to 512 of them.
-
-    >>> measured(torch.tensor([0, 255], dtype=torch.uint8).reshape(2, 1, 1, 1))
-    ((0.5,), (0.5,))
-    """
-    some = images[::-(-len(images) // MEASURED)].cpu().double() / 255
-    mean, std = some.mean((0, 2, 3)).tolist(), some.std((0, 2, 3), correction=0).tolist()
-    # pictures of one colour have no spread
-    return tuple(round(value, 4) for value in mean), tuple(max(0.01, round(value, 4)) for value in std)
 
 
 def accelerator() -> torch.device:
