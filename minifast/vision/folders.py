@@ -7,7 +7,7 @@ from pathlib import Path
 from ..show.tables import listed
 from .decode import FOREIGN, GREY, opened
 from .held_back import chosen
-from .listing import Listing, Sample
+from .listing import Listing, Sample, no_picture
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif", ".jfif")
 PASSED_OVER = {"__macosx", "thumbs.db", "desktop.ini"}  # what systems leave behind, beside whatever begins with a dot
@@ -35,8 +35,9 @@ def find(root: Path, train: str = TRAIN, valid: str | float | None = None, seed:
     has_train = _is_part(root, train)
     if valid is None:
         valid = next((name for name in VALID_NAMES if has_train and (root / name).is_dir()), SHARE)
-    folder = root / train if has_train or isinstance(valid, str) else root
-    if folder == root:
+    folder = root / train
+    if not has_train and not isinstance(valid, str):
+        folder = root
         _check_classes(root, train)
     by_class, others = _by_class(folder, skip_broken)
     if isinstance(valid, str):
@@ -53,7 +54,7 @@ def find(root: Path, train: str = TRAIN, valid: str | float | None = None, seed:
              for part in (by_class, held)]  # a class may be missing in validation
     sizes, is_grey = _headers([sample.path for part in parts for sample in part], skip_broken)
     if not sizes:
-        raise ValueError(f"no picture of {folder} can be read")
+        raise ValueError(no_picture(next(iter(by_class))))
     return Listing([part for part in parts if part], list(by_class), sizes, is_grey, True, skip_broken, validation,
                    others)
 

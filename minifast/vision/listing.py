@@ -48,8 +48,13 @@ class Listing:
         trained_on = {sample.label for sample in parts[0]}
         for label, name in enumerate(self.classes or ()):
             if label not in trained_on:
-                raise ValueError(f"no picture of the class {name!r} that it could be trained on can be read")
+                raise ValueError(no_picture(name))
         return replace(self, parts=[part for part in parts if part], broken=sorted(left_out))
+
+
+def no_picture(name: str) -> str:
+    """What is wrong with a class whose files are all broken."""
+    return f"no picture of the class {name!r} that it could be trained on can be read"
 
 
 def sample_of(data: Any, i: int, name: str = "the data set") -> Any:

@@ -80,6 +80,7 @@ class ImageDataLoaders(DataLoaders):
         """
         form = dataclasses.replace(self.form, mean=mean, std=std)  # type: ignore[arg-type]  # the form makes tuples
 
+
         def renewed(loader: Any) -> Any:
             return loader and carrying(loader, dataclasses.replace(loader.batch_transform, form=form))
 
@@ -118,24 +119,34 @@ def of_pictures(parts: Sequence[Pictures], classes: Sequence[str] | None, form: 
     if low < 0 or high >= len(classes):
         raise ValueError(f"labels must be numbers from 0 to {len(classes) - 1}, as there are {len(classes)} classes, "
                          f"got {low if low < 0 else high}.")
+    transform = _transform(form, options, lambda: parts[0].images)
     n = len(parts[0].labels)
     size = options.batch_size_for(n)
-    loaders = [TensorLoader(*parts[0], batch_size=size, shuffle=True, drop_last=n > size and n % size == 1),
-               *(TensorLoader(*part, batch_size=size) for part in parts[1:])]
-    return _assembled(loaders, classes, form, options, lambda: parts[0].images)
+    train = TensorLoader(*parts[0], batch_size=size, shuffle=True, drop_last=n > size and n % size == 1)
+    valid = TensorLoader(*parts[1], batch_size=size) if len(parts) > 1 else None
+    return ImageDataLoaders(carrying(train, transform), carrying(valid, transform.plain), list(classes),
+                            form=transform.form)
 
 
 def of_data_sets(data_sets: Sequence[Any], classes: Sequence[str], form: ImageForm, options: Options
                  ) -> ImageDataLoaders:
     """Loaders that read the pictures of training, and perhaps of validation, anew in each epoch."""
-    def some() -> Tensor:
-        n = len(data_sets[0])
-        return torch.stack([data_sets[0][i][0] for i in range(0, n, -(-n // STREAMED))])
+    n = len(data_sets[0])
+    transform = _transform(form, options, lambda: torch.stack([
+        data_sets[0][i][0] for i in range(0, n, -(-n // STREAMED))]))
+    made = DataLoaders.from_datasets(*data_sets, batch_size=options.batch_size_for(n), num_workers=options.num_workers)
+    return ImageDataLoaders(carrying(made.train, transform), carrying(made.valid, transform.plain), list(classes),
+                            form=transform.form)
 
-    made = DataLoaders.from_datasets(*data_sets, batch_size=options.batch_size_for(len(data_sets[0])),
-                                     num_workers=options.num_workers)
-    loaders = [loader for loader in (made.train, made.valid) if loader is not None]
-    return _assembled(loaders, classes, form, options, some)
+
+def _transform(form: ImageForm, options: Options, training: Callable[[], Tensor]) -> BatchTransform:
+    """What makes of training batches those that a model takes.
+
+    training: makes training pictures, whose mean and spread normalise where the options give none.
+    """
+    mean, std = measured(training()) if options.mean is None else (options.mean, options.std)
+    form = dataclasses.replace(form, mean=mean, std=std)  # type: ignore[arg-type]  # the form makes tuples
+    return BatchTransform(form, augmentation(options.augment, form))
 
 
 def measured(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -150,32 +161,23 @@ def measured(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
     return tuple(round(value, 4) for value in mean), tuple(max(0.01, round(value, 4)) for value in std)
 
 
-def _assembled(loaders: Sequence[Any], classes: Sequence[str], form: ImageForm, options: Options,
-               training: Callable[[], Tensor]) -> ImageDataLoaders:
-    """The loaders with what makes of their batches those that a model takes.
-
-    training: makes training pictures, whose mean and spread normalise where the options give none.
-    """
-    mean, std = measured(training()) if options.mean is None else (options.mean, options.std)
-    form = dataclasses.replace(form, mean=mean, std=std)  # type: ignore[arg-type]  # the form makes tuples
-    transform = BatchTransform(form, augmentation(options.augment, form))
-    train, valid = (*map(carrying, loaders, (transform, transform.plain)), None)[:2]
-    return ImageDataLoaders(train, valid, list(classes), form=form)
-
-
 def normalized_as(form: ImageForm, loader: Iterable[Batch]) -> Iterable[Batch]:
     """The loader itself, or, if it is one of pictures with another mean and std, a copy with those of `form`."""
     own = getattr(loader, "batch_transform", None)
     if not isinstance(own, BatchTransform) or own.form.channels != form.channels:
         return loader
     wanted = dataclasses.replace(own.form, mean=form.mean, std=form.std)
-    return loader if own.form == wanted else carrying(loader, dataclasses.replace(own, form=wanted))
+    if own.form == wanted:
+        return loader
+    renewed: Iterable[Batch] = carrying(loader, dataclasses.replace(own, form=wanted))
+    return renewed
 
 
-def carrying(loader: Iterable[Batch], transform: BatchTransform) -> Any:
-    """A loader over the same data with this `batch_transform`."""
-    twin: Any = second_copy(loader) if isinstance(loader, DataLoader) else copy.copy(loader)
-    twin.batch_transform = transform
+def carrying(loader: Any, transform: BatchTransform) -> Any:
+    """A loader over the same data with this `batch_transform`; None for no loader."""
+    twin = second_copy(loader) if isinstance(loader, DataLoader) else copy.copy(loader)
+    if twin is not None:
+        twin.batch_transform = transform
     return twin
 
 

@@ -70,7 +70,8 @@ def make_loaders(listing: Listing, form: ImageForm, options: Options) -> ImageDa
             listing, pictures = listing.without(broken), [part for part in map(_readable, pictures) if len(part.labels)]
     if memory is None:
         classes = listing.classes or class_numbers(listing.parts)
-        dls = of_data_sets([Formed(part, form, listing.are_files) for part in listing.parts], classes, form, options)
+        data_sets = [Formed(part, form, listing.are_files) for part in listing.parts]
+        dls = of_data_sets(data_sets, classes, form, options)
     else:
         dls = of_pictures(pictures, listing.classes, form, options)
     if listing.are_files:
