@@ -31,7 +31,7 @@ def find(root: Path, train: str = TRAIN, valid: str | float | None = None, seed:
         raise ValueError(f"{root} is a file, not a folder of pictures" if root.exists() else
                          f"there is no folder {root}")
     if train != TRAIN and not (root / train).is_dir():  # who names it does not mean the one tree
-        raise ValueError(f"there is no folder {root / train}: {root} holds {listed(_names(root)) or 'no folder'}")
+        raise ValueError(f"there is no folder {root / train}: {root} holds {listed(each.name for each in _folders(root)) or 'no folder'}")
     has_train = _is_part(root, train)
     if valid is None:
         valid = next((name for name in VALID_NAMES if has_train and (root / name).is_dir()), SHARE)
@@ -98,21 +98,14 @@ def _by_class(folder: Path, skip_broken: bool, is_train: bool = True
         by_class[each.name] = [path for path in files if is_picture(path)]
         others += [path for path in files if not is_picture(path)]
         if not by_class[each.name]:
-            raise ValueError(f"{each} holds no image ({' '.join(SUFFIXES)}){_instead(files)}. Fill or delete this "
-                             "folder, or move it elsewhere if it is no class")
+            instead = f", but {listed([path.name for path in files], 3)}" if files else ""
+            raise ValueError(f"{each} holds no image ({' '.join(SUFFIXES)}){instead}. Fill or delete this folder, or "
+                             "move it elsewhere if it is no class")
     if is_train and len(by_class) < 2:
         deeper = [inner.name for inner in _folders(folders[0])]
         hint = f". It holds the folders {listed(deeper)}: did you mean {folders[0]}?" if deeper else ""
         raise ValueError(f"{folder} has one class only ({folders[0].name}): nothing to tell apart{hint}")
     return by_class, others
-
-
-def _instead(files: Sequence[Path]) -> str:
-    return f", but {listed([path.name for path in files], 3)}" if files else ""
-
-
-def _names(folder: Path) -> list[str]:
-    return [each.name for each in _folders(folder)]
 
 
 def _folders(folder: Path) -> list[Path]:
@@ -128,14 +121,14 @@ def _files(folder: Path) -> Iterator[Path]:
         raise ValueError(f"cannot read the folder {error.filename}: {error.strerror}") from error
 
     seen, top = set[str](), os.path.realpath(folder)
-    for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
-        real = os.path.realpath(place)
+    for here, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        real = os.path.realpath(here)
         if real in seen or top.startswith(os.path.join(real, "")):
             folders.clear()
             continue
         seen.add(real)
         folders[:] = [name for name in folders if not _is_passed_over(name)]
-        yield from (Path(place, name) for name in names if not _is_passed_over(name))
+        yield from (Path(here, name) for name in names if not _is_passed_over(name))
 
 
 def _is_passed_over(name: str) -> bool:
@@ -153,12 +146,10 @@ def is_picture(path: Path) -> bool:
 
 def _split(by_class: dict[str, list[Path]], share: float, seed: int
            ) -> tuple[dict[str, list[Path]], dict[str, list[Path]]]:
-    kept, held_back = {}, {}
-    for name, paths in by_class.items():
-        rows = chosen(len(paths), share, f"{seed} {name}")
-        held_back[name] = [path for i, path in enumerate(paths) if i in rows]
-        kept[name] = [path for i, path in enumerate(paths) if i not in rows]
-    return kept, held_back
+    """The files of each class that are trained on, and those that are held back."""
+    rows = {name: chosen(len(paths), share, f"{seed} {name}") for name, paths in by_class.items()}
+    return ({name: [path for i, path in enumerate(paths) if i not in rows[name]] for name, paths in by_class.items()},
+            {name: [path for i, path in enumerate(paths) if i in rows[name]] for name, paths in by_class.items()})
 
 
 def _headers(paths: Sequence[Path], skip_broken: bool) -> tuple[Counter[tuple[int, int]], bool]:

@@ -19,7 +19,7 @@ from .loaders import ImageDataLoaders
 from .make_loaders import make_loaders
 from .options import MAX_SIZE, Options
 
-PROBES = 100  # samples of a data set that are looked at to choose size and channels
+PROBES = 100  # samples of a data set that are examined to choose size and channels
 
 
 def from_dataset(train: Any, valid: Any = None, *, size: int | Sequence[int] | None = None,
@@ -34,10 +34,13 @@ def from_dataset(train: Any, valid: Any = None, *, size: int | Sequence[int] | N
     without `transform=`, or with one that gives such pictures: floats (of `ToTensor`, `Normalize`) are refused, as
     augmentation and normalisation come after. A transform of its own that is random takes in_memory=False.
 
+    train: the training data.
     valid: the validation data, with the same classes, or a share in 0..1 of `train` that is held back: of each class
-    where the data set has `.targets`, else of all. None: no validation. classes: the names; None: the data set's
-    `.classes`, also of a Subset, else the numbers. size, channels: None looks at up to 100 of the samples. The other
-    arguments are those of `image_folders`.
+        where the data set has `.targets`, else of all. None: no validation.
+    classes: their names; None: the data set's `.classes`, also of a Subset, else the numbers.
+    size, channels: as in `image_folders`, where None looks at up to 100 of the samples.
+    batch_size, augment, resize, mean, std, max_size, in_memory, num_workers, device, seed, verbose: as in
+        `image_folders`.
 
     Raises TypeError for what is no such data set, ValueError for samples or labels that cannot be used.
 
@@ -67,15 +70,11 @@ def _examined(parts: Sequence[Any]) -> tuple[Counter[tuple[int, int]], bool]:
 
     Raises TypeError or ValueError for samples of any part that cannot be used.
     """
-    sizes, is_grey = Counter[tuple[int, int]](), True
+    seen: dict[str, list[tuple[tuple[int, int], bool]]] = {}
     for name, data in zip(("train", "valid"), parts, strict=False):
         n = check_data_set(name, data)
-        for i in range(0, n, -(-n // PROBES)):
-            size, grey = _seen(f"sample {i} of {name}", sample_of(data, i, name))
-            if name == "train":
-                sizes[size] += 1
-                is_grey = is_grey and grey
-    return sizes, is_grey
+        seen[name] = [_seen(f"sample {i} of {name}", sample_of(data, i, name)) for i in range(0, n, -(-n // PROBES))]
+    return Counter(size for size, _ in seen["train"]), all(is_grey for _, is_grey in seen["train"])
 
 
 def _seen(what: str, sample: Any) -> tuple[tuple[int, int], bool]:
@@ -99,6 +98,6 @@ def _seen(what: str, sample: Any) -> tuple[tuple[int, int], bool]:
         raise ValueError(f"{what} holds {dtype} {tuple(picture.shape)} and no uint8 picture: where a transform of the "
                          "data set has made floats, make it without ToTensor, ToDtype and Normalize. Augmentation and "
                          "normalisation come after, on whole batches.")
-    channels_first = tuple(picture.shape) if isinstance(picture, Tensor) else (
-        *picture.shape[2:], *picture.shape[:2])
-    return (channels_first[-1], channels_first[-2]), picture.ndim == 2 or channels_first[0] == 1
+    height, width = picture.shape[-2:] if isinstance(picture, Tensor) else picture.shape[:2]
+    channels = picture.shape[0 if isinstance(picture, Tensor) else 2] if picture.ndim == 3 else 1
+    return (width, height), channels == 1

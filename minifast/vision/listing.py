@@ -86,7 +86,7 @@ def targets(data: Any) -> list[int] | None:
 
 def class_numbers(parts: list[Any]) -> list[str]:
     """The numbers of the classes of data sets that know them without being read, as names."""
-    labels = [label for part in parts for label in targets(part) or ()]
+    labels = [label for data in parts for label in targets(data) or ()]
     if not labels:
         raise ValueError("the data set has neither .classes nor .targets, and is not read before training: pass "
                          "classes=, the names of the classes.")

@@ -175,9 +175,10 @@ def normalized_as(form: ImageForm, loader: Iterable[Batch]) -> Iterable[Batch]:
 
 def carrying(loader: Any, transform: BatchTransform) -> Any:
     """A loader over the same data with this `batch_transform`; None for no loader."""
-    twin = second_copy(loader) if isinstance(loader, DataLoader) else copy.copy(loader)
-    if twin is not None:
-        twin.batch_transform = transform
+    if loader is None:
+        return None
+    twin: Any = second_copy(loader) if isinstance(loader, DataLoader) else copy.copy(loader)
+    twin.batch_transform = transform
     return twin
 
 

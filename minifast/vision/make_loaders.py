@@ -22,15 +22,11 @@ BROKEN = -1  # the class of a picture that could not be read
 
 @dataclass(frozen=True)
 class Formed(Dataset[tuple[Tensor, int]]):
-    """Samples (picture, class number) in the form that a model takes.
-
-    marks: a picture that cannot be read is black and of the class -1, instead of an error.
-    """
+    """Samples (picture, class number) in the form that a model takes."""
 
     samples: Any
     form: ImageForm
     are_files: bool = False
-    marks: bool = False
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -40,24 +36,31 @@ class Formed(Dataset[tuple[Tensor, int]]):
         try:
             return self.form.read(picture), int(label)
         except ValueError as error:
-            if self.marks:
-                return torch.zeros(self.form.channels, *self.form.size, dtype=torch.uint8), BROKEN
             if self.are_files:
                 error.add_note(WAY_OUT)
             raise
 
 
 @dataclass(frozen=True)
-class Tried(Dataset[tuple[Tensor, int]]):
-    """The class numbers of pictures that are read and thrown away, to see which of them can be."""
+class Marked(Dataset[tuple[Tensor, int]]):
+    """The same, where a picture that cannot be read is black and of the class -1, instead of an error.
+
+    is_kept: whether anybody wants the pictures; else all are empty.
+    """
 
     pictures: Formed
+    is_kept: bool
 
     def __len__(self) -> int:
         return len(self.pictures)
 
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
-        return torch.empty(0, dtype=torch.uint8), self.pictures[i][1]
+        form = self.pictures.form
+        try:
+            picture, label = self.pictures[i]
+        except ValueError:
+            picture, label = torch.zeros(form.channels, *form.size, dtype=torch.uint8), BROKEN
+        return picture if self.is_kept else picture[:0], label
 
 
 def make_loaders(listing: Listing, form: ImageForm, options: Options) -> ImageDataLoaders:
@@ -93,11 +96,11 @@ def _read(listing: Listing, form: ImageForm, memory: torch.device | None, option
     memory: None keeps the labels only. A file that cannot be read is marked, as an error of a worker process would have
     many lines. Unless such files are left out, the first is read again here, for its error.
     """
-    data_sets: list[Any] = [Formed(part, form, marks=listing.are_files) for part in listing.parts]
-    if memory is None:
-        data_sets = [Tried(data_set) for data_set in data_sets]
-        if options.verbose:
-            say(f"reading {sum(map(len, data_sets)):,} pictures, to leave out those that cannot be read")
+    data_sets: list[Any] = [Formed(part, form) for part in listing.parts]
+    if listing.are_files:
+        data_sets = [Marked(data_set, memory is not None) for data_set in data_sets]
+    if memory is None and options.verbose:
+        say(f"reading {sum(map(len, data_sets)):,} pictures, to leave out those that cannot be read")
     kept = in_memory.read_all(dict(zip(("train", "valid"), data_sets, strict=False)), memory or torch.device("cpu"),
                               options.num_workers, options.verbose and memory is not None)
     pictures = [Pictures(*columns) for _, columns in kept]
