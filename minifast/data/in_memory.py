@@ -45,7 +45,7 @@ def loaders(train: Any, valid: Any, *, batch_size: int, transform: Transform | N
         sets = {"train": train, **{f"valid[{name!r}]": data for name, data in valid.items()}}
     else:
         sets = {"train": train, **({} if valid is None else {"valid": valid})}
-    kept = _read_all(sets, place, num_workers, verbose)
+    kept = read_all(sets, place, num_workers, verbose)
     made = [TensorLoader(*columns, batch_size=batch_size, transform=_transform(first, valid_transform))
             for first, columns in kept[1:]]
     first, columns = kept[0]
@@ -61,7 +61,7 @@ def _transform(first: Any, transform: Transform | None) -> Transform | None:
     return samples.Nested(map_tensors(lambda tensor: tensor.new_empty(0), first), transform)
 
 
-def _read_all(sets: dict[str, Any], device: torch.device, num_workers: int | None, verbose: bool
+def read_all(sets: dict[str, Any], device: torch.device, num_workers: int | None, verbose: bool
               ) -> list[tuple[Any, list[Tensor]]]:
     """(sample 0 as a nest, the columns) of each data set."""
     began = time.perf_counter()

@@ -1,12 +1,16 @@
-"""Pictures: from a folder of them to a trained classifier."""
-from .arrays import from_arrays
+"""Pictures: from a folder of them to a trained classifier.
+
+Knows the whole house below, down to the Learner; only the command line knows it. The way: find the pictures
+(`folders`), decide their form (`options`), make the loaders (`make_loaders`), train (`vision_learner`).
+"""
 from .classifier import Classifier, Prediction, load_classifier
-from .datasets import from_dataset
 from .form import ImageForm
-from .learner import VisionLearner, vision_learner
+from .from_arrays import from_arrays
+from .from_datasets import from_dataset
+from .from_folders import image_folders
 from .loaders import ImageDataLoaders
 from .stages import layer_groups
-from .tree import image_folders
+from .vision_learner import VisionLearner, vision_learner
 
 __all__ = ["Classifier", "ImageDataLoaders", "ImageForm", "Prediction", "VisionLearner", "from_arrays", "from_dataset",
            "image_folders", "layer_groups", "load_classifier", "vision_learner"]

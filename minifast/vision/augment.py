@@ -26,12 +26,11 @@ def augmentation(augment: Any, form: ImageForm) -> Augment | None:
     >>> augmentation("auto", ImageForm((32, 32))), augmentation(None, ImageForm((32, 32)))
     (SmallCrops(share=0.125, flips=True), None)
     """
-    check_augment(augment)
-    if isinstance(augment, str) and augment == "auto":
-        augment = "symbols" if form.channels == 1 else "small" if max(form.size) <= SMALL else "photos"
-    if augment is None or callable(augment):
+    if not isinstance(augment, str):
         function: Augment | None = augment
         return function
+    if augment == "auto":
+        augment = "symbols" if form.channels == 1 else "small" if max(form.size) <= SMALL else "photos"
     return _photos(form.size) if augment == "photos" else SmallCrops() if augment == "small" else SmallTurns()
 
 
@@ -58,7 +57,7 @@ class PerPicture:
 
 
 def _photos(size: tuple[int, int]) -> PerPicture:
-    """Parts of 60 to 100 % of a photo, mirrored or not, a little lighter or darker."""
+    """Crops of 60 to 100 % of a photo, mirrored or not, a little lighter or darker."""
     with torchvision_errors():
         from torchvision.transforms import v2
     proportions = size[1] / size[0]
@@ -111,8 +110,8 @@ class SmallTurns:
         # in the coordinates of grid_sample, where each side is 2 long whatever its pixels
         rows = [cos, -sin * (height / width), across * 2 * self.shift,
                 sin * (width / height), cos, down * 2 * self.shift]
-        places = functional.affine_grid(torch.stack(rows, 1).reshape(n, 2, 3), list(images.shape), align_corners=False)
-        return functional.grid_sample(images, places, padding_mode="border", align_corners=False)
+        points = functional.affine_grid(torch.stack(rows, 1).reshape(n, 2, 3), list(images.shape), align_corners=False)
+        return functional.grid_sample(images, points, padding_mode="border", align_corners=False)
 
 
 @dataclass(frozen=True)

@@ -72,19 +72,20 @@ def load_classifier(path: str | os.PathLike[str], model: nn.Module | None = None
 
 def classify(outputs: Callable[[Tensor], Tensor], pictures: Any, form: ImageForm, classes: Sequence[str]) -> Any:
     """The `Prediction` for one picture, or a list of them for several; outputs: a batch -> logits, (n, classes)."""
-    if not _is_several(pictures):
-        return next(_predictions(outputs, [pictures], form, classes))
-    return list(_predictions(outputs, pictures, form, classes))
-
-
-def _is_several(pictures: Any) -> bool:
-    return isinstance(pictures, (list, tuple)) or (isinstance(pictures, (Tensor, np.ndarray)) and pictures.ndim == 4)
+    are_several = isinstance(pictures, (list, tuple)) or (isinstance(pictures, (Tensor, np.ndarray))
+                                                          and pictures.ndim == 4)
+    found = list(_predictions(outputs, pictures if are_several else [pictures], form, classes))
+    return found if are_several else found[0]
 
 
 def _predictions(outputs: Callable[[Tensor], Tensor], pictures: Sequence[Any], form: ImageForm,
                  classes: Sequence[str]) -> Iterator[Prediction]:
     for start in range(0, len(pictures), BATCH):
-        images = torch.stack([_read(picture, form) for picture in pictures[start:start + BATCH]])
+        several = pictures[start:start + BATCH]
+        for picture in several:
+            if isinstance(picture, (str, os.PathLike)) and not os.path.exists(check_path("picture", picture)):
+                raise FileNotFoundError(f"there is no picture {os.fspath(picture)}")
+        images = torch.stack([form.read(picture) for picture in several])
         logits = outputs(form.normalize(images))
         if logits.shape != (len(images), len(classes)):
             raise ValueError(f"the model gives {tuple(logits.shape)} for {len(images)} picture(s), and there are "
@@ -92,9 +93,3 @@ def _predictions(outputs: Callable[[Tensor], Tensor], pictures: Sequence[Any], f
         for row in logits.float().softmax(1):
             best = int(row.argmax())
             yield Prediction(classes[best], float(row[best]), dict(zip(classes, row.tolist(), strict=True)))
-
-
-def _read(picture: Any, form: ImageForm) -> Tensor:
-    if isinstance(picture, (str, os.PathLike)) and not os.path.exists(check_path("picture", picture)):
-        raise FileNotFoundError(f"there is no picture {os.fspath(picture)}")
-    return form.read(picture)

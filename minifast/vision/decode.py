@@ -42,17 +42,17 @@ def opened(path: str | os.PathLike[str]) -> "Iterator[Image]":
         raise ValueError(f"cannot read the image {path}: {reason}") from error
 
 
-def plain(image: "Image", channels: int) -> "Image":
+def upright(image: "Image", channels: int) -> "Image":
     """`image` upright as its EXIF data say, in Pillow's mode "L" (1 channel) or "RGB" (3).
 
     What is transparent shows the colour that the file has there. 16 bits lose the lower 8; floats are 0..1 or 0..255.
     """
     from PIL import ImageOps
 
-    upright = _in_8_bits(ImageOps.exif_transpose(image))
-    if "transparency" in upright.info:  # a palette's: Pillow wants it spelt out
-        upright = upright.convert("RGBA")
-    return upright.convert("L" if channels == 1 else "RGB")
+    turned = _in_8_bits(ImageOps.exif_transpose(image))
+    if "transparency" in turned.info:  # a palette's: Pillow wants it spelt out
+        turned = turned.convert("RGBA")
+    return turned.convert("L" if channels == 1 else "RGB")
 
 
 def _in_8_bits(image: "Image") -> "Image":

@@ -1,17 +1,13 @@
 """Which files of a folder belong to which class, for training and for validation; and what is wrong with the folder."""
 import os
-import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
-
-import torch
-from torch import Tensor
 
 from ..show.tables import listed
 from .decode import FOREIGN, GREY, opened
+from .held_back import chosen
+from .listing import Listing, Sample, no_picture
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif", ".jfif")
 PASSED_OVER = {"__macosx", "thumbs.db", "desktop.ini"}  # what systems leave behind, beside whatever begins with a dot
@@ -22,26 +18,8 @@ WAY_OUT = "skip_broken=True leaves out the files that cannot be read"  # a note:
 SHARE = 0.2  # of each class, held back where there is no folder for validation
 
 
-class Sample(NamedTuple):
-    """A file and the number of its class."""
-
-    path: Path
-    label: int
-
-
-@dataclass
-class Found:
-    """What a folder holds: the samples of both parts, the names of the classes, and files that are no pictures."""
-
-    train: list[Sample]
-    valid: list[Sample]
-    classes: list[str]
-    validation: str  # where the validation pictures come from, in words
-    others: list[Path]
-
-
 def find(root: Path, train: str = TRAIN, valid: str | float | None = None, seed: int = 0,
-         skip_broken: bool = False) -> Found:
+         skip_broken: bool = False) -> Listing:
     """The pictures below `root`, by class, each list in the order of the file names.
 
     Of `root/train/<class>/...` and `root/valid/<class>/...`; or of `root/<class>/...`, of which the share `valid` of
@@ -53,29 +31,32 @@ def find(root: Path, train: str = TRAIN, valid: str | float | None = None, seed:
         raise ValueError(f"{root} is a file, not a folder of pictures" if root.exists() else
                          f"there is no folder {root}")
     if train != TRAIN and not (root / train).is_dir():  # who names it does not mean the one tree
-        raise ValueError(f"there is no folder {root / train}: {root} holds {listed(_names(root)) or 'no folder'}")
+        raise ValueError(f"there is no folder {root / train}: {root} holds {listed(each.name for each in _folders(root)) or 'no folder'}")
     has_train = _is_part(root, train)
     if valid is None:
         valid = next((name for name in VALID_NAMES if has_train and (root / name).is_dir()), SHARE)
-    if isinstance(valid, str):
-        return _two_folders(root / train, root / valid, skip_broken)
-    folder = root / train if has_train else root
-    if not has_train:
+    folder = root / train
+    if not has_train and not isinstance(valid, str):
+        folder = root
         _check_classes(root, train)
     by_class, others = _by_class(folder, skip_broken)
-    kept, held_back = _split(by_class, valid, seed)
-    share = f"{valid:.0%} of each class" if any(held_back.values()) else "none, as each class has one picture only"
-    return Found(_samples(kept), _samples(held_back), list(by_class), share, others)
-
-
-def _two_folders(train: Path, valid: Path, skip_broken: bool) -> Found:
-    by_class, others = _by_class(train, skip_broken)
-    of_valid, others_of_valid = _by_class(valid, skip_broken, is_train=False)
-    for name in of_valid:
-        if name not in by_class:
-            raise ValueError(f"the class {name!r} is in {valid} only: {train} has {listed(by_class)}")
-    ordered = {name: of_valid.get(name, []) for name in by_class}  # a class may be missing in validation
-    return Found(_samples(by_class), _samples(ordered), list(by_class), str(valid), others + others_of_valid)
+    if isinstance(valid, str):
+        validation = str(root / valid)
+        held, more = _by_class(root / valid, skip_broken, is_train=False)
+        for name in held:
+            if name not in by_class:
+                raise ValueError(f"the class {name!r} is in {validation} only: {folder} has {listed(by_class)}")
+        others += more
+    else:
+        by_class, held = _split(by_class, valid, seed)
+        validation = f"{valid:.0%} of each class" if any(held.values()) else "none, as each class has one picture only"
+    parts = [[Sample(path, label) for label, name in enumerate(by_class) for path in part.get(name, ())]
+             for part in (by_class, held)]  # a class may be missing in validation
+    sizes, is_grey = _headers([sample.path for part in parts for sample in part], skip_broken)
+    if not sizes:
+        raise ValueError(no_picture(next(iter(by_class))))
+    return Listing([part for part in parts if part], list(by_class), sizes, is_grey, True, skip_broken, validation,
+                   others)
 
 
 def _is_part(root: Path, train: str) -> bool:
@@ -117,21 +98,14 @@ def _by_class(folder: Path, skip_broken: bool, is_train: bool = True
         by_class[each.name] = [path for path in files if is_picture(path)]
         others += [path for path in files if not is_picture(path)]
         if not by_class[each.name]:
-            raise ValueError(f"{each} holds no image ({' '.join(SUFFIXES)}){_instead(files)}. Fill or delete this "
-                             "folder, or move it elsewhere if it is no class")
+            instead = f", but {listed([path.name for path in files], 3)}" if files else ""
+            raise ValueError(f"{each} holds no image ({' '.join(SUFFIXES)}){instead}. Fill or delete this folder, or "
+                             "move it elsewhere if it is no class")
     if is_train and len(by_class) < 2:
         deeper = [inner.name for inner in _folders(folders[0])]
         hint = f". It holds the folders {listed(deeper)}: did you mean {folders[0]}?" if deeper else ""
         raise ValueError(f"{folder} has one class only ({folders[0].name}): nothing to tell apart{hint}")
     return by_class, others
-
-
-def _instead(files: Sequence[Path]) -> str:
-    return f", but {listed([path.name for path in files], 3)}" if files else ""
-
-
-def _names(folder: Path) -> list[str]:
-    return [each.name for each in _folders(folder)]
 
 
 def _folders(folder: Path) -> list[Path]:
@@ -147,14 +121,14 @@ def _files(folder: Path) -> Iterator[Path]:
         raise ValueError(f"cannot read the folder {error.filename}: {error.strerror}") from error
 
     seen, top = set[str](), os.path.realpath(folder)
-    for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
-        real = os.path.realpath(place)
+    for here, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        real = os.path.realpath(here)
         if real in seen or top.startswith(os.path.join(real, "")):
             folders.clear()
             continue
         seen.add(real)
         folders[:] = [name for name in folders if not _is_passed_over(name)]
-        yield from (Path(place, name) for name in names if not _is_passed_over(name))
+        yield from (Path(here, name) for name in names if not _is_passed_over(name))
 
 
 def _is_passed_over(name: str) -> bool:
@@ -172,57 +146,18 @@ def is_picture(path: Path) -> bool:
 
 def _split(by_class: dict[str, list[Path]], share: float, seed: int
            ) -> tuple[dict[str, list[Path]], dict[str, list[Path]]]:
-    kept, held_back = {}, {}
-    for name, paths in by_class.items():
-        chosen = _chosen(len(paths), share, f"{seed} {name}")
-        held_back[name] = [path for i, path in enumerate(paths) if i in chosen]
-        kept[name] = [path for i, path in enumerate(paths) if i not in chosen]
-    return kept, held_back
+    """The files of each class that are trained on, and those that are held back."""
+    rows = {name: chosen(len(paths), share, f"{seed} {name}") for name, paths in by_class.items()}
+    return ({name: [path for i, path in enumerate(paths) if i not in rows[name]] for name, paths in by_class.items()},
+            {name: [path for i, path in enumerate(paths) if i in rows[name]] for name, paths in by_class.items()})
 
 
-def _chosen(n: int, share: float, seed: str) -> set[int]:
-    """Which of `n` samples of a class are for validation: the share, at least one, but never all."""
-    return set(random.Random(seed).sample(range(n), min(max(1, round(share * n)), n - 1)))
+def _headers(paths: Sequence[Path], skip_broken: bool) -> tuple[Counter[tuple[int, int]], bool]:
+    """How often each (width, height) comes, and whether all are grey: what the beginnings of the files say.
 
-
-def held_back(labels: Sequence[int] | None, n: int, share: float, seed: int) -> Tensor:
-    """Which of `n` samples are for validation, (n,) bool: the share of each class, or of all if nobody knows these.
-
-    Of a class at least one, but never all. Raises ValueError if there is none.
-
-    >>> held_back([0, 0, 1, 1, 1, 1, 2], 7, 0.5, seed=0).sum()
-    tensor(3)
+    Raises ValueError that names the first that is no picture, or passes over it.
     """
-    held = torch.zeros(n, dtype=torch.bool)
-    rows: dict[int, list[int]] = {}
-    for i in range(n):
-        rows.setdefault(0 if labels is None else labels[i], []).append(i)
-    for label, own in rows.items():
-        held[[own[k] for k in _chosen(len(own), share, f"{seed} {label}")]] = True
-    if not held.any():
-        raise ValueError(f"of {n} samples none can be held back for validation, as each class has one only. Pass "
-                         "validation data, or valid=None.")
-    return held
-
-
-def _samples(by_class: dict[str, list[Path]]) -> list[Sample]:
-    return [Sample(path, i) for i, paths in enumerate(by_class.values()) for path in paths]
-
-
-# ---- what the files say of themselves
-
-
-class Headers(NamedTuple):
-    """What the beginnings of files say: how often each (width, height), whether all are grey, and the broken files."""
-
-    sizes: Counter[tuple[int, int]]
-    is_grey: bool
-    broken: list[Path]
-
-
-def read_headers(paths: Sequence[Path], skip_broken: bool) -> Headers:
-    """Read only how each picture begins. Raises ValueError that names the first that is none, or notes them."""
-    sizes, is_grey, broken = Counter[tuple[int, int]](), True, []
+    sizes, is_grey = Counter[tuple[int, int]](), True
     for path in paths:
         try:
             with opened(path) as image:
@@ -232,5 +167,4 @@ def read_headers(paths: Sequence[Path], skip_broken: bool) -> Headers:
             if not skip_broken:
                 error.add_note(WAY_OUT)
                 raise
-            broken.append(path)
-    return Headers(sizes, is_grey, broken)
+    return sizes, is_grey

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import check_choice, check_int, check_items, check_number, quoted
-from .decode import from_pixels, opened, plain
+from .decode import from_pixels, opened, upright
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -43,8 +43,7 @@ class ImageForm:
     def __post_init__(self) -> None:
         if len(check_items("size", self.size, "(height, width) in pixels", "size=(224, 224)")) != 2:
             raise ValueError(f"size must be (height, width) in pixels, got {quoted(self.size)}.")
-        height, width = (check_int(name, side, 1, MOST_PIXELS) for name, side in zip(("height", "width"), self.size,
-                                                                                    strict=True))
+        height, width = map(check_int, ("height", "width"), self.size, (1, 1), (MOST_PIXELS, MOST_PIXELS))
         if check_int("channels", self.channels) not in (1, 3):
             raise ValueError(f"channels must be 1 (grey) or 3 (RGB), got {self.channels}.")
         check_choice("resize", self.resize, RESIZE)
@@ -52,11 +51,10 @@ class ImageForm:
         if (len(mean), len(std)) not in ((0, 0), (self.channels, self.channels)):
             raise ValueError(f"mean and std must have a number for each of {self.channels} channels, got {len(mean)} "
                              f"and {len(std)}. Without normalisation pass none.")
-        plain_values = {"size": (height, width), "channels": int(self.channels),
-                        "mean": tuple(check_number("mean", value, minimum=0, maximum=1, example=OF_A_CHANNEL)
-                                      for value in mean),
-                        "std": tuple(check_number("std", value, above=0) for value in std)}
-        for name, value in plain_values.items():  # equal forms are equal, whatever kinds of numbers they were made of
+        values = {"size": (height, width), "channels": int(self.channels),
+                  "mean": tuple(check_number("mean", m, minimum=0, maximum=1, example=OF_A_CHANNEL) for m in mean),
+                  "std": tuple(check_number("std", s, above=0) for s in std)}
+        for name, value in values.items():  # equal forms are equal, whatever kinds of numbers they were made of
             object.__setattr__(self, name, value)
 
     def read(self, picture: Any) -> Tensor:
@@ -80,15 +78,10 @@ class ImageForm:
     def _fitted(self, image: "Image") -> Tensor:
         from PIL import Image, ImageOps
 
-        image, (height, width) = plain(image, self.channels), self.size
+        image, (height, width) = upright(image, self.channels), self.size
         if image.size != (width, height):
-            how = Image.Resampling.BILINEAR
-            if self.resize == "crop":
-                image = ImageOps.fit(image, (width, height), how)
-            elif self.resize == "pad":
-                image = ImageOps.pad(image, (width, height), how)
-            else:
-                image = image.resize((width, height), how)
+            resize: Any = {"crop": ImageOps.fit, "pad": ImageOps.pad, "squish": Image.Image.resize}[self.resize]
+            image = resize(image, (width, height), Image.Resampling.BILINEAR)
         return torch.from_numpy(np.array(image)).reshape(height, width, self.channels).permute(2, 0, 1).contiguous()
 
     def normalize(self, images: Tensor) -> Tensor:
@@ -106,7 +99,7 @@ class ImageForm:
         return (values - _per_channel(self.mean, values.device)) / _per_channel(self.std, values.device)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON; `from_dict` makes the form of them again.
+        """Values for JSON; `from_dict` makes the form of them again.
 
         >>> ImageForm.from_dict(ImageForm((8, 9)).as_dict())
         ImageForm(size=(8, 9), channels=3, mean=(), std=(), resize='crop')

@@ -1,7 +1,7 @@
 """Loaders of pictures that know their classes and the form in which a model takes them."""
 import copy
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -11,21 +11,23 @@ from torch.utils.data import DataLoader
 
 from ..base import snapshot
 from ..base.batch import Batch
-from ..data import in_memory
 from ..data.dataloaders import DataLoaders
 from ..data.feed import first_batch
 from ..data.loader import generators, second_copy
 from ..data.tensor_loader import TensorLoader
-from ..errors import check_flag
+from ..errors import check_flag, check_int
+from ..show.pictures import grid, to_pictures
 from ..show.tables import listed
-from .augment import BatchTransform
+from .augment import BatchTransform, augmentation
 from .form import ImageForm
 from .options import Options
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-STREAMED = 32  # pictures, not kept in memory, whose mean and spread stand for all
+
+MEASURED = 512  # pictures, at most, whose mean and spread stand for all
+STREAMED = 32  # and of those that are not kept in memory
 
 
 @dataclass(repr=False)
@@ -50,7 +52,8 @@ class ImageDataLoaders(DataLoaders):
             raise ValueError("there is no validation data: pass train=True.")
         restore = snapshot.rng(generators(loader))
         try:
-            x, y = first_batch(second_copy(loader), _place(loader))
+            device = loader.tensors[0].device if isinstance(loader, TensorLoader) else torch.device("cpu")
+            x, y = first_batch(second_copy(loader), device)
         finally:
             restore()
         return x, y
@@ -61,8 +64,14 @@ class ImageDataLoaders(DataLoaders):
         train: the first of `one_batch`, augmented, so no more than a batch; False: of the validation data, evenly
         spaced. figure: an empty one to draw on. Random generators are left as they were.
         """
-        from .show import show_batch
-        return show_batch(self, n, train=train, figure=figure)
+        n = check_int("n", n)
+        if check_flag("train", train) or self.valid is None:  # without validation data one_batch says so
+            x, y = self.one_batch(train=train)
+        else:
+            x, y = _spread(self.valid, n)
+        classes = self.classes or ()
+        titles = [classes[label] if label < len(classes) else str(label) for label in y[:n].tolist()]
+        return grid(list(to_pictures(x[:n], self.form.mean, self.form.std)), titles, figure=figure)
 
     def normalized(self, mean: Sequence[float], std: Sequence[float]) -> "ImageDataLoaders":
         """The same pictures with another normalisation, e.g. that of pretrained weights; nothing is copied.
@@ -71,8 +80,9 @@ class ImageDataLoaders(DataLoaders):
         """
         form = dataclasses.replace(self.form, mean=mean, std=std)  # type: ignore[arg-type]  # the form makes tuples
 
+
         def renewed(loader: Any) -> Any:
-            return loader and _carrying(loader, dataclasses.replace(loader.batch_transform, form=form))
+            return loader and carrying(loader, dataclasses.replace(loader.batch_transform, form=form))
 
         return dataclasses.replace(self, train=renewed(self.train), valid=renewed(self.valid), form=form)
 
@@ -93,15 +103,6 @@ class Pictures(NamedTuple):
     labels: Tensor
 
 
-def read(data_sets: Sequence[Any], place: torch.device, options: Options) -> list[Pictures]:
-    """The pictures of one or two data sets, each read once into the memory of `place`."""
-    train, valid = (*data_sets, None)[:2]
-    loaders = in_memory.loaders(train, valid, batch_size=1, transform=None, valid_transform=None, device=place,
-                                drop_last=False, generator=None, num_workers=options.num_workers,
-                                verbose=options.verbose)
-    return [Pictures(*loader.tensors) for loader in loaders if loader is not None]
-
-
 def of_pictures(parts: Sequence[Pictures], classes: Sequence[str] | None, form: ImageForm, options: Options
                 ) -> ImageDataLoaders:
     """Loaders of pictures in memory, of training and perhaps of validation. classes: None for numbers.
@@ -118,31 +119,46 @@ def of_pictures(parts: Sequence[Pictures], classes: Sequence[str] | None, form: 
     if low < 0 or high >= len(classes):
         raise ValueError(f"labels must be numbers from 0 to {len(classes) - 1}, as there are {len(classes)} classes, "
                          f"got {low if low < 0 else high}.")
+    transform = _transform(form, options, lambda: parts[0].images)
     n = len(parts[0].labels)
-    size = options.steps_of(n)
-    loaders = [TensorLoader(*parts[0], batch_size=size, shuffle=True, drop_last=n > size and n % size == 1),
-               *(TensorLoader(*part, batch_size=size) for part in parts[1:])]
-    return _of_loaders(loaders, classes, form, options)
+    size = options.batch_size_for(n)
+    train = TensorLoader(*parts[0], batch_size=size, shuffle=True, drop_last=n > size and n % size == 1)
+    valid = TensorLoader(*parts[1], batch_size=size) if len(parts) > 1 else None
+    return ImageDataLoaders(carrying(train, transform), carrying(valid, transform.plain), list(classes),
+                            form=transform.form)
 
 
 def of_data_sets(data_sets: Sequence[Any], classes: Sequence[str], form: ImageForm, options: Options
                  ) -> ImageDataLoaders:
     """Loaders that read the pictures of training, and perhaps of validation, anew in each epoch."""
-    made = DataLoaders.from_datasets(*data_sets, batch_size=options.steps_of(len(data_sets[0])),
-                                     num_workers=options.num_workers)
-    return _of_loaders([loader for loader in (made.train, made.valid) if loader is not None], classes, form, options)
+    n = len(data_sets[0])
+    transform = _transform(form, options, lambda: torch.stack([
+        data_sets[0][i][0] for i in range(0, n, -(-n // STREAMED))]))
+    made = DataLoaders.from_datasets(*data_sets, batch_size=options.batch_size_for(n), num_workers=options.num_workers)
+    return ImageDataLoaders(carrying(made.train, transform), carrying(made.valid, transform.plain), list(classes),
+                            form=transform.form)
 
 
-def _of_loaders(loaders: Sequence[Any], classes: Sequence[str], form: ImageForm, options: Options) -> ImageDataLoaders:
-    transform = BatchTransform(form, options.augmentation(form))
-    train, valid = (*(_carrying(loader, each) for loader, each in zip(loaders, (transform, transform.plain),
-                                                                      strict=False)), None)[:2]
-    return ImageDataLoaders(train, valid, list(classes), form=form)
+def _transform(form: ImageForm, options: Options, training: Callable[[], Tensor]) -> BatchTransform:
+    """What makes of training batches those that a model takes.
+
+    training: makes training pictures, whose mean and spread normalise where the options give none.
+    """
+    mean, std = measured(training()) if options.mean is None else (options.mean, options.std)
+    form = dataclasses.replace(form, mean=mean, std=std)  # type: ignore[arg-type]  # the form makes tuples
+    return BatchTransform(form, augmentation(options.augment, form))
 
 
-def some(data: Any) -> Tensor:
-    """A few pictures of a data set, evenly spaced."""
-    return torch.stack([data[i][0] for i in range(0, len(data), -(-len(data) // STREAMED))])
+def measured(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """The mean and the standard deviation of each channel of uint8 pictures, in 0..1, of up to 512 of them.
+
+    >>> measured(torch.tensor([0, 255], dtype=torch.uint8).reshape(2, 1, 1, 1))
+    ((0.5,), (0.5,))
+    """
+    some = images[::-(-len(images) // MEASURED)].cpu().double() / 255
+    mean, std = some.mean((0, 2, 3)).tolist(), some.std((0, 2, 3), correction=0).tolist()
+    # pictures of one colour have no spread
+    return tuple(round(value, 4) for value in mean), tuple(max(0.01, round(value, 4)) for value in std)
 
 
 def normalized_as(form: ImageForm, loader: Iterable[Batch]) -> Iterable[Batch]:
@@ -151,15 +167,25 @@ def normalized_as(form: ImageForm, loader: Iterable[Batch]) -> Iterable[Batch]:
     if not isinstance(own, BatchTransform) or own.form.channels != form.channels:
         return loader
     wanted = dataclasses.replace(own.form, mean=form.mean, std=form.std)
-    return loader if own.form == wanted else _carrying(loader, dataclasses.replace(own, form=wanted))
+    if own.form == wanted:
+        return loader
+    renewed: Iterable[Batch] = carrying(loader, dataclasses.replace(own, form=wanted))
+    return renewed
 
 
-def _carrying(loader: Iterable[Batch], transform: BatchTransform) -> Any:
+def carrying(loader: Any, transform: BatchTransform) -> Any:
+    """A loader over the same data with this `batch_transform`; None for no loader."""
+    if loader is None:
+        return None
     twin: Any = second_copy(loader) if isinstance(loader, DataLoader) else copy.copy(loader)
     twin.batch_transform = transform
     return twin
 
 
-def _place(loader: Any) -> torch.device:
-    """Where the batches of a loader are."""
-    return loader.tensors[0].device if isinstance(loader, TensorLoader) else torch.device("cpu")
+def _spread(loader: Any, n: int) -> tuple[Tensor, Tensor]:
+    """`n` samples of a loader as the model takes them, evenly spaced: the first ones are often all of one class."""
+    data = loader.dataset
+    n = min(n, len(data))
+    images, labels = zip(*(data[i * len(data) // n] for i in range(n)), strict=True)
+    x, y = loader.batch_transform((torch.stack(images), torch.tensor([int(label) for label in labels])))
+    return x, y

@@ -1,22 +1,21 @@
 """What can be said of pictures wherever they come from, checked before anything is read."""
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..errors import check_device, check_flag, check_int, check_items
 from ..machine.limits import available
-from .augment import Augment, augmentation, check_augment
+from .augment import check_augment
 from .form import MOST_PIXELS, ImageForm
+from .listing import Listing
 
 MAX_SIZE = 224  # pixels of a side, where nobody says more: what the classical architectures were made for
 SMALLEST = 8  # pixels: of smaller sides nothing is left after the first layers of a convnet
 SHARE_OF_MEMORY = 0.5  # that pictures may take: model and batches want some too
-MEASURED = 512  # pictures, at most, whose mean and spread stand for all
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,42 +53,27 @@ class Options:
                 check_items(name, getattr(self, name), "a number for each channel", f"{name}=(0.5, 0.5, 0.5)")
         if (self.mean is None) != (self.std is None):
             raise ValueError("mean and std belong together: pass both, or none of them.")
-        self._normalized(self.form(Counter({(SMALLEST, SMALLEST): 1}), is_grey=False))
+        trial = self.form(Listing([], None, Counter({(SMALLEST, SMALLEST): 1}), is_grey=False))
+        if self.mean is not None:  # the form says what is wrong with the values
+            replace(trial, mean=self.mean, std=self.std)  # type: ignore[arg-type]
 
-    def form(self, sizes: Counter[tuple[int, int]], is_grey: bool) -> ImageForm:
-        """The form, yet without normalisation, of pictures of these (width, height), all grey or not."""
-        if self.size is None:
-            size = common_size(sizes, self.max_size)
-        elif isinstance(self.size, Integral):  # of numpy's too
-            size = (self.size, self.size)  # type: ignore[assignment]
-        else:
-            size = self.size  # type: ignore[assignment]  # the form says what is wrong with it
-        channels = self.channels if self.channels is not None else len(self.mean or ()) or (1 if is_grey else 3)
+    def form(self, listing: Listing) -> ImageForm:
+        """The form of the pictures that are listed, without the normalisation."""
+        size: Any = common_size(listing.sizes, self.max_size) if self.size is None else self.size
+        if isinstance(size, Integral):  # of numpy's too
+            size = (size, size)
+        channels = len(self.mean or ()) or (1 if listing.is_grey else 3) if self.channels is None else self.channels
         return ImageForm(size, channels, resize=self.resize)
 
-    def normalized(self, form: ImageForm, pictures: Callable[[], Tensor]) -> ImageForm:
-        """`form` with the normalisation that is given, or with that of `pictures`, which are made only then."""
-        if self.mean is not None:
-            return self._normalized(form)
-        mean, std = measured(pictures())
-        return replace(form, mean=mean, std=std)
-
-    def _normalized(self, form: ImageForm) -> ImageForm:
-        return form if self.mean is None else replace(form, mean=self.mean, std=self.std)  # type: ignore[arg-type]
-
-    def augmentation(self, form: ImageForm) -> Augment | None:
-        """What changes the training batches."""
-        return augmentation(self.augment, form)
-
-    def steps_of(self, n: int) -> int:
+    def batch_size_for(self, n: int) -> int:
         """The batch size for `n` training pictures. If none is given: 64, or less where that makes few steps an epoch.
 
-        >>> Options().steps_of(1000), Options().steps_of(100), Options().steps_of(9), Options(batch_size=32).steps_of(9)
-        (64, 12, 8, 32)
+        >>> [Options().batch_size_for(n) for n in (1000, 100, 9)], Options(batch_size=32).batch_size_for(9)
+        ([64, 12, 8], 32)
         """
         return min(64, max(8, n // 8)) if self.batch_size is None else self.batch_size
 
-    def place(self, n: int, form: ImageForm) -> torch.device | None:
+    def memory_for(self, n: int, form: ImageForm) -> torch.device | None:
         """Where `n` pictures are kept: the device, else the CPU, as they fit; None: in no memory.
 
         Raises MemoryError if they have to fit and do not.
@@ -97,12 +81,12 @@ class Options:
         if self.in_memory is False:
             return None
         n_bytes = n * form.channels * form.size[0] * form.size[1]
-        for place in (accelerator() if self.device is None else check_device(self.device), torch.device("cpu")):
-            free = available(place)
+        for device in (accelerator() if self.device is None else check_device(self.device), torch.device("cpu")):
+            free = available(device)
             if free is not None and n_bytes <= SHARE_OF_MEMORY * free:
-                return place
-            if free is None and (self.in_memory or place.type == "cpu"):  # nobody says what is free
-                return place
+                return device
+            if free is None and (self.in_memory or device.type == "cpu"):  # nobody says what is free
+                return device
         if self.in_memory is None:
             return None
         raise MemoryError(f"{n:,} pictures of {n_bytes // n:,} bytes are {n_bytes / 1e6:,.0f} MB, more than "
@@ -127,18 +111,6 @@ def common_size(sizes: Counter[tuple[int, int]], max_size: int) -> tuple[int, in
         shorter[min(size)] += n
     side = max(SMALLEST, min(max_size, shorter.most_common(1)[0][0]))
     return side, side
-
-
-def measured(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """The mean and the standard deviation of each channel of uint8 pictures, in 0..1, of up to 512 of them.
-
-    >>> measured(torch.tensor([0, 255], dtype=torch.uint8).reshape(2, 1, 1, 1))
-    ((0.5,), (0.5,))
-    """
-    some = images[::-(-len(images) // MEASURED)].cpu().double() / 255
-    mean, std = some.mean((0, 2, 3)).tolist(), some.std((0, 2, 3), correction=0).tolist()
-    # pictures of one colour have no spread
-    return tuple(round(value, 4) for value in mean), tuple(max(0.01, round(value, 4)) for value in std)
 
 
 def accelerator() -> torch.device:

@@ -1,41 +1,25 @@
 """Pictures in data sets such as torchvision's."""
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Subset
 
 from ..data.classes import check_classes
 from ..data.dataloaders import DataLoaders
 from ..data.samples import check_data_set
 from ..errors import check_number, quoted
-from ..show.screen import say
 from .decode import GREY
-from .folders import held_back
-from .form import ImageForm
-from .loaders import ImageDataLoaders, of_data_sets, of_pictures, read, some
+from .held_back import held_back
+from .listing import Listing, sample_of, targets
+from .loaders import ImageDataLoaders
+from .make_loaders import make_loaders
 from .options import MAX_SIZE, Options
 
-PROBES = 100  # samples of a data set that are looked at to choose size and channels
-
-
-@dataclass(frozen=True)
-class Formed(Dataset[tuple[Tensor, int]]):
-    """The samples of a data set, (picture, class number), in the form that a model takes."""
-
-    data: Any
-    form: ImageForm
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __getitem__(self, i: int) -> tuple[Tensor, int]:
-        picture, label = _sample("the data set", self.data, i)
-        return self.form.read(picture), int(label)
+PROBES = 100  # samples of a data set that are examined to choose size and channels
 
 
 def from_dataset(train: Any, valid: Any = None, *, size: int | Sequence[int] | None = None,
@@ -50,10 +34,13 @@ def from_dataset(train: Any, valid: Any = None, *, size: int | Sequence[int] | N
     without `transform=`, or with one that gives such pictures: floats (of `ToTensor`, `Normalize`) are refused, as
     augmentation and normalisation come after. A transform of its own that is random takes in_memory=False.
 
+    train: the training data.
     valid: the validation data, with the same classes, or a share in 0..1 of `train` that is held back: of each class
-    where the data set has `.targets`, else of all. None: no validation. classes: the names; None: the data set's
-    `.classes`, also of a Subset, else the numbers. size, channels: None looks at up to 100 of the samples. The other
-    arguments are those of `image_folders`.
+        where the data set has `.targets`, else of all. None: no validation.
+    classes: their names; None: the data set's `.classes`, also of a Subset, else the numbers.
+    size, channels: as in `image_folders`, where None looks at up to 100 of the samples.
+    batch_size, augment, resize, mean, std, max_size, in_memory, num_workers, device, seed, verbose: as in
+        `image_folders`.
 
     Raises TypeError for what is no such data set, ValueError for samples or labels that cannot be used.
 
@@ -68,63 +55,29 @@ def from_dataset(train: Any, valid: Any = None, *, size: int | Sequence[int] | N
     check_data_set("train", train)
     if isinstance(valid, (int, float)):
         share = check_number("valid", valid, above=0, below=1, example="valid=0.2, or a data set")
-        held = held_back(_targets(train), len(train), share, seed)
+        held = held_back(targets(train), len(train), share, seed)
         parts = [Subset(train, rows.nonzero().flatten().tolist()) for rows in (~held, held)]
     else:
         parts = [train] if valid is None else [train, valid]
-    sizes, is_grey = _looked_at(parts)
-    form = options.form(sizes, is_grey)
-    place = options.place(sum(map(len, parts)), form)
-    data_sets = [Formed(part, form) for part in parts]
+    sizes, is_grey = _examined(parts)
     own = DataLoaders.from_datasets(*parts, num_workers=0).classes  # of both data sets, if they agree
-    names = names or (None if own is None else list(own))
-    if place is not None:
-        pictures = read(data_sets, place, options)
-        form = options.normalized(form, lambda: pictures[0].images)
-        dls = of_pictures(pictures, names, form, options)
-    else:
-        form = options.normalized(form, lambda: some(data_sets[0]))
-        dls = of_data_sets(data_sets, names or _numbered(parts), form, options)
-    if verbose:
-        say(repr(dls))
-    return dls
+    listing = Listing(parts, names or (own and list(own)), sizes, is_grey)
+    return make_loaders(listing, options.form(listing), options)
 
 
-def _looked_at(parts: Sequence[Any]) -> tuple[Counter[tuple[int, int]], bool]:
+def _examined(parts: Sequence[Any]) -> tuple[Counter[tuple[int, int]], bool]:
     """How often each (width, height) comes among some samples of the first part, and whether all of them are grey.
 
     Raises TypeError or ValueError for samples of any part that cannot be used.
     """
-    sizes, is_grey = Counter[tuple[int, int]](), True
+    seen: dict[str, list[tuple[tuple[int, int], bool]]] = {}
     for name, data in zip(("train", "valid"), parts, strict=False):
         n = check_data_set(name, data)
-        for i in range(0, n, -(-n // PROBES)):
-            size, grey = _look(f"sample {i} of {name}", _sample(name, data, i))
-            if name == "train":
-                sizes[size] += 1
-                is_grey = is_grey and grey
-    return sizes, is_grey
+        seen[name] = [_seen(f"sample {i} of {name}", sample_of(data, i, name)) for i in range(0, n, -(-n // PROBES))]
+    return Counter(size for size, _ in seen["train"]), all(is_grey for _, is_grey in seen["train"])
 
 
-def _sample(name: str, data: Any, i: int) -> Any:
-    """Sample `i`; an error in it says which one that is, and of which file if the data set knows (`.samples`)."""
-    try:
-        return data[i]
-    except Exception as error:
-        if not isinstance(error, OSError):
-            error.add_note(f"in sample {i} of {name}")
-            raise
-        raise ValueError(f"cannot read sample {i} of {name}{_file(data, i)}: {error}") from error
-
-
-def _file(data: Any, i: int) -> str:
-    if isinstance(data, Subset):
-        return _file(data.dataset, data.indices[i])
-    samples = getattr(data, "samples", None)  # of torchvision's ImageFolder
-    return f" ({samples[i][0]})" if isinstance(samples, list) else ""
-
-
-def _look(what: str, sample: Any) -> tuple[tuple[int, int], bool]:
+def _seen(what: str, sample: Any) -> tuple[tuple[int, int], bool]:
     """The (width, height) of the picture of a sample, and whether it is grey."""
     if not isinstance(sample, (tuple, list)) or len(sample) != 2:
         raise TypeError(f"{what} must be (picture, class number), got {quoted(sample)}.")
@@ -145,23 +98,6 @@ def _look(what: str, sample: Any) -> tuple[tuple[int, int], bool]:
         raise ValueError(f"{what} holds {dtype} {tuple(picture.shape)} and no uint8 picture: where a transform of the "
                          "data set has made floats, make it without ToTensor, ToDtype and Normalize. Augmentation and "
                          "normalisation come after, on whole batches.")
-    channels_first = tuple(picture.shape) if isinstance(picture, Tensor) else (
-        *picture.shape[2:], *picture.shape[:2])
-    return (channels_first[-1], channels_first[-2]), picture.ndim == 2 or channels_first[0] == 1
-
-
-def _targets(data: Any) -> list[int] | None:
-    """The class numbers of a data set that are there without reading it: its `.targets`, also of a Subset."""
-    if isinstance(data, Subset):
-        inner = _targets(data.dataset)
-        return None if inner is None else [inner[i] for i in data.indices]
-    targets = getattr(data, "targets", None)
-    return None if targets is None or len(targets) != len(data) else [int(label) for label in targets]
-
-
-def _numbered(parts: Sequence[Any]) -> list[str]:
-    labels = [label for part in parts for label in _targets(part) or ()]
-    if not labels:
-        raise ValueError("the data set has neither .classes nor .targets, and is not read before training: pass "
-                         "classes=, the names of the classes.")
-    return [str(i) for i in range(max(labels) + 1)]
+    height, width = picture.shape[-2:] if isinstance(picture, Tensor) else picture.shape[:2]
+    channels = picture.shape[0 if isinstance(picture, Tensor) else 2] if picture.ndim == 3 else 1
+    return (width, height), channels == 1

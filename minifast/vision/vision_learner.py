@@ -28,9 +28,9 @@ from .stages import layer_groups
 class VisionLearner(Learner):
     """A `Learner` of pictures: `predict` takes a picture, and `export` writes down classes and preprocessing.
 
-    Made by `vision_learner`, or from any model that gives (n, classes): the arguments are those of `Learner`. classes,
-    form: those of `dls`. Pictures that replace `dls` must be of the same classes, and are normalised as the model's
-    were, whatever they came with, as are those of a test set; their size may be another, which becomes that of `form`.
+    Made by `vision_learner`, or from any model that gives (n, classes): the arguments are those of `Learner`. Pictures
+    that replace `dls` must have the same `classes`; they and those of a test set are normalised as the model's were.
+    They may have another size, which becomes that of `form`.
     """
 
     def __init__(self, model: nn.Module, dls: ImageDataLoaders, *args: Any, **options: Any) -> None:
@@ -40,7 +40,7 @@ class VisionLearner(Learner):
 
     @property
     def dls(self) -> DataLoaders:
-        """The data; it may be assigned between fits."""
+        """The data; may be assigned between fits."""
         return self._dls
 
     @dls.setter
@@ -57,7 +57,7 @@ class VisionLearner(Learner):
             self.form = dls.form
         self._dls = dls
 
-    def evaleval_data(self, dl: Iterable[Batch] | str | None) -> Iterable[Batch]:
+    def eval_data(self, dl: Iterable[Batch] | str | None) -> Iterable[Batch]:
         data = super().eval_data(dl)  # may be a test set, with the mean and std of its own pictures
         if isinstance(data, Mapping):
             return {name: normalized_as(self.form, loader) for name, loader in data.items()}
@@ -101,19 +101,19 @@ def vision_learner(dls: ImageDataLoaders, arch: Any, pretrained: bool = True, *,
                    **options: Any) -> VisionLearner:
     """A `VisionLearner` with an architecture of torchvision, its last layer replaced by a new one for the classes.
 
-    dls: pictures and their classes, from `image_folders`, `from_dataset` or `from_arrays`. arch: a function of
-    `torchvision.models` that makes a classifier (resnet18), its name ("resnet18"), or a function of your own,
-    n_classes -> module, which then decides about weights and normalisation.
-
+    dls: pictures and their classes, from `image_folders`, `from_dataset` or `from_arrays`.
+    arch: a function of `torchvision.models` that makes a classifier (resnet18), its name, or a function of your own,
+        n_classes -> module, which then decides about weights and normalisation.
     pretrained: whether to begin with torchvision's default weights, downloaded unless they are in torch's cache.
-    weights: other ones, a member of torchvision's enum or its name, such as "IMAGENET1K_V2". With weights the pictures
-    are normalised as those were that they were trained on. Grey pictures: the first convolution gets one channel, with
-    the sum of its weights over red, green and blue, and mean and std are the means of theirs.
+    weights: other ones, a member of torchvision's enum or its name, such as "IMAGENET1K_V2".
+    head: a function (n_features, n_classes) -> module, in place of a new linear layer.
+    splitter: None for `layer_groups`: stem, stages, head.
+    loss_func: None for cross entropy.
+    metrics, options: as in `Learner`; `seed` seeds the new layers, too.
 
-    head: a function (n_features, n_classes) -> module, in place of a new linear layer. splitter: None for
-    `layer_groups`: stem, stages, head. loss_func: None for cross entropy. options: those of `Learner`; `seed` seeds the
-    new layers, too.
-
+    With weights the pictures are normalised as those were that they were trained on. For grey pictures the first
+    convolution has one channel, with the sum of its weights over red, green and blue, and mean and std are the means of
+    theirs.
     Nothing is frozen: `fine_tune` trains the head first, or call `freeze()`. GoogLeNet and Inception v3 come without
     their auxiliary heads.
 

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from ..data.classes import check_classes
 from ..errors import check_number, quoted
-from .folders import held_back
 from .form import ImageForm
+from .held_back import held_back
+from .listing import Listing
 from .loaders import ImageDataLoaders, Pictures, of_pictures
 from .options import Options
 
@@ -22,12 +23,13 @@ def from_arrays(images: Any, labels: Any, valid: Any = 0.2, *, size: int | Seque
                 ) -> ImageDataLoaders:
     """Loaders of pictures that are in memory.
 
-    images: uint8, a numpy array (n, height, width) or (n, height, width, channels) or a tensor (n, height, width) or
-    (n, channels, height, width), of 1, 3 or 4 channels (the fourth is dropped). labels: (n,) class numbers from 0,
-    without gaps unless `classes` names them all.
-    valid: (images, labels) for validation; or a share in 0..1 of each class that is held back, drawn with `seed`; None:
-    no validation. classes: the names; None: the numbers. size: None is that of the pictures. device: where they are
-    kept, None: where a Learner trains. The other arguments are those of `image_folders`.
+    images: uint8, an array (n, height, width) or (n, height, width, channels) or a tensor (n, height, width) or (n,
+        channels, height, width), of 1, 3 or 4 channels (the fourth is dropped).
+    labels: (n,) class numbers from 0, without gaps unless `classes` names them all.
+    valid: (images, labels) for validation; or a share in 0..1 of each class that is held back; None: no validation.
+    size: None is that of the pictures.
+    classes: their names; None: their numbers.
+    batch_size, augment, resize, channels, mean, std, device, seed: as in `image_folders`.
 
     Raises TypeError or ValueError for what are no such arrays.
 
@@ -54,26 +56,29 @@ def from_arrays(images: Any, labels: Any, valid: Any = 0.2, *, size: int | Seque
         raise TypeError(f"valid must be (images, labels), a share in 0..1 or None, got {quoted(valid)}.")
     if names is None:
         _check_numbers(parts)
-    form = options.form(Counter({(width, height): 1}), is_grey=parts[0].images.shape[1] == 1)
-    place = options.place(sum(len(part.labels) for part in parts), form) or torch.device("cpu")
-    parts = [Pictures(_in_form(part.images, form).to(place), part.labels.to(place)) for part in parts]
-    return of_pictures(parts, names, options.normalized(form, lambda: parts[0].images), options)
+    listing = Listing(parts, names, Counter({(width, height): 1}), is_grey=parts[0].images.shape[1] == 1)
+    form = options.form(listing)
+    memory = options.memory_for(sum(len(part.labels) for part in parts), form) or torch.device("cpu")
+    parts = [Pictures(_in_form(part.images, form).to(memory), part.labels.to(memory)) for part in parts]
+    return of_pictures(parts, names, form, options)
 
 
 def _arrays(name: str, images: Any, name_of_labels: str, labels: Any) -> Pictures:
     """`images` as uint8 (n, channels, height, width), `labels` as int64 (n,); or what is wrong with them."""
     if not isinstance(images, (np.ndarray, Tensor)):
         raise TypeError(f"{name} must be a uint8 array or tensor of pictures, got {quoted(images)}.")
-    pixels, wanted = images, "(n, height, width) or (n, channels, height, width)"
+    order, turned = "(n, channels, height, width)", "permute(0, 3, 1, 2)"
+    pixels: Any = images
     if isinstance(images, np.ndarray):
-        wanted = "(n, height, width) or (n, height, width, channels)"
+        order, turned = "(n, height, width, channels)", "transpose(0, 2, 3, 1)"
         pixels = images.transpose(0, 3, 1, 2) if images.ndim == 4 else images
-    if pixels.ndim == 3:
-        pixels = pixels[:, None]
-    is_uint8 = str(images.dtype).removeprefix("torch.") == "uint8"
-    if not is_uint8 or pixels.ndim != 4 or pixels.shape[1] not in (1, 3, 4) or 0 in pixels.shape:
-        raise ValueError(f"{name} must be uint8 of shape {wanted} with 1, 3 or 4 channels, got {_described(images)}."
-                         + _help(images, is_uint8))
+    pixels = pixels[:, None] if pixels.ndim == 3 else pixels
+    is_uint8, shape = _dtype(images) == "uint8", (*pixels.shape, 0)
+    if not is_uint8 or pixels.ndim != 4 or shape[1] not in (1, 3, 4) or 0 in pixels.shape:
+        is_turned = pixels.ndim == 4 and pixels.shape[3 if isinstance(images, Tensor) else 2] in (1, 3, 4)
+        hint = f" Pass x.{turned}." * is_turned if is_uint8 else " Floats in 0..1: pass (255 * x).round() as uint8."
+        raise ValueError(f"{name} must be uint8 of shape (n, height, width) or {order} with 1, 3 or 4 channels, got "
+                         f"{_described(images)}.{hint}")
     if isinstance(pixels, np.ndarray):
         pixels = torch.from_numpy(np.ascontiguousarray(pixels))
     try:
@@ -81,10 +86,21 @@ def _arrays(name: str, images: Any, name_of_labels: str, labels: Any) -> Picture
     except (TypeError, ValueError, RuntimeError):  # texts, objects, lists of different lengths
         numbers = torch.empty(0)
     if numbers.is_floating_point() or numbers.is_complex() or tuple(numbers.shape) != (len(pixels),):
-        hint = " Names: classes, labels = np.unique(names, return_inverse=True)." if _are_names(labels) else ""
+        are_names = labels.dtype.kind in "UO" if isinstance(labels, np.ndarray) else (
+            isinstance(labels, (list, tuple)) and any(isinstance(label, str) for label in labels))
+        hint = " Names: classes, labels = np.unique(names, return_inverse=True)." * are_names
         raise ValueError(f"{name_of_labels} must be {len(pixels)} class numbers, one for each picture, got "
                          f"{_described(labels)}.{hint}")
     return Pictures(pixels.detach(), numbers.long())
+
+
+def _dtype(array: Any) -> str:
+    return str(array.dtype).removeprefix("torch.")
+
+
+def _described(values: Any) -> str:
+    """The dtype and shape of an array, of which its numbers would not say what is wrong; anything else as it is."""
+    return f"{_dtype(values)} {tuple(values.shape)}" if isinstance(values, (np.ndarray, Tensor)) else quoted(values)
 
 
 def _check_numbers(parts: Sequence[Pictures]) -> None:
@@ -96,29 +112,6 @@ def _check_numbers(parts: Sequence[Pictures]) -> None:
         raise ValueError(f"no training picture has the class number {missing}, and the highest is {highest}. Number "
                          "the classes from 0 without gaps (np.unique(labels, return_inverse=True)), or pass classes=, "
                          "the names of all.")
-
-
-def _described(values: Any) -> str:
-    """The dtype and shape of an array, of which its numbers would not say what is wrong; anything else as it is."""
-    if not isinstance(values, (np.ndarray, Tensor)):
-        return quoted(values)
-    return f"{str(values.dtype).removeprefix('torch.')} {tuple(values.shape)}"
-
-
-def _help(images: Any, is_uint8: bool) -> str:
-    """What to do with pixels of another dtype or order."""
-    if not is_uint8:
-        return " Floats in 0..1: pass (255 * x).round() as uint8."
-    channels = images.shape[-1 if isinstance(images, Tensor) else 1] if images.ndim == 4 else 0
-    if channels not in (1, 3, 4):
-        return ""
-    return f" Pass x.{'permute(0, 3, 1, 2)' if isinstance(images, Tensor) else 'transpose(0, 2, 3, 1)'}."
-
-
-def _are_names(labels: Any) -> bool:
-    if isinstance(labels, np.ndarray):
-        return labels.dtype.kind in "UO"
-    return isinstance(labels, (list, tuple)) and any(isinstance(label, str) for label in labels)
 
 
 def _in_form(images: Tensor, form: ImageForm) -> Tensor:

@@ -1,0 +1,93 @@
+"""Pictures that have been found and not been read: what the way from files to loaders begins with."""
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch.utils.data import Subset
+
+
+class Sample(NamedTuple):
+    """A file and the number of its class."""
+
+    path: Path
+    label: int
+
+
+@dataclass(frozen=True)
+class Listing:
+    """Pictures, and what is known of them before they are read.
+
+    parts: the training data, and the validation data if there are any; of each the samples (picture, class number),
+        with pictures that `ImageForm.read` takes.
+    classes: their names; None: their numbers.
+    sizes: how often each (width, height) comes.
+    is_grey: whether all pictures are grey.
+
+    The other fields are for `Sample`s:
+    are_files: one that cannot be read is named, or left out if `skip_broken`.
+    validation: where the validation data come from, in words.
+    others, broken: files that are left out, as they are no pictures or cannot be read.
+    """
+
+    parts: list[Any]
+    classes: Sequence[str] | None
+    sizes: Counter[tuple[int, int]]
+    is_grey: bool
+    are_files: bool = False
+    skip_broken: bool = False
+    validation: str = ""
+    others: list[Path] = field(default_factory=list)
+    broken: list[Path] = field(default_factory=list)
+
+    def without(self, broken: Iterable[Path]) -> "Listing":
+        """The same without these files. Raises ValueError for a class that has no file left to train on."""
+        left_out = set(broken)
+        parts = [[sample for sample in part if sample.path not in left_out] for part in self.parts]
+        trained_on = {sample.label for sample in parts[0]}
+        for label, name in enumerate(self.classes or ()):
+            if label not in trained_on:
+                raise ValueError(no_picture(name))
+        return replace(self, parts=[part for part in parts if part], broken=sorted(left_out))
+
+
+def no_picture(name: str) -> str:
+    """What is wrong with a class whose files are all broken."""
+    return f"no picture of the class {name!r} that it could be trained on can be read"
+
+
+def sample_of(data: Any, i: int, name: str = "the data set") -> Any:
+    """Sample `i`; an error in it says which one that is, and of which file if the data set knows (`.samples`)."""
+    try:
+        return data[i]
+    except Exception as error:
+        if not isinstance(error, OSError):
+            error.add_note(f"in sample {i} of {name}")
+            raise
+        raise ValueError(f"cannot read sample {i} of {name}{_file(data, i)}: {error}") from error
+
+
+def _file(data: Any, i: int) -> str:
+    if isinstance(data, Subset):
+        return _file(data.dataset, data.indices[i])
+    samples = getattr(data, "samples", None)  # of torchvision's ImageFolder
+    return f" ({samples[i][0]})" if isinstance(samples, list) else ""
+
+
+def targets(data: Any) -> list[int] | None:
+    """The class numbers of a data set that are there without reading it: its `.targets`, also of a Subset."""
+    if isinstance(data, Subset):
+        inner = targets(data.dataset)
+        return None if inner is None else [inner[i] for i in data.indices]
+    found = getattr(data, "targets", None)
+    return None if found is None or len(found) != len(data) else [int(label) for label in found]
+
+
+def class_numbers(parts: list[Any]) -> list[str]:
+    """The numbers of the classes of data sets that know them without being read, as names."""
+    labels = [label for data in parts for label in targets(data) or ()]
+    if not labels:
+        raise ValueError("the data set has neither .classes nor .targets, and is not read before training: pass "
+                         "classes=, the names of the classes.")
+    return [str(i) for i in range(max(labels) + 1)]
