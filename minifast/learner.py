@@ -53,6 +53,8 @@ class Learner(Trainer):
 
     Raises ValueError or TypeError for what cannot work, before anything is changed.
 
+    >>> import torch
+    >>> from torch import nn
     >>> learn = Learner(nn.Linear(4, 1), ([(torch.ones(8, 4), torch.ones(8, 1))], None), nn.MSELoss(), verbose=False)
     >>> learn.fit(0.1, 3)
     >>> learn.recorder.lrs
@@ -63,11 +65,16 @@ class Learner(Trainer):
                 repeats: int = 1, callbacks: Iterable[Callback] = ()) -> LRFind:
         """Train with a growing learning rate until the loss explodes, and undo all of it.
 
-        The arguments are those of `LRFinder`. repeats: runs from the same weights with other random numbers, of which
-        the result holds the median and the band. Its `verdict` says whether to rely on it. Only callbacks with
-        `in_lr_find = True` run, and no validation. The result is returned, and drawn by `recorder.plot()`. However it
-        ends, model, optimizer, random generators and Recorder are bit for bit what they were: a fit after it equals a
-        fit without it.
+        start_lr, end_lr, num_it, stop_div: as in `LRFinder`.
+        repeats: runs from the same weights, of which the result holds the median and the band. The first is the one of
+            repeats=1; each later one has another seed, drawn from torch's generator, for all random generators, those
+            of the loaders too.
+        callbacks: only those with `in_lr_find = True` run, of these and of the learner's.
+
+        There is no validation. The result is returned, and drawn by `recorder.plot()`; its `verdict` says whether to
+        rely on it. However it ends, model, optimizer, random generators and Recorder are bit for bit what they were: a
+        fit after it equals a fit without it. Costs repeats * num_it weight updates and a copy of model and optimizer
+        state, two with repeats > 1.
 
         Raises ValueError for values out of range and for data that is good for one pass only.
         """
@@ -83,8 +90,31 @@ class Learner(Trainer):
              callbacks: Iterable[Callback] = ()) -> "Race":
         """Train shortly with each of `lrs`, from the same weights on the same batches, undo it, and say which wins.
 
-        lrs: two or more learning rates in any form. steps: weight updates of each. schedule: over these steps, None for
-        a constant rate. "No clear winner" is an answer. More in `minifast.studies.race.race`.
+        lrs: two or more learning rates in any form: float, slice(hi), slice(lo, hi), one value per layer group.
+        steps: weight updates of each, over as many passes as that takes.
+        schedule: None for a constant rate, or one without a peak of its own, such as OneCycle(), over these steps.
+        callbacks: only those with `in_lr_find = True` run, of these and of the learner's; they hear of one epoch.
+
+        Each candidate sees the same random numbers too, and is validated once at the end (of several sets, on the
+        first). Costs len(lrs) * steps + 10 weight updates (10 show the starting loss), a copy of model and optimizer
+        state in memory, and no file.
+
+        The winner has the lowest mean training loss over the last quarter of the steps. Its margin to every other
+        candidate has to exceed 2 standard errors of the differences step by step, raised for differences that hang
+        together (lag-1 autocorrelation), and no candidate may have a validation loss that is lower by as much (the
+        differences are then those of the batches; a single one says nothing). Otherwise there is no clear winner. That
+        noise is of this start and these batches: another order of the data can decide otherwise. A candidate has
+        diverged if a loss is not finite, or the mean over a quarter of the steps exceeds 4 times the loss of the
+        starting weights.
+
+        Raises ValueError for fewer than 2 candidates, two that are the same, steps < 1, or one-pass data.
+
+        >>> import torch
+        >>> from torch import nn
+        >>> data = [(torch.eye(4), torch.ones(4, 1))] * 5
+        >>> learn = Learner(nn.Linear(4, 1), (data, None), nn.MSELoss(), opt_func=torch.optim.SGD, verbose=False)
+        >>> learn.race([1e-3, 1e-1, 1e3], steps=20).winner
+        0.1
         """
         from .studies.race import race
         return race(self, lrs, steps, schedule=schedule, callbacks=callbacks)
@@ -97,6 +127,8 @@ class Learner(Trainer):
         mode; leaks between the samples of a batch; the loader's time against the step's; whether one batch can be
         learned by heart. Each is "ok", a "note" or a "problem". In a script: `sys.exit(learn.check().exit_code)`.
 
+        >>> import torch
+        >>> from torch import nn
         >>> learn = Learner(nn.Linear(4, 1), ([(torch.ones(8, 4), torch.ones(8))], None), nn.L1Loss(), verbose=False)
         >>> print(learn.check())
         ok       parts   5 trainable parameters on cpu
@@ -110,8 +142,10 @@ class Learner(Trainer):
     def overfit(self, steps: int = 100, lr: LR | None = None) -> list[float]:
         """Train on the first batch alone for `steps` weight updates and undo it; gives the loss of each.
 
-        A model that cannot bring this close to 0 will not learn the data either. lr: None for the learner's. Only
-        callbacks with `in_lr_find` run.
+        lr: None for the learner's.
+
+        A model that cannot bring this close to 0 will not learn the data either. Only callbacks with
+        `in_lr_find = True` run.
         """
         from .studies.overfit import overfit
         return overfit(self, steps, lr)
@@ -119,7 +153,9 @@ class Learner(Trainer):
     def summary(self) -> "Summary":
         """The layers of the model, their shapes for one training batch, and the memory they take; prints as a table.
 
-        Random generators and buffers are left as they were. Raises ValueError for data that is good for one pass.
+        The batch runs in eval mode, and all outputs are held at once, as training would. Modes, buffers and random
+        generators, those of the loaders too, are put back. Raises ValueError for data that is good for one pass (the
+        batch would be missing from training), and for data without a batch.
         """
         self.check_assigned()
         from .studies.summary import summary
@@ -128,8 +164,10 @@ class Learner(Trainer):
     def trace(self, n: int = 2, *, callbacks: Iterable[Callback] = (), accumulate: int = 1) -> "Trace":
         """Run `n` batches of training and of validation and undo them; gives what happened, in order.
 
+        callbacks, accumulate: as in `fit`; callbacks that write files (`in_sandbox = False`) are left out.
+
         Printed, it is a table: each event and piece of work, the callback that was called, its microseconds, and what
-        it changed. callbacks, accumulate: as in `fit`; those that write files (`in_sandbox = False`) are left out.
+        it changed.
         """
         from .studies.timeline import trace
         return trace(self, n, callbacks=callbacks, accumulate=accumulate)
@@ -138,10 +176,12 @@ class Learner(Trainer):
                 ops: bool = False) -> "Profile":
         """Run `n` batches (one pass at most) of training and of validation and undo them; gives where the time went.
 
+        callbacks, accumulate: as in `fit`; callbacks that write files (`in_sandbox = False`) are left out.
+        ops: add `torch.profiler`'s table of operators.
+
         Waiting for data, forward, loss, backward, optimizer step and each callback; on a GPU each is waited for, so
         the sum is more than a fit takes. The first 3 batches, in which much is done for the first time, are not
-        counted where there are enough. Callbacks that write files (`in_sandbox = False`) are left out. ops: add
-        `torch.profiler`'s table of operators.
+        counted where there are enough.
         """
         from .studies.timeline import profile
         return profile(self, n, callbacks=callbacks, accumulate=accumulate, ops=ops)

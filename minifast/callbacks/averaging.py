@@ -92,7 +92,7 @@ class WeightAverage(Callback):
     def evaluating(self, model: nn.Module) -> AbstractContextManager[Any]:
         if not self.in_validation or not self.averages:
             return nullcontext()
-        is_the_same = self._end is None or self._end == fingerprint(model)  # else they were loaded, or trained without this
+        is_the_same = self._end is None or self._end == fingerprint(model)  # else they were loaded
         return swapped(model, self.averages) if is_the_same else nullcontext()
 
     def swapped(self, model: nn.Module) -> AbstractContextManager[Any]:

@@ -58,7 +58,7 @@ class Logger(Callback):
         self._next_time = time.perf_counter() + self.every_seconds
 
     def before_epoch(self, state: State) -> None:
-        # only now: another callback may have refused the fit, and a resumed one has learned of its steps since before_fit
+        # not in before_fit: another callback may refuse the fit, and a resumed one learns of its steps behind it
         self._has_begun = True
         self._write_new(state)
 
