@@ -55,7 +55,7 @@ def run(opt_func, options, n_groups, actions, step_with, device="cpu", dtype=tor
 
 
 def fill(opt):
-    """As a fit does, see `hypers.fill_momentum`."""
+    """As a fit does, see `making.fill_momentum`."""
     for group in opt.param_groups:
         for p in group["params"]:
             if group.get("momentum"):
