@@ -488,7 +488,7 @@ def test_the_split_of_digits_is_fixed():
     assert rngs() == before
     for one, other in zip((first.train, first.valid), (second.train, second.valid), strict=True):
         assert bits(one.tensors) == bits(other.tensors)
-    with np.load(resources.files("minifast") / "digits.npz") as file:
+    with np.load(resources.files("minifast.data") / "digits.npz") as file:
         assert np.array_equal(first.valid.tensors[0][:, 0] * 16, file["images"][::5])
         assert np.array_equal(first.valid.tensors[1], file["labels"][::5])
 
