@@ -77,17 +77,16 @@ class AutoMicrobatch(Callback):
         A function of its own: when it has returned, nothing holds on to the error and the tensors in its traceback.
         """
         batch, done = state.batch, []
-        small = [batch] if self.current_size is None else parts(batch, _n_samples(state), self.current_size)
+        small = [batch] if self.current_size is None else parts(batch, _n_samples(state, batch), self.current_size)
         try:
             with window.in_parts(len(small)):
                 for state.batch in small:
                     gradient(state, emit, window)
                     done.append((state.n_samples, state.loss.detach(), state.loss_weight))
         except RuntimeError as error:
-            state.batch = batch
             if not _is_out_of_memory(error):
                 raise
-            self._halve(_n_samples(state), error)
+            self._halve(_n_samples(state, batch), error)
             return False
         finally:
             state.batch = batch
@@ -108,8 +107,8 @@ class AutoMicrobatch(Callback):
         self.current_size = max(self.min_size, size // 2)
 
 
-def _n_samples(state: State) -> int:
-    inputs, target = state.unpack(state.batch)
+def _n_samples(state: State, batch: Any) -> int:
+    inputs, target = state.unpack(batch)
     return n_samples(target, inputs)
 
 
