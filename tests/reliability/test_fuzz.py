@@ -557,9 +557,10 @@ LEFT_OUT = {
     **dict.fromkeys(["accuracy", "error_rate", "rmse", "top_k_accuracy"], "called with every batch"),
     **dict.fromkeys(["Callback.evaluating", "WeightAverage.evaluating", "MixedPrecision.evaluating",
                      "SaveBest.evaluating"], LOOP),
-    **dict.fromkeys(["EarlyStopping.look", "ReduceLROnPlateau.look", "SaveBest.look", "Monitor.keep_best"], LOOP),
-    **dict.fromkeys([f"{name}.{method}" for method in ("open", "close", "write_steps", "write_epoch") for name in (
-        "Logger", "CSVLogger", "RunLog", "TensorBoardLogger", "WandbLogger")], LOOP),
+    **dict.fromkeys(["EarlyStopping.judge", "ReduceLROnPlateau.judge", "SaveBest.judge", "Monitor.keep_best"], LOOP),
+    **dict.fromkeys([f"{name}.{method}" for name in (
+        "Logger", "CSVLogger", "RunLog", "TensorBoardLogger", "WandbLogger") for method in (
+        "open", "close", "write_settings", "write_steps", "write_epoch")], LOOP),
     "FitRecord.log": "called in every step", "ProgressiveResizing.scale": "called with every batch",
     **dict.fromkeys(["Checkpoint.begin", "Checkpoint.finish", "Checkpoint.take_up", "FiniteLoss.check",
                      "FiniteLoss.check_gradient", "TensorLoader.iter_from"], LOOP),
