@@ -12,7 +12,6 @@ from ..core.callback import Callback, Order
 from ..core.state import State
 from ..record.record import FitRecord
 
-PathLike = str | os.PathLike[str]
 log = logging.getLogger("minifast")
 
 
@@ -127,7 +126,7 @@ def step_columns(record: FitRecord, first: int) -> dict[str, list[float]]:
 
 
 @contextmanager
-def opening(owner: str, path: PathLike) -> Iterator[None]:
+def opening(owner: str, path: str | os.PathLike[str]) -> Iterator[None]:
     """An OSError inside names the logger and the path."""
     try:
         yield

@@ -11,9 +11,9 @@ from typing import Any, ClassVar
 from ..core.state import State
 from ..errors import check_flag, check_number, check_path
 from ..files.writing import replacing
-from ..record.runs import record_file, scalar, to_line
+from ..record.runs import PathLike, record_file, scalar, to_line
 from ..show import tables
-from .base import Logger, PathLike, opening
+from .base import Logger, opening
 from .settings import now, settings
 
 
@@ -24,9 +24,8 @@ class CSVLogger(Logger):
     path: the file; its folder is made. append: go on after the rows that it holds, as in the second of two fits; else
     the first epoch that ends replaces them. A column that appears later is added to the header: the file is then
     written anew, in one move, and earlier rows have an empty cell there. A resumed fit goes on where its state was
-    saved. The steps are written by `learn.recorder.to_csv`.
-
-    Raises OSError in `before_fit` if the file cannot be written. An error later is logged once; training goes on.
+    saved. The steps are written by `learn.recorder.to_csv`. Raises OSError in `before_fit` if the file cannot be
+    written; an error later is logged once, and what is missing is written when that is possible again.
 
     >>> CSVLogger("epochs.csv")
     CSVLogger(path='epochs.csv', append=False)
@@ -76,10 +75,8 @@ class RunLog(Logger):
     path: a folder, in which it writes run.jsonl, or a file *.jsonl; folders are made. every_seconds: how often the
     steps are written, >= 0; they are also written when an epoch or the fit ends. A kill loses at most the steps since
     then: each record is one line, written by one call. More fits append to the same file, and a resumed one continues
-    its own record. `read_run` reads it, `plot_runs` draws several; the format is described in minifast/record/runs.py.
-
-    Raises OSError in `before_fit` if the file cannot be written. An error later is logged once; training goes on, and
-    what is missing is written when that is possible again.
+    its own record. `read_run` reads it, `plot_runs` draws several; minifast/record/runs.py describes the format. Errors
+    are those of `CSVLogger`.
 
     >>> RunLog("runs/first")
     RunLog(path='runs/first', every_seconds=5.0)
@@ -105,21 +102,21 @@ class RunLog(Logger):
             _make_writable(self._file)
 
     def write_settings(self, settings: dict[str, Any]) -> None:
-        self._append("fit", {"step": self._n_steps, **settings})
+        self._add("fit", {"step": self._n_steps, **settings})
 
     def write_steps(self, first: int, columns: dict[str, list[float]]) -> None:
-        self._append("steps", {"first": first, "columns": columns})
+        self._add("steps", {"first": first, "columns": columns})
 
     def write_epoch(self, step: int, row: dict[str, Any]) -> None:
-        self._append("epoch", {"step": step, "row": row})
+        self._add("epoch", {"step": step, "row": row})
 
     def close(self, state: State) -> None:
         if self._has_begun and self._settings is None:
             n_epochs = len(state.record.epochs)
             ended = _ended(state, n_epochs)
-            self._append("end", {"time": now(), "ended": ended, "step": state.step, "epochs": n_epochs})
+            self._add("end", {"time": now(), "ended": ended, "step": state.step, "epochs": n_epochs})
 
-    def _append(self, kind: str, content: dict[str, Any]) -> None:
+    def _add(self, kind: str, content: dict[str, Any]) -> None:
         _append(self._file, to_line({"kind": kind, "fit": self._id, **content}))
 
 

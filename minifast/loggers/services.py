@@ -6,8 +6,8 @@ from typing import Any, ClassVar
 
 from ..core.state import State
 from ..errors import check_number, check_path
-from ..record.runs import scalar, to_json
-from .base import Logger, PathLike, load, opening
+from ..record.runs import PathLike, scalar, to_json
+from .base import Logger, load, opening
 from .settings import settings
 
 
@@ -41,7 +41,7 @@ class TensorBoardLogger(_Service):
     log_dir: a folder, which is made. every_seconds: how often, >= 0. All is drawn against the weight update; further
     fits with this logger continue the same curves, those of a new logger replace them. Steps that a resumed fit
     repeats replace the old ones. Values are float32 there. Needs `pip install 'minifast[tensorboard]'`: ImportError in
-    `before_fit` otherwise, OSError if the folder cannot be written. An error later is logged once; training goes on.
+    `before_fit` otherwise. Other errors are those of `CSVLogger`.
 
     >>> TensorBoardLogger("runs/first")
     TensorBoardLogger(log_dir='runs/first', every_seconds=5.0)

@@ -90,10 +90,9 @@ class Run:
 
 
 def read_run(path: PathLike) -> Run:
-    """The run in a folder's run.jsonl, or in the file `path`.
+    """The run in a folder's run.jsonl, or in the file `path`. A line that is no whole record is skipped and counted.
 
-    A line that is torn, as by a kill, or otherwise no record is skipped and counted. Raises FileNotFoundError if
-    there is no such file, ValueError if no line is a record.
+    Raises FileNotFoundError if there is no such file, ValueError if no line is a record.
     """
     file = record_file(check_path("path", path))
     if not file.is_file():
@@ -248,7 +247,7 @@ def _find(runs: PathLike | Iterable[PathLike]) -> list[Run]:
     found: dict[Path, Run] = {}
     for path in given:
         check_path("runs", path)
-        matching = {file: run for file, run in ((file, _read(file)) for file in _files(path)) if run.fits}
+        matching = {file: run for file in _files(path) if (run := _read(file)).fits}
         if not matching:
             raise FileNotFoundError(f"no run found for {os.fspath(path)!r}, seen from {os.getcwd()!r}. A run is a "
                                     "folder with a run.jsonl, or a file *.jsonl: record one with "
