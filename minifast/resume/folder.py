@@ -131,8 +131,8 @@ def load_best(model: nn.Module, path: str | os.PathLike[str]) -> dict[str, Any]:
 def _best_file(path: Path) -> Path:
     if path.is_file():
         return path
-    fits = fits_of(path)
-    folder = fits[-1] if fits else FitFolder(path)
+    fits = fits_of(path) or [FitFolder(path)]
+    folder = fits[-1]
     if folder.best.is_file():
         return folder.best
     others = [str(fit.path) for fit in fits if fit.best.is_file()]
