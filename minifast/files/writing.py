@@ -70,8 +70,13 @@ def save_tree(tree: Any, path: PathLike) -> None:
     Raises TypeError that names what is not plain (see `trees`), OSError for what the disk refuses.
     """
     check_plain(tree)
-    with replacing(path, needed=size_of(tree)) as file, _check_sums():
-        torch.save(to_save(tree), file)
+    has_sums = torch.serialization.get_crc32_options()
+    with replacing(path, needed=size_of(tree)) as file:
+        try:
+            torch.serialization.set_crc32_options(True)  # whatever it is set to
+            torch.save(to_save(tree), file)
+        finally:
+            torch.serialization.set_crc32_options(has_sums)
 
 
 def sweep(folder: PathLike) -> list[Path]:
@@ -166,17 +171,6 @@ def _create(path: Path) -> int:
     except FileExistsError:  # of a process that is dead, since its number is ours; or put there
         os.unlink(path)
         return os.open(path, flags, 0o666)
-
-
-@contextmanager
-def _check_sums() -> Iterator[None]:
-    """Have torch write them, whatever it is set to."""
-    before = torch.serialization.get_crc32_options()
-    torch.serialization.set_crc32_options(True)
-    try:
-        yield
-    finally:
-        torch.serialization.set_crc32_options(before)
 
 
 def _is_alive(process: int) -> bool:
