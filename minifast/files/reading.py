@@ -32,7 +32,8 @@ def load_tree(path: PathLike, *, checked: bool = False) -> Any:
     """What `save_tree` wrote, on the CPU. Nothing in the file is called, imported, evaluated or used as a path.
 
     The check sums of all its parts are compared first: torch itself takes a flipped bit for a weight. Memory is in
-    proportion to the file. checked: refuse an OrderedDict: what other programs write, and `save_tree` does not.
+    proportion to the file. checked: refuse what other programs write and `save_tree` does not: an OrderedDict, and rows
+    that repeat in memory.
 
     Raises ValueError for a file that is damaged, asks to run code, holds more than tensors and plain values, or is of
     torch before 1.6; OSError for one that cannot be read, a folder or a device.
@@ -120,6 +121,9 @@ def _check_loaded(tree: Any, storages: set[int], checked: bool) -> None:
         check_plain(tree, ordered=not checked)
     except TypeError as error:
         raise ValueError(str(error).removesuffix(" Only tensors and plain values can be saved.").rstrip(".")) from error
-    for tensor in tensors(tree):  # torch enlarges a storage that is no entry of the archive to any size
-        if tensor.untyped_storage().nbytes() not in storages:
+    for tensor in tensors(tree):
+        n_bytes = tensor.untyped_storage().nbytes()  # torch enlarges a storage that is no entry of the archive
+        # rows that repeat, which `save_tree` writes out: a kernel that takes them for dense writes behind the end
+        repeats = (tensor.storage_offset() + tensor.numel()) * tensor.element_size() > n_bytes
+        if n_bytes not in storages or (checked and repeats):
             raise ValueError(f"a tensor of shape {tuple(tensor.shape)!r:.60} does not lie in a storage of the file")

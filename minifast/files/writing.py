@@ -23,7 +23,9 @@ PathLike = str | os.PathLike[str]
 log = logging.getLogger("minifast")
 
 _TEMPORARY = re.compile(r"\..+\.([1-9]\d{0,9})\.tmp", re.DOTALL)
-_NOT_FOR_FOLDERS = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EISDIR)
+# what the fsync of a folder may say: there is none; or the folder is to be written to, but not to be listed
+_NOT_FOR_FOLDERS = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EISDIR,
+                    errno.EACCES, errno.EPERM)
 _in_use: set[Path] = set()  # temporaries of this process that are being written
 
 
@@ -68,8 +70,13 @@ def save_tree(tree: Any, path: PathLike) -> None:
     Raises TypeError that names what is not plain (see `trees`), OSError for what the disk refuses.
     """
     check_plain(tree)
-    with replacing(path, needed=size_of(tree)) as file, _check_sums():
-        torch.save(to_save(tree), file)
+    has_sums = torch.serialization.get_crc32_options()
+    with replacing(path, needed=size_of(tree)) as file:
+        try:
+            torch.serialization.set_crc32_options(True)  # whatever it is set to
+            torch.save(to_save(tree), file)
+        finally:
+            torch.serialization.set_crc32_options(has_sums)
 
 
 def sweep(folder: PathLike) -> list[Path]:
@@ -90,11 +97,6 @@ def sweep(folder: PathLike) -> list[Path]:
 def probe(folder: PathLike) -> None:
     """Write a small file into `folder`, have it on the disk and remove it. Raises OSError that says what to do."""
     folder = Path(folder)
-    if not folder.is_dir():
-        if folder.exists() or folder.is_symlink():
-            raise NotADirectoryError(errno.ENOTDIR, f"cannot write into {folder}: it is no folder. Pass the name of "
-                                                    "a folder.")
-        raise FileNotFoundError(errno.ENOENT, f"cannot write into {folder}: there is no such folder. Make it first.")
     try:
         with temporary(folder / "probe") as new, _new_file(new) as (_, file):
             file.write(bytes(4096))
@@ -110,17 +112,14 @@ def sync_folder(folder: Path) -> None:
         return
     try:
         handle = os.open(folder, os.O_RDONLY)
-    except PermissionError as error:  # a folder to write to, but not to be listed
-        log.debug("no fsync of the folder %s: %s", folder, error.strerror)
-        return
-    try:
-        os.fsync(handle)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
     except OSError as error:
         if error.errno not in _NOT_FOR_FOLDERS:
             raise
         log.debug("no fsync of the folder %s: %s", folder, error.strerror)
-    finally:
-        os.close(handle)
 
 
 def write(handle: int, data: bytes | memoryview) -> int:
@@ -172,17 +171,6 @@ def _create(path: Path) -> int:
     except FileExistsError:  # of a process that is dead, since its number is ours; or put there
         os.unlink(path)
         return os.open(path, flags, 0o666)
-
-
-@contextmanager
-def _check_sums() -> Iterator[None]:
-    """Have torch write them, whatever it is set to."""
-    before = torch.serialization.get_crc32_options()
-    torch.serialization.set_crc32_options(True)
-    try:
-        yield
-    finally:
-        torch.serialization.set_crc32_options(before)
 
 
 def _is_alive(process: int) -> bool:

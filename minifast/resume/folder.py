@@ -32,11 +32,7 @@ class FitFolder:
     """The checkpoints of one fit of a run."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-
-    @property
-    def best(self) -> Path:
-        return self.path / BEST
+        self.path, self.best = path, path / BEST
 
     def checkpoints(self) -> list[Path]:
         """The checkpoint files, newest first."""
@@ -49,7 +45,7 @@ class FitFolder:
         self.make()
         save_tree(tree, path)
         if is_best:
-            _link(path, self.best)
+            self.link_best(path)
         for older in self.checkpoints()[keep:]:
             try:
                 older.unlink(missing_ok=True)
@@ -57,10 +53,17 @@ class FitFolder:
                 log.warning("cannot remove the old checkpoint %s: %s", older, error.strerror)
         sweep(self.path)
 
-    def mend_best(self, path: Path) -> None:
-        """Have `best` be `path`, in case a kill came after `path` had its name, and before it was the best one."""
-        if not (self.best.exists() and self.best.samefile(path)):
-            _link(path, self.best)
+    def link_best(self, path: Path) -> None:
+        """Have `best` be the same file as `path`, in one move."""
+        try:
+            with temporary(self.best) as link:
+                os.link(path, link)
+                os.replace(link, self.best)
+            sync_folder(self.path)
+        except OSError as error:
+            log.debug("no hard link in %s (%s): the best checkpoint is a copy", self.path, error.strerror)
+            with open(path, "rb") as source, replacing(self.best) as copy:
+                shutil.copyfileobj(source, copy)
 
     def make(self) -> None:
         """Make the folder, if it is not there."""
@@ -131,8 +134,8 @@ def load_best(model: nn.Module, path: str | os.PathLike[str]) -> dict[str, Any]:
 def _best_file(path: Path) -> Path:
     if path.is_file():
         return path
-    fits = fits_of(path)
-    folder = fits[-1] if fits else FitFolder(path)
+    fits = fits_of(path) or [FitFolder(path)]
+    folder = fits[-1]
     if folder.best.is_file():
         return folder.best
     others = [str(fit.path) for fit in fits if fit.best.is_file()]
@@ -194,16 +197,3 @@ def _lock(handle: int, run: Path) -> None:
     text = f"pid {os.getpid()} on host {socket.gethostname()} since {datetime.now(UTC).isoformat(timespec='seconds')}"
     os.ftruncate(handle, 0)
     os.pwrite(handle, text.encode(), 0)
-
-
-def _link(path: Path, best: Path) -> None:
-    """Have `best` be the same file as `path`, in one move."""
-    try:
-        with temporary(best) as link:
-            os.link(path, link)
-            os.replace(link, best)
-        sync_folder(best.parent)
-    except OSError as error:
-        log.debug("no hard link in %s (%s): the best checkpoint is a copy", best.parent, error.strerror)
-        with open(path, "rb") as source, replacing(best) as copy:
-            shutil.copyfileobj(source, copy)

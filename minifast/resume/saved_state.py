@@ -17,7 +17,8 @@ from ..show.tables import listed
 from ..standard.recorder import Recorder
 from .identity import OWN_CHOICE
 
-PER_WEIGHT = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg")  # in an optimizer's state
+# in an optimizer's state, of the shape of the weights: torch's fused kernels do not check it
+PER_WEIGHT = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg")
 
 
 def capture_model(model: nn.Module) -> dict[str, Any]:
@@ -88,11 +89,10 @@ def optimizer_misfits(model: nn.Module, opt: Optimizer, saved: Mapping[str, Any]
     if own != theirs:
         return _misfits("optimizer", [*chain(*theirs)], [*chain(*own)]) or [
             "optimizer: its parameters are in other groups, or in another order, than in the checkpoint"]
-    params = [(name, p.shape) for names, group in zip(own, opt.param_groups, strict=True)
-              for name, p in zip(names, group["params"], strict=True)]
-    return [f"optimizer: the state {key} of {params[i][0]} has the shape {tuple(value.shape)} for {tuple(params[i][1])}"
+    flat, shapes = [*chain(*own)], [tuple(p.shape) for group in opt.param_groups for p in group["params"]]
+    return [f"optimizer: the state {key} of {flat[i]} has the shape {tuple(value.shape)} for {shapes[i]}"
             for i, values in saved["state"]["state"].items() for key, value in values.items()
-            if key in PER_WEIGHT and isinstance(value, Tensor) and value.shape != params[i][1]][:5]
+            if key in PER_WEIGHT and isinstance(value, Tensor) and tuple(value.shape) != shapes[i]][:5]
 
 
 def _misfits(what: str, saved: Iterable[str], own: Iterable[str]) -> list[str]:

@@ -82,7 +82,7 @@ def _found(state: State, where: Where, own: Facts) -> "Resumed | None":
     path, saved = newest(candidates)
     check(path, saved, state, own)
     if folder is not None and saved.get("best") is not None and path.parent == folder.path:
-        folder.mend_best(path)
+        folder.link_best(path)  # in case a kill came after the file had its name, and before it was the best one
     return Resumed(state, path, saved, where.saver)
 
 

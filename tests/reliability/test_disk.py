@@ -233,16 +233,6 @@ def test_probe_says_what_to_do(tmp_path, monkeypatch, name, number, advice):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_probe_of_what_is_no_folder(tmp_path):
-    (tmp_path / "file").touch()
-    (tmp_path / "link").symlink_to("nowhere")
-    for name in ("file", "link"):
-        with pytest.raises(NotADirectoryError, match=rf"cannot write into .*{name}: it is no folder\. Pass the name"):
-            probe(tmp_path / name)
-    with pytest.raises(FileNotFoundError, match=r"there is no such folder\. Make it first"):
-        probe(tmp_path / "gone")
-
-
 @pytest.mark.case("K2")
 def test_training_goes_on_with_a_full_disk(tmp_path, monkeypatch, caplog):
     """Through the public API: SaveBest keeps the older file."""

@@ -243,6 +243,14 @@ def test_files_that_are_no_checkpoint(path, tmp_path):
         refused(learner(), write(tmp_path, tree), "is not a checkpoint|made by another fit|not a checkpoint that")
 
 
+def test_an_optimizer_state_of_another_shape(path, tmp_path):
+    """A kernel would read and write behind its end."""
+    tree = torch.load(path, weights_only=True)
+    kept = next(iter(tree["optimizer"]["state"]["state"].values()))
+    kept["exp_avg"] = kept["exp_avg"].flatten()[:1].clone()
+    refused(learner(), write(tmp_path, tree), r"optimizer: the state exp_avg of .* has the shape \(1,\) for \(")
+
+
 ODD = (None, 3, -1, 10**12, float("nan"), "text", [], {}, [1, 2], torch.zeros(2), {"a": 1})
 
 

@@ -382,6 +382,15 @@ def test_the_same_tensor_without_a_forged_size_is_read(tmp_path):
         assert (loaded.shape, loaded.untyped_storage().nbytes()) == (shape, 12)
 
 
+@pytest.mark.case("X4")
+def test_a_checkpoint_has_no_rows_that_repeat(tmp_path):
+    """The fused kernels of optimizers take what they are given for dense, and would write behind its end."""
+    path = put(tensor_that_claims((4,), (0,)), tmp_path / "tree.pt")
+    assert load_tree(path)["weight"].tolist() == [1.0] * 4
+    with pytest.raises(ValueError, match=r"a tensor of shape \(4,\) does not lie in a storage of the file"):
+        load_tree(path, checked=True)
+
+
 def set_onto_a_storage():
     """A tensor of the file that is then set onto a storage of one byte, which is no part of the file, as MB bytes."""
     with zipfile.ZipFile(io.BytesIO(tensor_that_claims((3,), (1,)))) as archive:
