@@ -31,7 +31,8 @@ def find(root: Path, train: str = TRAIN, valid: str | float | None = None, seed:
         raise ValueError(f"{root} is a file, not a folder of pictures" if root.exists() else
                          f"there is no folder {root}")
     if train != TRAIN and not (root / train).is_dir():  # who names it does not mean the one tree
-        raise ValueError(f"there is no folder {root / train}: {root} holds {listed(each.name for each in _folders(root)) or 'no folder'}")
+        raise ValueError(f"there is no folder {root / train}: {root} holds "
+                         f"{listed(each.name for each in _folders(root)) or 'no folder'}")
     has_train = _is_part(root, train)
     if valid is None:
         valid = next((name for name in VALID_NAMES if has_train and (root / name).is_dir()), SHARE)
