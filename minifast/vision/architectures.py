@@ -46,7 +46,10 @@ def image_model(arch: Any, n_classes: int, *, channels: int = 3, pretrained: boo
                                  f"own, and gives the model with its {name}.")
         return ImageModel(_made_by(arch, n_classes), None, None)
     weights = _resolved(builder, pretrained, weights)
-    model = _loaded(builder, weights, progress) if weights is not None else _random(builder)
+    model = _built(builder, weights, progress)
+    for name, off in AUXILIARY.items():  # while they train, GoogLeNet and Inception v3 would give a tuple
+        if hasattr(model, name):
+            setattr(model, name, off)
     if channels == 1:
         _make_grey(model, weights)
     return ImageModel(model, _replace_head(model, channels, n_classes, head), weights)
@@ -145,11 +148,15 @@ def _resolved(builder: Callable[..., nn.Module], pretrained: bool, weights: Any)
     return members[name]
 
 
-def _loaded(builder: Callable[..., nn.Module], weights: Any, progress: bool) -> nn.Module:
-    """The model with `weights`, from torch's cache or the internet."""
+def _built(builder: Callable[..., nn.Module], weights: Any, progress: bool) -> nn.Module:
+    """The model with `weights`, from torch's cache or the internet; None: with random ones."""
+    if weights is None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # how GoogLeNet and Inception are initialised may change
+            return builder(weights=None)
     path = Path(torch.hub.get_dir(), "checkpoints", Path(urlparse(weights.url).path).name)
     try:
-        model = builder(weights=weights, progress=progress)
+        return builder(weights=weights, progress=progress)
     except Exception as error:  # of sockets, HTTP, a wrong hash, unpickling, shapes
         reason = f"{type(error).__name__}: {' '.join(str(error).split()):.200}"
         if path.is_file():
@@ -158,21 +165,6 @@ def _loaded(builder: Callable[..., nn.Module], weights: Any, progress: bool) -> 
         raise OSError(f"cannot download the weights {weights} from {weights.url} ({reason}). Pass pretrained=False for "
                       f"random weights, or download the file elsewhere and put it into {path.parent}, with the name "
                       f"{path.name}.") from error
-    return _without_auxiliary(model)
-
-
-def _random(builder: Callable[..., nn.Module]) -> nn.Module:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # GoogLeNet and Inception: how they are initialised may change
-        return _without_auxiliary(builder(weights=None))
-
-
-def _without_auxiliary(model: nn.Module) -> nn.Module:
-    """One output while it trains, too: GoogLeNet and Inception v3 would give a tuple of three or two."""
-    for name, off in AUXILIARY.items():
-        if hasattr(model, name):
-            setattr(model, name, off)
-    return model
 
 
 # ---- head and stem
@@ -182,18 +174,14 @@ def _replace_head(model: nn.Module, channels: int, n_classes: int,
                   make: Callable[[int, int], nn.Module] | None) -> nn.Module:
     side = getattr(model, "image_size", SIDE)  # a vision transformer takes images of its own size only
     old = output_layer(run_on_blank(model, (channels, side, side)))
-    if isinstance(old, nn.Linear):
-        new: nn.Module = nn.Linear(old.in_features, n_classes, bias=old.bias is not None)
-        n_features = old.in_features
-    elif isinstance(old, nn.Conv2d):  # SqueezeNet
-        new = nn.Conv2d(old.in_channels, n_classes, 1)
-        n_features = old.in_channels
-    else:
+    if old is None:
         raise ValueError(f"{type(model).__name__} has no linear layer or convolution to be replaced by a new head.")
-    if make is not None:
-        new = make(n_features, n_classes)
-        if not isinstance(new, nn.Module):
-            raise TypeError(f"head must give an nn.Module, and head({n_features}, {n_classes}) gives {quoted(new)}.")
+    n_features = old.in_features if isinstance(old, nn.Linear) else old.in_channels
+    new: Any = make(n_features, n_classes) if make is not None else (
+        nn.Linear(n_features, n_classes, bias=old.bias is not None) if isinstance(old, nn.Linear)
+        else nn.Conv2d(n_features, n_classes, 1))  # of SqueezeNet
+    if not isinstance(new, nn.Module):
+        raise TypeError(f"head must give an nn.Module, and head({n_features}, {n_classes}) gives {quoted(new)}.")
     model.set_submodule(next(name for name, module in model.named_modules() if module is old), new)
     if make is not None:  # the layer that it replaces took these images, so what goes wrong now is the head's
         try:

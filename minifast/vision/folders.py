@@ -6,8 +6,7 @@ from pathlib import Path
 
 from ..show.tables import listed
 from .decode import FOREIGN, GREY, opened
-from .held_back import chosen
-from .listing import Listing, Sample, no_picture
+from .listing import Listing, Sample, chosen, no_picture
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif", ".jfif")
 PASSED_OVER = {"__macosx", "thumbs.db", "desktop.ini"}  # what systems leave behind, beside whatever begins with a dot

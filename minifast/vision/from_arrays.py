@@ -10,8 +10,7 @@ from torch import Tensor
 from ..data.classes import check_classes
 from ..errors import check_number, quoted
 from .form import ImageForm
-from .held_back import held_back
-from .listing import Listing
+from .listing import Listing, held_back
 from .loaders import ImageDataLoaders, Pictures, of_pictures
 from .options import Options
 

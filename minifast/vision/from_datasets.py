@@ -13,8 +13,7 @@ from ..data.dataloaders import DataLoaders
 from ..data.samples import check_data_set
 from ..errors import check_number, quoted
 from .decode import GREY
-from .held_back import held_back
-from .listing import Listing, sample_of, targets
+from .listing import Listing, held_back, sample_of, targets
 from .loaders import ImageDataLoaders
 from .make_loaders import make_loaders
 from .options import MAX_SIZE, Options

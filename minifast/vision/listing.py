@@ -1,10 +1,13 @@
-"""Pictures that have been found and not been read: what the way from files to loaders begins with."""
+"""Pictures that have been found and not been read, and which of them are held back for validation."""
+import random
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor
 from torch.utils.data import Subset
 
 
@@ -91,3 +94,28 @@ def class_numbers(parts: list[Any]) -> list[str]:
         raise ValueError("the data set has neither .classes nor .targets, and is not read before training: pass "
                          "classes=, the names of the classes.")
     return [str(i) for i in range(max(labels) + 1)]
+
+
+def chosen(n: int, share: float, seed: str) -> set[int]:
+    """Which of `n` samples of a class are for validation: the share, at least one, but never all."""
+    return set(random.Random(seed).sample(range(n), min(max(1, round(share * n)), n - 1)))
+
+
+def held_back(labels: Sequence[int] | None, n: int, share: float, seed: int) -> Tensor:
+    """Which of `n` samples are for validation, (n,) bool: the share of each class, or of all if nobody knows these.
+
+    Of a class at least one, but never all. Raises ValueError if there is none.
+
+    >>> held_back([0, 0, 1, 1, 1, 1, 2], 7, 0.5, seed=0).sum()
+    tensor(3)
+    """
+    held = torch.zeros(n, dtype=torch.bool)
+    rows: dict[int, list[int]] = {}
+    for i in range(n):
+        rows.setdefault(0 if labels is None else labels[i], []).append(i)
+    for label, own in rows.items():
+        held[[own[k] for k in chosen(len(own), share, f"{seed} {label}")]] = True
+    if not held.any():
+        raise ValueError(f"of {n} samples none can be held back for validation, as each class has one only. Pass "
+                         "validation data, or valid=None.")
+    return held

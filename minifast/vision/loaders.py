@@ -25,7 +25,6 @@ from .options import Options
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-
 MEASURED = 512  # pictures, at most, whose mean and spread stand for all
 STREAMED = 32  # and of those that are not kept in memory
 
@@ -80,20 +79,17 @@ class ImageDataLoaders(DataLoaders):
         """
         form = dataclasses.replace(self.form, mean=mean, std=std)  # type: ignore[arg-type]  # the form makes tuples
 
-
         def renewed(loader: Any) -> Any:
             return loader and carrying(loader, dataclasses.replace(loader.batch_transform, form=form))
 
         return dataclasses.replace(self, train=renewed(self.train), valid=renewed(self.valid), form=form)
 
     def __repr__(self) -> str:
-        counts = [f"{len(loader.dataset):,} {name}" for name, loader in (("training", self.train),  # type: ignore[union-attr]
-                                                                         ("validation", self.valid)) if loader]
-        height, width = self.form.size
-        classes = self.classes or ()
-        of = f"{len(classes)} class{'es' * (len(classes) != 1)}"
-        return (f"{' and '.join(counts)} pictures of {of} ({listed(classes)}), {width}x{height} pixels, "
-                f"{'grey' if self.form.channels == 1 else 'colour'}")
+        loaders: dict[str, Any] = {"training": self.train, "validation": self.valid}
+        counts = " and ".join(f"{len(loader.dataset):,} {name}" for name, loader in loaders.items() if loader)
+        (height, width), classes = self.form.size, self.classes or ()
+        return (f"{counts} pictures of {len(classes)} class{'es' * (len(classes) != 1)} ({listed(classes)}), "
+                f"{width}x{height} pixels, {'grey' if self.form.channels == 1 else 'colour'}")
 
 
 class Pictures(NamedTuple):
@@ -167,10 +163,8 @@ def normalized_as(form: ImageForm, loader: Iterable[Batch]) -> Iterable[Batch]:
     if not isinstance(own, BatchTransform) or own.form.channels != form.channels:
         return loader
     wanted = dataclasses.replace(own.form, mean=form.mean, std=form.std)
-    if own.form == wanted:
-        return loader
-    renewed: Iterable[Batch] = carrying(loader, dataclasses.replace(own, form=wanted))
-    return renewed
+    twin: Iterable[Batch] = carrying(loader, dataclasses.replace(own, form=wanted))
+    return loader if own.form == wanted else twin
 
 
 def carrying(loader: Any, transform: BatchTransform) -> Any:

@@ -40,6 +40,7 @@ class Options:
         check_int("max_size", self.max_size, SMALLEST, MOST_PIXELS)
         check_int("seed", self.seed, 0)
         check_flag("verbose", self.verbose)
+        check_augment(self.augment)
         for name, least in (("batch_size", 1), ("num_workers", 0)):
             if getattr(self, name) is not None:
                 check_int(name, getattr(self, name), least)
@@ -47,7 +48,6 @@ class Options:
             check_flag("in_memory", self.in_memory)
         if self.device is not None:
             check_device(self.device)
-        check_augment(self.augment)
         for name in ("mean", "std"):
             if getattr(self, name) is not None:
                 check_items(name, getattr(self, name), "a number for each channel", f"{name}=(0.5, 0.5, 0.5)")
@@ -106,9 +106,7 @@ def common_size(sizes: Counter[tuple[int, int]], max_size: int) -> tuple[int, in
     width, height = next(iter(sizes))
     if len(sizes) == 1 and min(width, height) >= SMALLEST and max(width, height) <= max_size:
         return height, width
-    shorter = Counter[int]()
-    for size, n in sizes.items():
-        shorter[min(size)] += n
+    shorter = Counter(min(size) for size in sizes.elements())
     side = max(SMALLEST, min(max_size, shorter.most_common(1)[0][0]))
     return side, side
 

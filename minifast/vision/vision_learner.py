@@ -114,6 +114,7 @@ def vision_learner(dls: ImageDataLoaders, arch: Any, pretrained: bool = True, *,
     With weights the pictures are normalised as those were that they were trained on. For grey pictures the first
     convolution has one channel, with the sum of its weights over red, green and blue, and mean and std are the means of
     theirs.
+
     Nothing is frozen: `fine_tune` trains the head first, or call `freeze()`. GoogLeNet and Inception v3 come without
     their auxiliary heads.
 
