@@ -17,22 +17,18 @@ AUXILIARY = {"aux_logits": False, "aux1": None, "aux2": None, "AuxLogits": None}
 
 
 class ImageModel(NamedTuple):
-    """A model that is ready to be trained, and what is known of it.
-
-    head: its last layer, which is new; None for a model of one's own. weights: of torchvision, None for random ones.
-    """
+    """A model that is ready to be trained."""
 
     model: nn.Module
-    head: nn.Module | None
-    weights: Any
+    head: nn.Module | None  # its last layer, which is new; None for a model of one's own
+    weights: Any  # of torchvision, None for random ones
 
 
 def image_model(arch: Any, n_classes: int, *, channels: int = 3, pretrained: bool = True, weights: Any = None,
                 head: Callable[[int, int], nn.Module] | None = None, progress: bool = True) -> ImageModel:
     """The model of `arch` with `n_classes` outputs for images of 1 or 3 channels.
 
-    The arguments are those of `vision_learner`. Raises ValueError or TypeError for what cannot be, before anything is
-    downloaded; OSError for weights that cannot be downloaded; ValueError for a file of weights that is damaged.
+    The arguments and errors are those of `vision_learner`.
     """
     check_flag("pretrained", pretrained)
     if head is not None and (isinstance(head, nn.Module) or not callable(head)):
@@ -85,14 +81,15 @@ def _torchvision_builder(arch: Any) -> Callable[..., nn.Module] | None:
         from torchvision import models
 
     names = models.list_models(module=models)
+    there_are = f"There are {listed(names)}: all in torchvision.models.list_models(module=torchvision.models)."
     if isinstance(arch, str):
         if arch.lower() in names:
             return models.get_model_builder(arch)  # type: ignore[no-any-return]
         if arch.lower() in models.list_models():
-            raise ValueError(f"{arch!r} is no architecture that classifies pictures. {_names(names)}")
+            raise ValueError(f"{arch!r} is no architecture that classifies pictures. {there_are}")
         close = get_close_matches(arch.lower(), names, cutoff=0.5)
         hint = f"Did you mean {' or '.join(map(repr, close))}? " if close else ""
-        raise ValueError(f"torchvision has no architecture {arch!r:.60}. {hint}{_names(names)}")
+        raise ValueError(f"torchvision has no architecture {arch!r:.60}. {hint}{there_are}")
     if isinstance(arch, nn.Module):
         raise TypeError(f"arch must be a function that makes the model, got a {type(arch).__name__} that is made "
                         "already. Pass e.g. resnet18 without (), its name, or lambda n_classes: model.")
@@ -102,13 +99,8 @@ def _torchvision_builder(arch: Any) -> Callable[..., nn.Module] | None:
         return None
     name = getattr(arch, "__name__", "")
     if name not in names or models.get_model_builder(name) is not arch:
-        raise ValueError(f"{arch.__module__}.{name} is no function that makes a classifier of pictures. "
-                         f"{_names(names)}")
+        raise ValueError(f"{arch.__module__}.{name} is no function that makes a classifier of pictures. {there_are}")
     return arch  # type: ignore[no-any-return]
-
-
-def _names(names: list[str]) -> str:
-    return f"There are {listed(names)}: all in torchvision.models.list_models(module=torchvision.models)."
 
 
 def _made_by(arch: Callable[[int], nn.Module], n_classes: int) -> nn.Module:

@@ -99,7 +99,7 @@ class ImageForm:
         return (values - _per_channel(self.mean, values.device)) / _per_channel(self.std, values.device)
 
     def as_dict(self) -> dict[str, Any]:
-        """Values for JSON; `from_dict` makes the form of them again.
+        """Values for JSON, of which `from_dict` makes the form again.
 
         >>> ImageForm.from_dict(ImageForm((8, 9)).as_dict())
         ImageForm(size=(8, 9), channels=3, mean=(), std=(), resize='crop')

@@ -82,10 +82,10 @@ def _seen(what: str, sample: Any) -> tuple[tuple[int, int], bool]:
         raise TypeError(f"{what} must be (picture, class number), got {quoted(sample)}.")
     picture, label = sample
     try:
-        is_number = float(label) >= 0 and int(label) == float(label)
+        number = float(label)
     except (TypeError, ValueError, RuntimeError):
-        is_number = False
-    if not is_number:
+        number = -1.0
+    if number < 0 or not number.is_integer():
         raise ValueError(f"{what} must have a class number from 0, got {quoted(label)}.")
     if hasattr(picture, "getbands"):  # an image of Pillow's
         return picture.size, picture.mode in GREY

@@ -12,7 +12,7 @@ from ..optim.groups import is_norm
 
 SIDE = 224  # pixels: of the images on which the groups are found; most image models are made for it
 WRAPPER = 0.9  # a module with more of the body's parameters than this is a wrapper around layers, not a layer
-N_PARTS = 4  # of a body in which the picture never gets smaller, as in a vision transformer
+N_STAGES = 4  # of a body in which the picture never gets smaller, as in a vision transformer
 
 Run = tuple[nn.Module, tuple[int, ...]]  # a module and the shape of its output
 
@@ -46,8 +46,12 @@ def layer_groups(model: nn.Module, channels: int = 3, size: tuple[int, int] = (S
     shapes = {id(module): shape for module, shape in runs}
     n_body = _n_parameters(model) - _n_parameters(head)
     layers = sorted(_layers(model, head, n_body), key=lambda layer: order.get(id(layer), -1))
+    stages = _stages(layers, shapes)
+    names = ["stem", *(f"stage {i}" for i in range(1, len(stages)))]
+    if len(stages) > 1 and len(shapes.get(id(stages[-1][-1]), ())) == 2:
+        names[-1] = "linear"
     groups = {name: [p for layer in stage for p in layer.parameters()]
-              for name, stage in _named(_stages(layers, shapes), shapes).items()}
+              for name, stage in zip(names, stages, strict=False)}
     groups["head"] = list(head.parameters())
     claimed = {id(p) for group in groups.values() for p in group}
     first = next(iter(groups))
@@ -90,8 +94,7 @@ def output_layer(runs: Sequence[Run]) -> nn.Linear | nn.Conv2d | None:
 
 
 def _layers(module: nn.Module, head: nn.Module, n_body: int) -> Iterator[nn.Module]:
-    """The layers and blocks of a model without its head: containers are opened, and wrappers, down to what they hold.
-    """
+    """The layers and blocks of a model without its head: containers and wrappers are opened."""
     for child in module.children():
         n = _n_parameters(child)
         is_wrapper = n > WRAPPER * n_body and any(True for _ in child.children())
@@ -118,21 +121,14 @@ def _stages(layers: Sequence[nn.Module], shapes: dict[int, tuple[int, ...]]) -> 
         if all(is_norm(layer) for layer in stage):  # behind the pooling, as in ConvNeXt
             before += stage
             stages.remove(stage)
-    if len(stages) == 2 and len(stages[1]) >= N_PARTS:
+    if len(stages) == 2 and len(stages[1]) >= N_STAGES:
         n = len(stages[1])
-        stages[1:] = [stages[1][n * i // N_PARTS:n * (i + 1) // N_PARTS] for i in range(N_PARTS)]
+        stages[1:] = [stages[1][n * i // N_STAGES:n * (i + 1) // N_STAGES] for i in range(N_STAGES)]
     return stages
 
 
-def _named(stages: list[list[nn.Module]], shapes: dict[int, tuple[int, ...]]) -> dict[str, list[nn.Module]]:
-    names = ["stem", *[f"stage {i}" for i in range(1, len(stages))]][:len(stages)]
-    if len(stages) > 1 and len(shapes.get(id(stages[-1][-1]), ())) == 2:
-        names[-1] = "linear"
-    return dict(zip(names, stages, strict=True))
-
-
 def _area(shape: tuple[int, ...] | None) -> int | None:
-    """How many places a layer's output has for each image: (n, c, h, w), (n, h, w, c), (n, tokens, c) or (n, c)."""
+    """How many positions a layer's output has for each image: (n, c, h, w), (n, h, w, c), (n, tokens, c) or (n, c)."""
     if shape is None:
         return None
     if len(shape) == 4:
