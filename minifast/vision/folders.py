@@ -2,11 +2,12 @@
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
 from ..show.tables import listed
 from .decode import FOREIGN, GREY, opened
-from .listing import Listing, Sample, chosen, no_picture
+from .listing import Listing, Sample, chosen
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif", ".jfif")
 PASSED_OVER = {"__macosx", "thumbs.db", "desktop.ini"}  # what systems leave behind, beside whatever begins with a dot
@@ -50,13 +51,12 @@ def find(root: Path, train: str = TRAIN, valid: str | float | None = None, seed:
     else:
         by_class, held = _split(by_class, valid, seed)
         validation = f"{valid:.0%} of each class" if any(held.values()) else "none, as each class has one picture only"
-    parts = [[Sample(path, label) for label, name in enumerate(by_class) for path in part.get(name, ())]
-             for part in (by_class, held)]  # a class may be missing in validation
-    sizes, is_grey = _headers([sample.path for part in parts for sample in part], skip_broken)
-    if not sizes:
-        raise ValueError(no_picture(next(iter(by_class))))
-    return Listing([part for part in parts if part], list(by_class), sizes, is_grey, True, skip_broken, validation,
-                   others)
+    sizes, is_grey, broken = _headers([*chain(*by_class.values(), *held.values())], skip_broken)
+    train_part, valid_part = (  # of which a class may be missing in validation
+        [Sample(path, label) for label, name in enumerate(by_class) for path in files.get(name, ())
+         if path not in broken] for files in (by_class, held))
+    return Listing([train_part, *filter(None, [valid_part])], list(by_class), sizes, is_grey, True, skip_broken,
+                   validation, others, sorted(broken))
 
 
 def _is_part(root: Path, train: str) -> bool:
@@ -152,12 +152,12 @@ def _split(by_class: dict[str, list[Path]], share: float, seed: int
             {name: [path for i, path in enumerate(paths) if i in rows[name]] for name, paths in by_class.items()})
 
 
-def _headers(paths: Sequence[Path], skip_broken: bool) -> tuple[Counter[tuple[int, int]], bool]:
-    """How often each (width, height) comes, and whether all are grey: what the beginnings of the files say.
+def _headers(paths: Sequence[Path], skip_broken: bool) -> tuple[Counter[tuple[int, int]], bool, set[Path]]:
+    """How often each (width, height) comes, and whether all are grey, as the files begin; and those that are broken.
 
-    Raises ValueError that names the first that is no picture, or passes over it.
+    Raises ValueError that names the first that is broken if none is to be left out.
     """
-    sizes, is_grey = Counter[tuple[int, int]](), True
+    sizes, is_grey, broken = Counter[tuple[int, int]](), True, set()
     for path in paths:
         try:
             with opened(path) as image:
@@ -167,4 +167,5 @@ def _headers(paths: Sequence[Path], skip_broken: bool) -> tuple[Counter[tuple[in
             if not skip_broken:
                 error.add_note(WAY_OUT)
                 raise
-    return sizes, is_grey
+            broken.add(path)
+    return sizes, is_grey, broken

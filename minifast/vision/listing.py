@@ -31,7 +31,8 @@ class Listing:
     The other fields are for `Sample`s:
     are_files: one that cannot be read is named, or left out if `skip_broken`.
     validation: where the validation data come from, in words.
-    others, broken: files that are left out, as they are no pictures or cannot be read.
+    others, broken: files that are left out, as they are no pictures or cannot be read. Raises ValueError for a class
+        that has no file left to train on.
     """
 
     parts: list[Any]
@@ -44,20 +45,19 @@ class Listing:
     others: list[Path] = field(default_factory=list)
     broken: list[Path] = field(default_factory=list)
 
-    def without(self, broken: Iterable[Path]) -> "Listing":
-        """The same without these files. Raises ValueError for a class that has no file left to train on."""
-        left_out = set(broken)
-        parts = [[sample for sample in part if sample.path not in left_out] for part in self.parts]
-        trained_on = {sample.label for sample in parts[0]}
+    def __post_init__(self) -> None:
+        if not self.are_files:
+            return
+        trained_on = {sample.label for sample in self.parts[0]}
         for label, name in enumerate(self.classes or ()):
             if label not in trained_on:
-                raise ValueError(no_picture(name))
-        return replace(self, parts=[part for part in parts if part], broken=sorted(left_out))
+                raise ValueError(f"no picture of the class {name!r} that it could be trained on can be read")
 
-
-def no_picture(name: str) -> str:
-    """What is wrong with a class whose files are all broken."""
-    return f"no picture of the class {name!r} that it could be trained on can be read"
+    def without(self, broken: Iterable[Path]) -> "Listing":
+        """The same without these files."""
+        left_out = {*self.broken, *broken}
+        train, *valid = ([sample for sample in part if sample.path not in left_out] for part in self.parts)
+        return replace(self, parts=[train, *filter(None, valid)], broken=sorted(left_out))
 
 
 def sample_of(data: Any, i: int, name: str = "the data set") -> Any:
