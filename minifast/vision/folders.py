@@ -55,8 +55,8 @@ def find(root: Path, train: str = TRAIN, valid: str | float | None = None, seed:
     train_part, valid_part = (  # of which a class may be missing in validation
         [Sample(path, label) for label, name in enumerate(by_class) for path in files.get(name, ())
          if path not in broken] for files in (by_class, held))
-    return Listing([train_part, *filter(None, [valid_part])], list(by_class), sizes, is_grey, True, skip_broken,
-                   validation, others, sorted(broken))
+    return Listing([train_part, *filter(None, [valid_part])], list(by_class), sizes, is_grey, are_files=True,
+                   skip_broken=skip_broken, validation=validation, others=others, broken=sorted(broken))
 
 
 def _is_part(root: Path, train: str) -> bool:

@@ -72,8 +72,8 @@ def _arrays(name: str, images: Any, name_of_labels: str, labels: Any) -> Picture
         order, turned = "(n, height, width, channels)", "transpose(0, 2, 3, 1)"
         pixels = images.transpose(0, 3, 1, 2) if images.ndim == 4 else images
     pixels = pixels[:, None] if pixels.ndim == 3 else pixels
-    is_uint8, shape = _dtype(images) == "uint8", (*pixels.shape, 0)
-    if not is_uint8 or pixels.ndim != 4 or shape[1] not in (1, 3, 4) or 0 in pixels.shape:
+    is_uint8 = _dtype(images) == "uint8"
+    if not is_uint8 or pixels.ndim != 4 or pixels.shape[1] not in (1, 3, 4) or 0 in pixels.shape:
         is_turned = pixels.ndim == 4 and pixels.shape[3 if isinstance(images, Tensor) else 2] in (1, 3, 4)
         hint = f" Pass x.{turned}." * is_turned if is_uint8 else " Floats in 0..1: pass (255 * x).round() as uint8."
         raise ValueError(f"{name} must be uint8 of shape (n, height, width) or {order} with 1, 3 or 4 channels, got "
