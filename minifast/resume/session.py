@@ -38,9 +38,9 @@ def run(state: State, fits_ended: Mapping[str, int], resume: Resume) -> dict[str
     with nullcontext() if folder is None else _made_ready(folder):
         own = facts(state)
         resumed = _found(state, where, own)
-        if saver is not None and folder is not None:
-            saver.begin(folder, uuid4().hex if resumed is None else resumed.run_id, state, own)
         try:
+            if saver is not None and folder is not None:
+                saver.begin(folder, uuid4().hex if resumed is None else resumed.run_id, state, own)
             if resumed is not None and resumed.is_finished:
                 if saver is not None and key in _ended_here:
                     log.warning("fit %d in %s was ended by another Learner of this process: this one is not trained, "

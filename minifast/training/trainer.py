@@ -251,10 +251,7 @@ class Trainer(Parts):
     # ---- files
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the weights, plain tensors, to `path`; gives the path. Raises FileNotFoundError without the folder.
-
-        A path that ends with .safetensors gets a file that other programs read; needs `minifast[safetensors]`.
-        """
+        """Write the weights to `path` (*.safetensors: for other programs too) and give it. Its folder has to exist."""
         from ..files.weights import save_weights
         return save_weights(self.model, check_path("path", path))
 
