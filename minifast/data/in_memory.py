@@ -1,5 +1,4 @@
 """Data sets read once into memory: whether they fit, reading them, and the loaders of what was read."""
-import os
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,7 +10,7 @@ from torch.utils.data import DataLoader
 from ..base import snapshot
 from ..base.nest import map_tensors, tensors
 from ..errors import check_callable, check_device, check_flag, check_int
-from ..machine.limits import available
+from ..machine.limits import MOST_WORKERS, available, n_cpus
 from ..machine.workers import explain
 from ..show import screen
 from . import samples
@@ -22,7 +21,6 @@ from .tensor_loader import TensorLoader
 Transform = Callable[[Any], Any]
 USABLE = 0.9  # of the memory that is free
 SLOW = 5.0  # seconds of reading from which worker processes are worth their start
-MOST_WORKERS = 8
 MOST_AT_ONCE, MOST_BYTES = 256, 2**24  # samples, and bytes, that are read at once
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]"
 
@@ -144,8 +142,7 @@ def _workers(name: str, data: Any, n: int) -> int:
     samples.read(name, data, n - 1)
     if (time.perf_counter() - began) * n < SLOW:
         return 0
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, MOST_WORKERS)
+    return min(n_cpus(), MOST_WORKERS)
 
 
 def _stacked(parts: list[list[Tensor] | str]) -> list[Tensor] | str:
