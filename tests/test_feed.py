@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_sequence
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from minifast import TensorLoader, overlap
+from minifast import TensorLoader
 from minifast.data import feed as module
 from minifast.data.feed import feed
 from minifast.data.waiting import SECONDS, Waiting, notice, remedies
@@ -121,28 +121,28 @@ def calls(monkeypatch):
     cuda = SimpleNamespace(
         Stream=lambda device: Stream("side"), stream=lambda stream: stream, current_stream=lambda device: current,
         Event=lambda: SimpleNamespace(record=lambda stream: log.append(f"{stream.name} recorded")))
-    monkeypatch.setattr(overlap.torch, "cuda", cuda)
+    monkeypatch.setattr(module.torch, "cuda", cuda)
     monkeypatch.setattr(torch.Tensor, "to", noting_to)
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: log.append(f"used on {stream.name}"))
-    monkeypatch.setattr(overlap, "WORTH", 100)
-    overlap._side.cache_clear()
+    monkeypatch.setattr(module, "WORTH", 100)
+    module._side.cache_clear()
     yield log
-    overlap._side.cache_clear()
+    module._side.cache_clear()
 
 
 def test_large_tensors_go_beside_and_are_waited_for_once(calls):
     big, small = torch.ones(5, 5), torch.ones(4)
-    moved = overlap.SideStream(CPU)({"x": (big, [big.T]), "y": small})
+    moved = module.SideStream(CPU)({"x": (big, [big.T]), "y": small})
     assert torch.equal(moved["x"][1][0], big)
     one = ["(5, 5) on side", "used on current"]
     assert calls == [*one, *one, "(4,) on current", "side recorded", "current waits"]
 
 
 def test_what_is_small_or_not_one_piece_of_memory_goes_the_usual_way(calls, monkeypatch):
-    side, packed = overlap.SideStream(CPU), pack_sequence([torch.ones(50)])
+    side, packed = module.SideStream(CPU), pack_sequence([torch.ones(50)])
     x = torch.ones(5, 5)
     side((x.to_sparse(), nn.Parameter(x), packed, "text"))
-    monkeypatch.setattr(overlap, "WORTH", 101)
+    monkeypatch.setattr(module, "WORTH", 101)
     side((x, [x]))
     assert not any("side" in call or "waits" in call for call in calls)
 
@@ -233,7 +233,7 @@ class Pictures(Dataset):
     ([1], CPU, r"the loader \(list\) makes its batches in this process"),
 ])
 def test_the_advice_fits_the_loader(monkeypatch, loader, device, said):
-    monkeypatch.setattr("minifast.advice.n_cpus", lambda: 2)
+    monkeypatch.setattr("minifast.data.waiting.n_cpus", lambda: 2)
     assert re.search(said, remedies(loader, device))
 
 
@@ -246,7 +246,7 @@ def test_workers_that_start_again_and_again_are_told_of(options, told):
 
 @pytest.mark.parametrize("work", [1.0, 10.0])
 def test_a_fit_says_it_once(clock, capsys, monkeypatch, work):
-    monkeypatch.setattr("minifast.show.screen.REFRESH", 0.0)
+    monkeypatch.setattr("minifast.standard.progress.REFRESH", 0.0)
     learn = learner(clock.slow(1.0), batches(1), verbose=True)
 
     def forward(x):

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, Tenso
 from minifast import DataLoaders, Learner, TensorLoader
 from minifast.data import in_memory
 from minifast.machine import limits as memory
-from minifast.standard import progress
+from minifast.show import screen
 
 XY = namedtuple("XY", "x y")
 
@@ -233,8 +233,8 @@ def test_a_bar_where_there_is_a_screen(monkeypatch):
         def close(self):
             drawn.append("closed")
 
-    monkeypatch.setattr(progress, "screen", lambda n_steps, form: Screen())
-    monkeypatch.setattr(progress, "REFRESH", 0.0)
+    monkeypatch.setattr(screen, "screen", lambda n_steps, form: Screen())
+    monkeypatch.setattr(screen, "REFRESH", 0.0)
     monkeypatch.setattr(in_memory, "MOST_AT_ONCE", 4)
     kept(Made(10, SAMPLES["tuple"]), verbose=True)
     assert drawn == [(4, "reading train"), (8, "reading train"), (10, "reading train"), "closed"]

@@ -198,7 +198,9 @@ def test_an_exported_program_predicts_the_same(tmp_path, array, file, channels):
     assert info["labels"] == list(COLOURS)
     assert info["metadata"] == {"author": "me", "image": learn.form.as_dict()}
     assert info["inputs"]["shape"] == ["n", channels, 16, 16]
-    classifier = load_classifier(path)
+    with pytest.raises(ValueError, match=r"model.pt2 is a program: .* pass trusted=True"):
+        load_classifier(path)
+    classifier = load_classifier(path, trusted=True)
     assert classifier.form == learn.form
     assert repr(classifier) == "Classifier of 3 classes, pictures of 16 x 16 pixels"
     for picture in (file, str(file), Image.open(file), array):

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .nest import _is_container, _rebuilt, tensors
+from .nest import is_container, rebuilt, tensors
 
 Batch = Any  # any nest of tensors: tuple, list, dict, namedtuple, dataclass
 UnpackBatch = Callable[[Batch], tuple[Any, Any]]
@@ -66,6 +66,7 @@ def scores(pred: Any) -> Any:
 def n_samples(target: Any, inputs: Any = None) -> int:
     """How many samples a batch holds: the first dimension of its first tensor, in the target if it has one.
 
+    >>> import torch
     >>> n_samples(torch.zeros(64)), n_samples(None, {"x": torch.zeros(3, 5)}), n_samples(None)
     (64, 3, 1)
     """
@@ -83,6 +84,7 @@ def parts(batch: Batch, n: int, size: int) -> list[Batch]:
     first dimension is 1 are kept whole. Raises ValueError for a tensor of another length, and TypeError for an object
     that cannot be looked into.
 
+    >>> import torch
     >>> parts((torch.arange(5), ["a", "b", "c", "d", "e"], 0.5), 5, 3)
     [(tensor([0, 1]), ['a', 'b'], 0.5), (tensor([2, 3, 4]), ['c', 'd', 'e'], 0.5)]
     """
@@ -104,8 +106,8 @@ def _cut(nest: Any, n: int, samples: slice) -> Any:
     is_list = isinstance(nest, (list, tuple)) and not hasattr(nest, "_fields")
     if is_list and len(nest) == n and next(tensors(nest), None) is None:
         return nest[samples]
-    if _is_container(nest):
-        return _rebuilt(nest, lambda part: _cut(part, n, samples))
+    if is_container(nest):
+        return rebuilt(nest, lambda part: _cut(part, n, samples))
     if hasattr(nest, "to"):
         raise TypeError(f"a batch of {n} samples cannot be split: it holds a {type(nest).__name__}, and nobody knows "
                         "which of it belongs to which sample. Yield tensors, tuples or dicts, or make smaller batches.")

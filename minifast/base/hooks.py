@@ -1,5 +1,5 @@
 """Hooks on modules that are gone when their block ends."""
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from typing import Any
 
@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from ..errors import check_flag, check_items, quoted
+from .nest import map_tensors
 
 Function = Callable[[nn.Module, Any, Any], Any]
 
@@ -95,15 +96,4 @@ def hook_outputs(modules: Iterable[nn.Module], function: Function | None = None)
 
 
 def _output(module: nn.Module, inputs: Any, output: Any) -> Any:
-    return _detached(output)
-
-
-def _detached(nest: Any) -> Any:
-    if isinstance(nest, torch.Tensor):
-        return nest.detach()
-    if isinstance(nest, Mapping):
-        return {key: _detached(value) for key, value in nest.items()}
-    if isinstance(nest, (tuple, list)):
-        parts = [_detached(value) for value in nest]
-        return type(nest)(*parts) if hasattr(nest, "_fields") else type(nest)(parts)
-    return nest
+    return map_tensors(torch.Tensor.detach, output)

@@ -1,11 +1,13 @@
-"""A trained model in files without pickle: a `torch.export` program, or its weights with a description."""
+"""A trained model in files: a `torch.export` program, or its weights with a description."""
 import copy
 import hashlib
 import io
 import json
 import os
+import re
 import sys
 import warnings
+import zipfile
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -15,27 +17,26 @@ import torch
 from torch import Tensor, nn
 
 from ..base.batch import call_model, n_samples, scores
-from ..base.nest import join, tensors, to_device
+from ..base.nest import map_tensors, tensors, to_device
 from ..data.feed import feed
 from ..data.loader import in_order, is_one_shot, second_copy, valid_sets
-from ..errors import check_path
+from ..errors import check_flag, check_path
+from ..files.reading import check_directory
 from ..files.weights import load_weights, save_weights
 from ..files.writing import replacing
 from ..machine.signals import DeferredInterrupt
-from . import archive
 
 if TYPE_CHECKING:
-    from torch.export import ExportedProgram
-
     from ..training.trainer import Trainer
 
 WEIGHTS, DESCRIPTION = "weights.pt", "model.json"  # the two files of a folder
 FORMAT = "minifast export 1"
+EQUAL_SIZES = re.compile(r"L[\w'\[\]]+\.size\(\)\[\d+\] == L[\w'\[\]]+\.size\(\)\[\d+\]")  # a guard of a program
 
 
 def export(learn: "Trainer", path: str | os.PathLike[str], *, inputs: Any = None, labels: Sequence[str] | None = None,
            metadata: Mapping[str, Any] | None = None) -> Path:
-    """Write the model to `path`, for the CPU and in eval mode; gives the path. No pickled object is in it.
+    """Write the model to `path`, for the CPU and in eval mode; gives the path.
 
     A path that ends in .pt2: a program made by `torch.export`, which runs without the model's class and gives what
     `predict` gives. The first dimension of the inputs, the samples, may vary; the others are fixed. A model that
@@ -75,21 +76,21 @@ def export(learn: "Trainer", path: str | os.PathLike[str], *, inputs: Any = None
     return path
 
 
-def load_exported(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Module:
+def load_exported(path: str | os.PathLike[str], model: nn.Module | None = None, *, trusted: bool = False) -> nn.Module:
     """What `export` wrote, as a module for inference on the CPU: called like the model, it gives what `predict` gives.
 
-    A program comes as a module of its own; torch lets nobody call train() or eval() on it. A folder of weights needs
-    `model`, of the class that was exported: it is filled, put in eval mode and returned; all of the weights fit, or
-    nothing is changed.
+    A folder of weights needs `model`, of the class that was exported: it is filled, put in eval mode and returned; all
+    of the weights fit, or nothing is changed. Nothing in the folder is run: it may come from strangers.
 
-    Nothing is unpickled, imported or evaluated, and no name in a file is used as a path. For weights torch promises
-    that (weights_only=True). For programs it does not: `torch.export.load` would unpickle objects, load native code
-    and evaluate text. So it is given a copy that holds tensors, a graph of known operators, and checked names only;
-    anything else is refused. That closes the ways we know of: from strangers, take weights.
+    A program comes as a module of its own; torch lets nobody call train() or eval() on it. It is loaded only with
+    `trusted=True`, because `torch.export.load` runs what is in it: it unpickles objects, loads native code and
+    evaluates text.
 
-    Raises ValueError that says what is wrong with the file or does not fit the model, FileNotFoundError without it.
+    Raises ValueError for a program that is not `trusted`, and with what is wrong with the file or does not fit the
+    model; FileNotFoundError without it.
     """
     path = Path(check_path("path", path))
+    trusted = check_flag("trusted", trusted)
     if model is not None and not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {model!r:.80} ({type(model).__name__}).")
     if path.is_dir():
@@ -104,26 +105,32 @@ def load_exported(path: str | os.PathLike[str], model: nn.Module | None = None) 
         return model.eval()
     if model is not None:
         raise ValueError(f"{path} is a program, which needs no model. Leave out model=.")
-    content = path.read_bytes()
-    try:
-        return _load(archive.checked(content)).module()
-    except Exception as error:
-        raise _refusal(path, error) from error
+    with path.open("rb") as file:
+        if not trusted:
+            raise ValueError(f"{path} is a program: whoever loads it runs what is in it, as torch unpickles objects, "
+                             "loads native code and evaluates text. If you know who made it, pass trusted=True. From "
+                             "strangers take weights with their description (a path that does not end in .pt2), which "
+                             "run nothing.")
+        try:
+            with zipfile.ZipFile(file) as archive:  # torch checks no check sums here
+                damaged = archive.testzip()
+            if damaged is not None:
+                raise ValueError(f"the check sum of {damaged!r:.80} is wrong")
+            file.seek(0)
+            return torch.export.load(file).module()
+        except Exception as error:
+            raise _refusal(path, error) from error
 
 
 def export_info(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The description in what `export` wrote, plain values; the model itself is not loaded.
+    """The description in what `export` wrote, plain values; the model itself is not loaded, and nothing is run.
 
     Keys: format, versions, model (the class's name), groups (layer groups), inputs and state (dtype and shape of each
     tensor, "n" for the number of samples), labels, metadata. Raises ValueError if there is none.
     """
     path = Path(check_path("path", path))
     try:
-        if path.is_dir():
-            text = (path / DESCRIPTION).read_bytes()
-        else:
-            text = archive.entries(path.read_bytes())["extra/minifast.json"]
-        described = json.loads(text)
+        described = json.loads((path / DESCRIPTION).read_bytes() if path.is_dir() else _description(path))
         if described["format"] != FORMAT:
             raise ValueError(f"its format is {described['format']!r:.40}, not {FORMAT!r}")
     except OSError:
@@ -131,6 +138,17 @@ def export_info(path: str | os.PathLike[str]) -> dict[str, Any]:
     except Exception as error:
         raise _refusal(path, error) from error
     return described  # type: ignore[no-any-return]
+
+
+def _description(path: Path) -> bytes:
+    """That of a program: no other part of the file is read."""
+    with path.open("rb") as file:
+        check_directory(file, path.stat().st_size)
+        with zipfile.ZipFile(file) as archive:
+            found = [entry for entry in archive.infolist() if entry.filename.endswith("/extra/minifast.json")]
+            if len(found) != 1 or found[0].compress_type != zipfile.ZIP_STORED:
+                raise ValueError("it holds no description")
+            return archive.read(found[0])
 
 
 # ---- what goes into the files
@@ -231,7 +249,7 @@ def _program(model: nn.Module, inputs: Any, described: dict[str, Any]) -> bytes:
     n = n_samples(None, inputs)
     # torch takes a dimension of 1 for a constant; and each tensor is one of its own, to be told apart from the others
     rows = [0, 0] if n == 1 else slice(None)
-    inputs = join(lambda leaves: leaves[0][rows].clone() if _has_samples(leaves[0], n) else leaves[0], [inputs])
+    inputs = map_tensors(lambda tensor: tensor[rows].clone() if _has_samples(tensor, n) else tensor, inputs)
     is_dynamic = [tensor for tensor in tensors(inputs) if _has_samples(tensor, max(n, 2))]
     shapes = torch.export.ShapesCollection()
     for tensor in is_dynamic:
@@ -245,10 +263,16 @@ def _program(model: nn.Module, inputs: Any, described: dict[str, Any]) -> bytes:
             output = call_model(twin, inputs)
             traced = twin if scores(output) is output else _Scores(twin)
             program = torch.export.export(traced, args, kwargs, dynamic_shapes=shapes, strict=False)
+        for guard in getattr(program, "_guards_code", ()):
+            if not EQUAL_SIZES.fullmatch(guard):
+                raise ValueError(f"it holds for some numbers of samples only: {guard!r:.120}")
+        program.example_inputs = None  # the traced batch is nobody's business
+        for node in program.graph.nodes:
+            node.meta.pop("stack_trace", None)  # nor are lines of the author's source
         buffer = io.BytesIO()
         torch.export.save(program, buffer, extra_files={"minifast.json": json.dumps(described)})
-        content = archive.checked(buffer.getvalue())
-        _load(content)
+        content = buffer.getvalue()
+        torch.export.load(io.BytesIO(content))
     except Exception as error:
         raise ValueError(f"torch.export cannot make a program of this {type(model).__name__}: {type(error).__name__}: "
                          f"{str(error).strip():.600}\nExport its weights instead: pass a path that does not end in "
@@ -256,12 +280,8 @@ def _program(model: nn.Module, inputs: Any, described: dict[str, Any]) -> bytes:
     return content
 
 
-def _has_samples(leaf: Any, n: int) -> bool:
-    return isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == n
-
-
-def _load(checked: bytes) -> "ExportedProgram":
-    return torch.export.load(io.BytesIO(checked))
+def _has_samples(tensor: Tensor, n: int) -> bool:
+    return tensor.ndim > 0 and tensor.shape[0] == n
 
 
 def _refusal(path: Path, error: Exception) -> ValueError:

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 
 from ..base import snapshot
 from ..base.batch import Batch, call_model, scores
-from ..base.nest import describe, join
+from ..base.nest import describe, join, map_leaves, map_tensors
 from ..data.feed import feed
 from ..data.loader import generators, in_order, second_copy
 from ..data.tensor_loader import TensorLoader
@@ -63,7 +63,7 @@ def tta(learn: "Trainer", dl: Iterable[Batch] | str | None = None, *, transform:
         data, own = _without(name, in_order(data))
 
     def augmented(batch: Batch) -> Any:
-        batch = _clone(batch)  # a transform that writes in place must reach neither the next pass nor the data
+        batch = map_tensors(Tensor.clone, batch)  # a transform may write into it: neither the next pass nor the data
         given = batch if transform is None else learn.unpack(batch)[0]
         try:
             return transform(given) if transform is not None else learn.unpack(on_batch(given))[0]  # type: ignore[misc]
@@ -72,14 +72,14 @@ def tta(learn: "Trainer", dl: Iterable[Batch] | str | None = None, *, transform:
             raise
 
     def unpack(batch: Batch) -> tuple[Any, Any]:
-        inputs, target = learn.unpack(batch if own is None else own(_clone(batch)))
+        inputs, target = learn.unpack(batch if own is None else own(map_tensors(Tensor.clone, batch)))
         return (inputs, batch), target
 
     def outputs(inputs: Any, batch: Batch) -> Any:
         plain = scores(call_model(learn.model, inputs))
         total = None
         for _ in range(n):
-            output = join(_wide, [scores(call_model(learn.model, augmented(batch)))])
+            output = map_leaves(_wide, scores(call_model(learn.model, augmented(batch))))
             total = output if total is None else join(_max if use_max else _sum, [total, output])
         return join(_max if use_max else lambda leaves: _blend(leaves[0], leaves[1], n, beta), [plain, total])
 
@@ -119,13 +119,8 @@ def _without(name: str, loader: Iterable[Batch]) -> tuple[Iterable[Batch], Trans
     return bare, own
 
 
-def _clone(nest: Any) -> Any:
-    return join(lambda leaves: leaves[0].clone() if isinstance(leaves[0], Tensor) else leaves[0], [nest])
-
-
-def _wide(leaves: list[Any]) -> Any:
+def _wide(leaf: Any) -> Any:
     """An output as something to add up: half precision as float32."""
-    leaf = leaves[0]
     if not isinstance(leaf, Tensor):
         return leaf
     if not leaf.is_floating_point():

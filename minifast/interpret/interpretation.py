@@ -70,7 +70,7 @@ class Interpretation:
         >>> Interpretation.from_learner(learn, classes=["cat", "dog", "emu"])
         Interpretation: 3 samples, 3 classes, accuracy 0.6667; most confused: dog as emu (1)
         """
-        if not hasattr(learn, "_looking"):
+        if not hasattr(learn, "eval_data"):
             raise TypeError(f"learn must be the Learner, got a {type(learn).__name__}: pass learn, not learn.model.")
         keep = check_int("keep", keep)
         names = None if classes is None else check_classes(classes)

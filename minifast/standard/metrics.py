@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..base.batch import scores
-from ..base.nest import join
+from ..base.nest import map_tensors
 from ..core.callback import Callback, Order
 from ..core.state import State
 from ..errors import check_flag, check_items, check_text
@@ -118,7 +118,7 @@ class Metrics(Callback):
 
     def after_backward(self, state: State) -> None:
         if self._train:
-            self._parts.append((join(_detached, [scores(state.pred)]), state.target, state.n_samples))
+            self._parts.append((map_tensors(Tensor.detach, scores(state.pred)), state.target, state.n_samples))
 
     def after_batch(self, state: State) -> None:
         """Take in the newest parts that make up the batch: older ones are of an attempt that ran out of memory."""
@@ -203,10 +203,6 @@ class Metrics(Callback):
 
 def _prefix(valid_set: str) -> str:
     return f"{valid_set}_" if valid_set else ""
-
-
-def _detached(leaves: list[Any]) -> Any:
-    return leaves[0].detach() if isinstance(leaves[0], Tensor) else leaves[0]
 
 
 def _classes(pred: Tensor, target: Tensor) -> tuple[int, Tensor]:

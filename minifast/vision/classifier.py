@@ -54,11 +54,13 @@ class Classifier:
         return f"Classifier of {len(self.classes)} classes, pictures of {height} x {width} pixels"
 
 
-def load_classifier(path: str | os.PathLike[str], model: nn.Module | None = None) -> Classifier:
+def load_classifier(path: str | os.PathLike[str], model: nn.Module | None = None, *,
+                    trusted: bool = False) -> Classifier:
     """What `VisionLearner.export` wrote, as a `Classifier` on the CPU.
 
-    A program (.pt2) needs nothing else; a folder of weights needs `model`, of the class that was exported. Raises
-    FileNotFoundError without the file, ValueError for one that is damaged or says nothing of classes or pictures.
+    A program (.pt2) needs `trusted=True`, as for `load_exported`; a folder of weights needs `model`, of the class that
+    was exported. Raises FileNotFoundError without the file, ValueError for one that is damaged or not `trusted`, or
+    says nothing of classes or pictures.
     """
     path = check_path("path", path)
     described = export_info(path)
@@ -67,7 +69,7 @@ def load_classifier(path: str | os.PathLike[str], model: nn.Module | None = None
         missing = " and no ".join(name for name, value in (("labels", labels), ("'image'", image)) if not value)
         raise ValueError(f"{path} holds no {missing}, so it is a model but no classifier of pictures. Export it from a "
                          "vision_learner, or call load_exported(path) for the model itself.")
-    return Classifier(load_exported(path, model), ImageForm.from_dict(image), labels)
+    return Classifier(load_exported(path, model, trusted=trusted), ImageForm.from_dict(image), labels)
 
 
 def classify(outputs: Callable[[Tensor], Tensor], pictures: Any, form: ImageForm, classes: Sequence[str]) -> Any:
