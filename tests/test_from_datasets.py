@@ -51,7 +51,7 @@ def test_training_is_shuffled_and_validation_is_not():
 
 
 def test_an_empty_data_set_is_refused_by_name():
-    with pytest.raises(ValueError, match="valid holds no sample"):
+    with pytest.raises(ValueError, match="valid is empty"):
         DataLoaders.from_datasets(tensors(), Samples(0))
 
 
@@ -112,11 +112,11 @@ def test_a_stream_is_read_once_and_in_its_order():
 
 @pytest.mark.parametrize(("arguments", "options", "error", "said"), [
     ((DataLoader(tensors()),), {}, TypeError, r"train must be a data set, got a DataLoader, .* DataLoaders\(train, v"),
-    ((tensors(), {"a": 3}), {}, TypeError, r"valid\['a'\] must be a data set with __getitem__ .* got 3"),
-    ((tensors(), {"a": None}), {}, TypeError, r"valid\['a'\] must be a data set"),
-    ((None,), {}, TypeError, r"train must be a data set .* got None"),
-    (("data",), {}, TypeError, r"train must be a data set .* got 'data'"),
-    (((torch.ones(2), torch.ones(2)),), {}, TypeError, r"got a tuple of tensors. Pass TensorDataset\(\*tensors\)"),
+    ((tensors(), {"a": 3}), {}, TypeError, r"valid\['a'\] must be a map-style data set, .*IterableDataset, got 3"),
+    ((tensors(), {"a": None}), {}, TypeError, r"valid\['a'\] must be a map-style data set"),
+    ((None,), {}, TypeError, r"train must be a map-style data set, .* got None"),
+    (("data",), {}, TypeError, r"train must be a map-style data set, .* got 'data'"),
+    (((torch.ones(2), torch.ones(2)),), {}, TypeError, r"got a tuple of 2 arrays. Pass TensorDataset\(\*tensors\)"),
     ((tensors(),), {"batch_size": 0}, ValueError, r"batch_size must be an int >= 1, got 0"),
     ((tensors(),), {"num_workers": -1}, ValueError, r"num_workers must be an int >= 0, got -1"),
     ((tensors(),), {"shuffle": 1}, TypeError, r"shuffle must be True or False, got 1"),

@@ -299,8 +299,8 @@ class Stream(IterableDataset):
 
 @pytest.mark.parametrize(("train", "valid", "error", "message"), [
     (Stream(), None, TypeError, "train is an IterableDataset (Stream)"),
-    (DataLoader([1]), None, TypeError, "train must be a data set, got a DataLoader. Pass its .dataset."),
-    ((torch.ones(2), torch.ones(2)), None, TypeError, "got a tuple of 2 arrays. Pass TensorDataset(*tensors)."),
+    (DataLoader([1]), None, TypeError, "train must be a data set, got a DataLoader, which is a loader"),
+    ((torch.ones(2), torch.ones(2)), None, TypeError, "got a tuple of 2 arrays. Pass TensorDataset(*tensors), or"),
     ({"a": [1]}, None, TypeError, "train must be a map-style data set, with len() and [i], got {'a': [1]} (dict)"),
     (iter([1]), None, TypeError, "train must be a map-style data set"),
     (torch.tensor(1), None, TypeError, "train must be a map-style data set"),

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 
 from ..base.batch import Batch
 from .classes import _common_classes, check_classes
+from .loader import named_sets
 from .tensor_loader import TensorLoader
 
 if TYPE_CHECKING:
@@ -37,15 +38,10 @@ class DataLoaders:
 
     def __post_init__(self) -> None:
         self.classes = None if self.classes is None else check_classes(self.classes)
-        sets = self.valid if isinstance(self.valid, Mapping) and self.valid else {"valid": self.valid}
-        if not all(isinstance(name, str) and name for name in sets):
-            raise ValueError(f"valid must name each of its loaders, got {list(sets)}. "
+        if isinstance(self.valid, Mapping) and not (self.valid and all(isinstance(n, str) and n for n in self.valid)):
+            raise ValueError(f"valid must name each of its loaders, got {list(self.valid)}. "
                              "Pass e.g. {'clean': loader, 'noisy': other}.")
-        if isinstance(self.valid, Mapping) and self.valid:
-            sets = {f"valid[{name!r}]": loader for name, loader in sets.items()}
-        for name, loader in (("train", self.train), *sets.items()):
-            if self.valid is None and name == "valid":
-                continue
+        for name, loader in named_sets(self.train, self.valid).items():
             if isinstance(loader, (list, tuple)) and loader and isinstance(loader[0], (DataLoader, TensorLoader)):
                 raise TypeError(f"{name} must hold batches, got a {type(loader).__name__} of loaders. Several "
                                 "validation sets are a dict of them, e.g. {'clean': loader, 'noisy': other}.")
@@ -88,9 +84,9 @@ class DataLoaders:
         """
         from . import in_memory  # not before it is used: so `import minifast` takes no longer for it
         classes = _common_classes(train, valid)
-        return cls(*in_memory.loaders(train, valid, batch_size=batch_size, transform=transform,
-                                      valid_transform=valid_transform, device=device, drop_last=drop_last,
-                                      generator=generator, num_workers=num_workers, verbose=verbose), classes)
+        return cls(*in_memory.loaders(train, valid, transform=transform, valid_transform=valid_transform, device=device,
+                                      num_workers=num_workers, verbose=verbose, batch_size=batch_size,
+                                      drop_last=drop_last, generator=generator), classes)
 
     @classmethod
     def from_datasets(cls, train: Any, valid: Any = None, *, batch_size: int = 64, num_workers: int | None = None,
@@ -117,8 +113,9 @@ class DataLoaders:
         >>> len(dls.train), dls.train.num_workers, dls.valid
         (2, 0, None)
         """
-        from . import torch_loaders
-        torch_loaders.check_datasets(train, valid)
+        from . import samples, torch_loaders
+        for name, dataset in named_sets(train, valid).items():
+            samples.check_data_set(name, dataset, streams=True)
         torch_loaders.check_options(batch_size, num_workers, options)
 
         def make(dataset: Any) -> Iterable[Batch]:
@@ -127,8 +124,9 @@ class DataLoaders:
         classes = _common_classes(train, valid)
         if isinstance(valid, Mapping):
             valid = {name: make(dataset) for name, dataset in valid.items()}
-        return cls(torch_loaders.train_loader(train, batch_size, num_workers, **options),
-                   valid if valid is None or isinstance(valid, Mapping) else make(valid), classes)
+        elif valid is not None:
+            valid = make(valid)
+        return cls(torch_loaders.train_loader(train, batch_size, num_workers, **options), valid, classes)
 
 
 def eval_data(dls: DataLoaders, dl: Any) -> Any:
@@ -169,5 +167,3 @@ def as_dataloaders(model: Any, dls: Any) -> DataLoaders:
         return DataLoaders(*dls)
     raise TypeError(f"dls must be DataLoaders(train, valid) or a tuple (train, valid), got a {type(dls).__name__}. "
                     "Without validation data pass DataLoaders(train).")
-
-

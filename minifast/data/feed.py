@@ -1,7 +1,7 @@
 """One pass over a loader: its batches on the device, its errors explained, its workers ended."""
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
-from functools import cache, partial
+from functools import cache
 from time import perf_counter
 
 import torch
@@ -35,14 +35,45 @@ def feed(loader: Iterable[Batch], device: torch.device, limit: int | None, inter
     """
     waiting = Waiting() if waiting is None else waiting
     side = SideStream(device) if device.type == "cuda" else None
-    has_work = None if side is None else side.has_work
-    batches = _drawn(loader, limit, interrupt, what, first, iterator, waiting, noted, has_work)
-    if side is not None:
-        batches = _each(batches, side)
-    elif device.type != "cpu":  # batches come from loaders on the CPU: nothing to walk through
-        batches = _each(batches, lambda batch: to_device(batch, device))
     transform = getattr(loader, "batch_transform", None)
-    return batches if transform is None else _each(batches, partial(_transformed, transform, what))
+    count = first
+    try:
+        asked = perf_counter()
+        while limit is None or count < limit:
+            try:
+                iterator = begin(loader) if iterator is None else iterator
+                batch = next(iterator, END)  # not `for`: what an `__iter__` gives need not be iterable itself
+            except Exception as error:
+                if interrupt.pending:
+                    # between two batches, as by `check`; without workers, half a batch may have drawn random numbers
+                    interrupt.was_raised = bool(getattr(loader, "num_workers", 0))
+                    raise interrupt.exception() from error
+                error.add_note(f"while loading batch {count} of {what} ({type(loader).__name__})")
+                explain(error, iterator)
+                raise
+            if batch is END:
+                return
+            came = perf_counter()
+            if count == first:
+                waiting.begin(came - asked)
+            elif side is None or came - asked < BLINK or not side.has_work():
+                # on the CPU, which also computes, that is exact; of a GPU that has run dry nobody knows when it did
+                waiting.waited += came - asked
+            else:  # while the device computes nobody waits, however long the host takes to make a batch
+                waiting.worked += came - asked
+            if noted is not None:
+                noted(batch)
+            if side is not None:
+                batch = side(batch)
+            elif device.type != "cpu":  # batches come from loaders on the CPU: nothing to walk through
+                batch = to_device(batch, device)
+            yield batch if transform is None else _transformed(transform, what, batch)
+            count += 1
+            asked = perf_counter()
+            waiting.worked += asked - came
+    finally:
+        # an error's traceback keeps the iterator, and with it the worker processes, alive for as long as it is kept
+        end_workers(loader, iterator)
 
 
 def first_batch(loader: Iterable[Batch], device: torch.device) -> Batch:
@@ -51,63 +82,12 @@ def first_batch(loader: Iterable[Batch], device: torch.device) -> Batch:
         return next(batches, None)
 
 
-def _each(batches: Generator[Batch, None, None], change: Callable[[Batch], Batch]) -> Generator[Batch, None, None]:
-    with closing(batches):
-        for batch in batches:
-            yield change(batch)
-
-
 def _transformed(transform: Callable[[Batch], Batch], what: str, batch: Batch) -> Batch:
     try:
         return transform(batch)
     except Exception as error:
         error.add_note(f"in the batch_transform of {what}, called with {describe(batch)}")
         raise
-
-
-def _drawn(loader: Iterable[Batch], limit: int | None, interrupt: DeferredInterrupt, what: str, first: int,
-           iterator: Iterator[Batch] | None, waiting: Waiting, noted: Callable[[Batch], None] | None,
-           has_work: Callable[[], bool] | None) -> Generator[Batch, None, None]:
-    """The batches as the loader gives them.
-
-    has_work: whether the device still computes. While it does, nobody waits for a batch, however long the host takes
-    to make one. Where it has run dry in the meantime, the whole time counts: when it ran dry is not known. On the CPU,
-    where the process that loads is the one that computes, all of the time is exact.
-    """
-    count = first
-    try:
-        if limit is not None and first >= limit:
-            return
-        asked = perf_counter()
-        iterator = begin(loader) if iterator is None else iterator
-        while limit is None or count < limit:
-            batch = next(iterator, END)  # not `for`: what an `__iter__` gives need not be iterable itself
-            if batch is END:
-                return
-            came = perf_counter()
-            if count == first:
-                waiting.begin(came - asked)
-            elif has_work is None or came - asked < BLINK or not has_work():
-                waiting.waited += came - asked
-            else:
-                waiting.worked += came - asked
-            if noted is not None:
-                noted(batch)
-            yield batch
-            count += 1
-            asked = perf_counter()
-            waiting.worked += asked - came
-    except Exception as error:
-        if interrupt.pending:
-            # between two batches, as by `check`; without workers, half a batch may have drawn random numbers
-            interrupt.was_raised = bool(getattr(loader, "num_workers", 0))
-            raise interrupt.exception() from error
-        error.add_note(f"while loading batch {count} of {what} ({type(loader).__name__})")
-        explain(error, iterator)
-        raise
-    finally:
-        # an error's traceback keeps the iterator, and with it the worker processes, alive for as long as it is kept
-        end_workers(loader, iterator)
 
 
 def end_workers(loader: Iterable[Batch], iterator: Iterator[Batch] | None) -> None:
@@ -138,11 +118,10 @@ WORTH = 2**16
 class SideStream:
     """Moves batches to a CUDA device. Large tensors go on a stream of their own, beside the work that is queued.
 
-    Nothing is read ahead: a batch is drawn from its loader where it always was, after the step before it was launched.
-    That is early enough. The launches of a step return long before the GPU has done them, so the host draws the next
-    batch while the GPU computes; and its copy does not queue up behind that computation, but runs at the same time.
-    Drawing a batch earlier would win nothing more, but change the order of random numbers: batches would be other ones
-    than on a CPU, and a resumed fit could not go on with the same bits.
+    Nothing is read ahead: the launches of a step return long before the GPU has done them, so the host draws the next
+    batch while the GPU computes, and its copy runs at the same time. Drawing a batch earlier would win nothing more,
+    but change the order of random numbers: batches would be other ones than on a CPU, and a resumed fit could not go on
+    with the same bits.
 
     Copies out of unpinned memory, too: they make the host wait for the copy alone, not for all that was queued before.
     What moves itself, by a `.to` of its own, does so on the current stream: nobody knows which memory it holds.
@@ -166,7 +145,7 @@ class SideStream:
         return not torch.cuda.current_stream(self._device).query()
 
     def _copy(self, tensor: Tensor) -> Tensor:
-        if tensor.device.type != "cpu" or not _is_plain(tensor) or tensor.nbytes < WORTH:
+        if tensor.device.type != "cpu" or not _is_one_piece(tensor) or tensor.nbytes < WORTH:
             return tensor.to(self._device, non_blocking=True)
         if self._current is None:
             self._current = torch.cuda.current_stream(self._device)
@@ -176,7 +155,7 @@ class SideStream:
         return copy
 
 
-def _is_plain(tensor: Tensor) -> bool:
+def _is_one_piece(tensor: Tensor) -> bool:
     """Whether it is one piece of memory; subclasses, sparse and nested tensors may hold several."""
     return type(tensor) is Tensor and tensor.layout is torch.strided and not tensor.is_nested
 

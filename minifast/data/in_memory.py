@@ -15,7 +15,7 @@ from ..machine.workers import explain
 from ..show import screen
 from . import samples
 from .feed import begin, end_workers
-from .loader import generators
+from .loader import generators, named_sets
 from .tensor_loader import TensorLoader
 
 Transform = Callable[[Any], Any]
@@ -25,42 +25,37 @@ MOST_AT_ONCE, MOST_BYTES = 256, 2**24  # samples, and bytes, that are read at on
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]"
 
 
-def loaders(train: Any, valid: Any, *, batch_size: int, transform: Transform | None, valid_transform: Transform | None,
-            device: torch.device | str | None, drop_last: bool, generator: torch.Generator | None,
-            num_workers: int | None, verbose: bool) -> tuple[TensorLoader, Any]:
+def loaders(train: Any, valid: Any, *, transform: Transform | None, valid_transform: Transform | None,
+            device: torch.device | str | None, num_workers: int | None, verbose: bool, **options: Any
+            ) -> tuple[TensorLoader, Any]:
     """What `DataLoaders.in_memory` makes: the loader that trains, and the one that validates, a dict of them, or None.
+
+    options: those of the TensorLoader that trains: batch_size, drop_last, generator.
     """
     for name, function in (("transform", transform), ("valid_transform", valid_transform)):
         if function is not None:
             check_callable(name, function, "a function of a batch")
     check_flag("verbose", verbose)
     place = torch.device("cpu") if device is None else check_device(device)
-    options = {"batch_size": batch_size, "drop_last": drop_last, "generator": generator}
-    TensorLoader(torch.empty(0), **options)  # type: ignore[arg-type]  # what is wrong is said before anything is read
+    TensorLoader(torch.empty(0), **options)  # what is wrong is said before anything is read
     if num_workers is not None:
         check_int("num_workers", num_workers, 0)
-    if isinstance(valid, Mapping):
-        sets = {"train": train, **{f"valid[{name!r}]": data for name, data in valid.items()}}
-    else:
-        sets = {"train": train, **({} if valid is None else {"valid": valid})}
-    kept = read_all(sets, place, num_workers, verbose)
-    made = [TensorLoader(*columns, batch_size=batch_size, transform=_transform(first, valid_transform))
-            for first, columns in kept[1:]]
-    first, columns = kept[0]
-    return (TensorLoader(*columns, shuffle=True, transform=_transform(first, transform), **options),  # type: ignore[arg-type]
+    (first, columns), *others = read_all(named_sets(train, valid), place, num_workers, verbose)
+    made = [TensorLoader(*columns, batch_size=options["batch_size"], transform=_transform(first, valid_transform))
+            for first, columns in others]
+    return (TensorLoader(*columns, shuffle=True, transform=_transform(first, transform), **options),
             dict(zip(valid, made, strict=True)) if isinstance(valid, Mapping) else made[0] if made else None)
 
 
 def _transform(first: Any, transform: Transform | None) -> Transform | None:
-    """`first`: a sample. A plain tuple of tensors is what a TensorLoader gives by itself."""
-    is_flat = type(first) is tuple and all(isinstance(part, Tensor) for part in first)
-    if is_flat:
+    """`first`: a sample. A flat tuple of tensors is what a TensorLoader gives by itself."""
+    if type(first) is tuple and all(isinstance(part, Tensor) for part in first):
         return transform
     return samples.Nested(map_tensors(lambda tensor: tensor.new_empty(0), first), transform)
 
 
 def read_all(sets: dict[str, Any], device: torch.device, num_workers: int | None, verbose: bool
-              ) -> list[tuple[Any, list[Tensor]]]:
+             ) -> list[tuple[Any, list[Tensor]]]:
     """(sample 0 as a nest, the columns) of each data set."""
     began = time.perf_counter()
     lengths = {name: samples.check_data_set(name, data) for name, data in sets.items()}
@@ -72,14 +67,19 @@ def read_all(sets: dict[str, Any], device: torch.device, num_workers: int | None
                 raise ValueError(f"{name}: sample 0 holds nothing ({type(first).__name__}).")
         n_bytes = {name: lengths[name] * _n_bytes(first) for name, first in firsts.items()}
         _check_room(sum(n_bytes.values()), device, sets)
-        _check_frozen("train", sets["train"], lengths["train"])
+        i = samples.changing("train", sets["train"], lengths["train"])
+        if i is not None:
+            raise ValueError(f"train: sample {i} is another one each time it is read: its random augmentation would be "
+                             "frozen, the same in all epochs. Move it to transform= (of minifast.vision: augment=), "
+                             "which is called with each training batch. If one version of each sample is meant, pass "
+                             "a list: [data[i] for i in range(len(data))].")
         kept = [(first, _columns(name, sets[name], first, lengths[name], device, num_workers, verbose))
                 for name, first in firsts.items()]
     finally:
         restore()
     if verbose:
         screen.say(f"in memory: {' + '.join(f'{n:,}' for n in lengths.values())} samples, "
-                     f"{sum(n_bytes.values()) / 1e6:,.1f} MB on {device}, read in {time.perf_counter() - began:.1f} s")
+                   f"{sum(n_bytes.values()) / 1e6:,.1f} MB on {device}, read in {time.perf_counter() - began:.1f} s")
     return kept
 
 
@@ -93,15 +93,6 @@ def _check_room(n_bytes: int, device: torch.device, sets: dict[str, Any]) -> Non
         raise MemoryError(f"{' and '.join(sets)} would take {n_bytes / 1e6:,.0f} MB in the memory of {device}, where "
                           f"{free / 1e6:,.0f} MB are free, of which {USABLE:.0%} may be used. Read the samples as you "
                           "train: DataLoaders.from_datasets(train, valid, num_workers=2).")
-
-
-def _check_frozen(name: str, data: Any, n: int) -> None:
-    i = samples.changing(name, data, n)
-    if i is not None:
-        raise ValueError(f"{name}: sample {i} is another one each time it is read: its random augmentation would be "
-                         "frozen, the same in all epochs. Move it to transform= (of minifast.vision: augment=), which "
-                         "is called with each training batch. If one version of each sample is meant, pass a list: "
-                         "[data[i] for i in range(len(data))].")
 
 
 def _columns(name: str, data: Any, first: Any, n: int, device: torch.device, num_workers: int | None, verbose: bool
@@ -147,9 +138,5 @@ def _workers(name: str, data: Any, n: int) -> int:
 
 def _stacked(parts: list[list[Tensor] | str]) -> list[Tensor] | str:
     """The columns of some samples; the first text among them instead, which says how a sample differs."""
-    columns: list[list[Tensor]] = []
-    for part in parts:
-        if isinstance(part, str):
-            return part
-        columns.append(part)
-    return [torch.stack(column) for column in zip(*columns, strict=True)]
+    odd = next((part for part in parts if isinstance(part, str)), None)
+    return [torch.stack(column) for column in zip(*parts, strict=True)] if odd is None else odd

@@ -29,6 +29,15 @@ def valid_sets(valid: Any) -> tuple[tuple[str, Any], ...]:
     return () if valid is None else (("", valid),)
 
 
+def named_sets(train: Any, valid: Any) -> dict[str, Any]:
+    """The training and validation data by the names that messages call them.
+
+    >>> list(named_sets([1], None)), list(named_sets([1], [2])), list(named_sets([1], {"clean": [2]}))
+    (['train'], ['train', 'valid'], ['train', "valid['clean']"])
+    """
+    return {"train": train} | {f"valid[{name!r}]" if name else "valid": data for name, data in valid_sets(valid)}
+
+
 def n_batches(loader: Iterable[Batch]) -> int | None:
     """How many batches one pass yields, or None if the loader does not know.
 
@@ -105,14 +114,14 @@ def is_one_shot(loader: Iterable[Batch]) -> bool:
 def smallest_batch(loader: Iterable[Batch]) -> int | None:
     """How many samples the smallest batch holds, as far as that can be told without drawing one."""
     if isinstance(loader, TensorLoader):
-        samples, batch_size, drop_last = loader.n_samples, loader.batch_size, loader.drop_last
+        n, size = loader.n_samples, loader.batch_size
     elif isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset) and loader.batch_size:
-        samples, batch_size, drop_last = len(loader.sampler), loader.batch_size, loader.drop_last  # type: ignore[arg-type]
+        n, size = len(loader.sampler), loader.batch_size  # type: ignore[arg-type]
     elif isinstance(loader, Sequence) and loader:
         return min(n_samples(None, batch) for batch in loader)
     else:
         return None
-    return batch_size if drop_last else samples % batch_size or batch_size
+    return size if loader.drop_last else n % size or size
 
 
 def in_order(loader: Iterable[Batch]) -> Iterable[Batch]:
@@ -127,15 +136,18 @@ def in_order(loader: Iterable[Batch]) -> Iterable[Batch]:
 def plain(loader: Iterable[Batch]) -> Iterable[Batch]:
     """A loader whose `batch_transform`, if it has one, augments nothing: the same transform's `plain`.
 
-    A `batch_transform` without that attribute stays as it is. The running workers of `loader` are left alone.
+    A `batch_transform` without that attribute stays as it is.
     """
     transform = getattr(loader, "batch_transform", None)
     without = getattr(transform, "plain", transform)
-    if without is transform:
-        return loader
-    twin: Any = second_copy(loader) if isinstance(loader, DataLoader) else copy.copy(loader)
-    twin.batch_transform = without
-    return twin  # type: ignore[no-any-return]
+    return loader if without is transform else with_transform(loader, without)
+
+
+def with_transform(loader: Any, transform: Any, name: str = "batch_transform") -> Any:
+    """A loader over the same data with another transform; the running workers of `loader` are left alone."""
+    twin = second_copy(loader) if isinstance(loader, DataLoader) else copy.copy(loader)
+    setattr(twin, name, transform)
+    return twin
 
 
 def _ordered(loader: Iterable[Batch]) -> Iterable[Batch]:
@@ -146,11 +158,11 @@ def _ordered(loader: Iterable[Batch]) -> Iterable[Batch]:
     if isinstance(loader, DataLoader) and type(loader).__iter__ is DataLoader.__iter__ and loader.batch_size:
         shuffles, sequential = type(loader.sampler) is RandomSampler, type(loader.sampler) is SequentialSampler
         if shuffles or (sequential and loader.drop_last):
-            return _rebuilt(loader)
+            return _unshuffled(loader)
     return loader
 
 
-def _rebuilt(loader: "DataLoader[Any]") -> "DataLoader[Any]":
+def _unshuffled(loader: "DataLoader[Any]") -> "DataLoader[Any]":
     ordered: Any = DataLoader(
         loader.dataset, batch_size=loader.batch_size, num_workers=loader.num_workers, collate_fn=loader.collate_fn,
         pin_memory=loader.pin_memory, timeout=loader.timeout, worker_init_fn=loader.worker_init_fn,

@@ -1,6 +1,6 @@
 """One sample of a data set as tensors: what is read from it, whether all are alike, whether it changes."""
 import random
-from collections.abc import Iterator, Mapping, Sized
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,24 +15,30 @@ from ..errors import quoted
 PROBES, READS = 4, 4  # samples that are read several times, and how often, to see whether they change
 
 
-def check_data_set(name: str, data: Any) -> int:
-    """How many samples the map-style data set `data` has. Raises TypeError for anything else, ValueError for none."""
+def check_data_set(name: str, data: Any, *, streams: bool = False) -> int:
+    """How many samples the map-style data set `data` has; 0 for an IterableDataset, which `streams` allows.
+
+    Raises TypeError for anything else, ValueError for no sample.
+    """
     kind = type(data).__name__
     if isinstance(data, IterableDataset):
-        raise TypeError(f"{name} is an IterableDataset ({kind}), which gives its samples as a stream. Pass a "
-                        "DataLoader: DataLoaders(DataLoader(data)).")
+        if not streams:
+            raise TypeError(f"{name} is an IterableDataset ({kind}), which gives its samples as a stream. Pass a "
+                            "DataLoader: DataLoaders(DataLoader(data)).")
+        return 0
     if isinstance(data, DataLoader):
-        raise TypeError(f"{name} must be a data set, got a DataLoader. Pass its .dataset.")
+        raise TypeError(f"{name} must be a data set, got a {kind}, which is a loader already. Pass its .dataset, or "
+                        "loaders to DataLoaders(train, valid).")
     if isinstance(data, tuple) and data and all(isinstance(part, (Tensor, np.ndarray)) for part in data):
-        raise TypeError(f"{name} must be a data set, got a tuple of {len(data)} arrays. Pass TensorDataset(*tensors).")
-    is_one_thing = isinstance(data, (str, bytes, bytearray, Mapping, type))
-    if is_one_thing or not (isinstance(data, Sized) and hasattr(data, "__getitem__")):
-        raise TypeError(f"{name} must be a map-style data set, with len() and [i], got {quoted(data)}.")
+        raise TypeError(f"{name} must be a data set, got a tuple of {len(data)} arrays. Pass TensorDataset(*tensors), "
+                        "or make a TensorLoader(*tensors).")
     try:
+        if isinstance(data, (str, bytes, bytearray, Mapping, type)) or not hasattr(data, "__getitem__"):
+            raise TypeError("it has no samples by number")
         n = len(data)
-    except TypeError as error:  # of arrays without dimensions, and of data sets that do not know
-        raise TypeError(f"{name} must be a map-style data set, with len() and [i], got {quoted(data)}: {error}"
-                        ) from error
+    except TypeError as error:  # of len(): of arrays without dimensions, and of data sets that do not know
+        wanted = "with len() and [i]" + (", or an IterableDataset" if streams else "")
+        raise TypeError(f"{name} must be a map-style data set, {wanted}, got {quoted(data)}: {error}.") from error
     if n == 0:
         raise ValueError(f"{name} is empty: {kind} with 0 samples.")
     return n

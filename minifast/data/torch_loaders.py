@@ -5,10 +5,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
 
-from ..errors import check_flag, check_int, quoted
+from ..errors import check_flag, check_int
 from ..machine.limits import MOST_WORKERS, n_cpus
 
 OF_TRAINING = ("shuffle", "sampler", "drop_last")  # options that say which samples are trained on, and in which order
@@ -29,28 +28,6 @@ def valid_loader(dataset: Any, batch_size: int, num_workers: int | None, **optio
     return _loader(dataset, batch_size, num_workers, {k: v for k, v in options.items() if k not in OF_TRAINING})
 
 
-def check_datasets(train: Any, valid: Any) -> None:
-    """Raise TypeError for what is no data set, or no mapping of names to them."""
-    is_several = isinstance(valid, Mapping)
-    sets = {f"valid[{name!r}]": each for name, each in valid.items()} if is_several else {"valid": valid}
-    for name, dataset in {"train": train, **sets}.items():
-        if dataset is None and name == "valid":
-            continue
-        if isinstance(dataset, DataLoader):
-            raise TypeError(f"{name} must be a data set, got a {type(dataset).__name__}, which is a loader already. "
-                            "Pass loaders to DataLoaders(train, valid).")
-        if isinstance(dataset, tuple) and dataset and all(isinstance(part, Tensor) for part in dataset):
-            raise TypeError(f"{name} must be a data set, got a tuple of tensors. Pass TensorDataset(*tensors), or make "
-                            "a TensorLoader(*tensors).")
-        has_items = hasattr(dataset, "__getitem__") and _length(dataset) is not None
-        is_one_thing = isinstance(dataset, (str, bytes, Mapping, type))
-        if is_one_thing or not (has_items or is_stream(dataset)):
-            raise TypeError(f"{name} must be a data set with __getitem__ and __len__, or an IterableDataset, got "
-                            f"{quoted(dataset)}.")
-        if has_items and not is_stream(dataset) and _length(dataset) == 0:
-            raise ValueError(f"{name} holds no sample ({type(dataset).__name__} of length 0).")
-
-
 def check_options(batch_size: int, num_workers: int | None, options: Mapping[str, Any]) -> None:
     """Raise TypeError or ValueError for what the loaders of two data sets cannot have."""
     check_int("batch_size", batch_size)
@@ -69,19 +46,12 @@ def check_options(batch_size: int, num_workers: int | None, options: Mapping[str
                          "it to DataLoaders(train, valid).")
 
 
-def _length(dataset: Any) -> int | None:
-    try:
-        return len(dataset)
-    except TypeError:  # it has no len(), or, as an array without dimensions, one that says so
-        return None
-
-
 def default_workers(dataset: Any, is_forking: bool) -> int:
     """How many worker processes a DataLoader over `dataset` gets if nobody says.
 
-    0 for what is in memory already, where handing batches over costs more than making them; for an IterableDataset,
-    of which each worker would read all, unless it is written for that; and where workers are not forked: there a data
-    set has to go through pickle, and a script needs `if __name__ == "__main__":`.
+    None for what is in memory already, where handing batches over costs more than making them; for an IterableDataset,
+    of which each worker would read all; and where workers are not forked: there a data set has to go through pickle,
+    and a script needs `if __name__ == "__main__":`.
 
     >>> default_workers(TensorDataset(torch.zeros(3)), is_forking=True)
     0

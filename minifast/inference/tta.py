@@ -1,17 +1,15 @@
 """Predictions averaged over augmented copies of each sample."""
-import copy
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from ..base import snapshot
 from ..base.batch import Batch, call_model, scores
 from ..base.nest import describe, join, map_leaves, map_tensors
 from ..data.feed import feed
-from ..data.loader import generators, in_order, second_copy
+from ..data.loader import generators, in_order, with_transform
 from ..data.tensor_loader import TensorLoader
 from ..errors import check_flag, check_int, check_number
 from ..machine.signals import DeferredInterrupt
@@ -25,9 +23,9 @@ Transform = Callable[[Any], Any]
 
 def tta(learn: "Trainer", dl: Iterable[Batch] | str | None = None, *, transform: Transform | None = None, n: int = 4,
         beta: float = 0.25, use_max: bool = False) -> tuple[Any, Any]:
-    """(predictions, targets) as `get_preds` gives them, from `n` augmented passes and a plain one.
+    """(predictions, targets) as `get_preds` gives them, from `n` augmented passes and one as it is.
 
-    predictions = (1 - beta) * mean(augmented) + beta * plain, element by element; n >= 1, beta in 0..1. What is
+    predictions = (1 - beta) * mean(augmented) + beta * as_it_is, element by element; n >= 1, beta in 0..1. What is
     averaged are the raw outputs, because their mean is an output of the same kind whatever the model gives, so that
     metrics and losses read it as they read the output itself. Of logits it stands for the geometric mean of the
     probabilities, normalised. use_max: the largest of the n + 1 outputs instead, and `beta` has no part in it. That
@@ -36,8 +34,8 @@ def tta(learn: "Trainer", dl: Iterable[Batch] | str | None = None, *, transform:
 
     transform: called n times on the inputs of each batch, a copy, on the device, without gradients; gives the inputs
     of one pass. None: the training loader's own, its `batch_transform` or that of a `TensorLoader`. It is called with
-    the whole batch, as there, so it gets the batches of `dl` before that one's own; the plain pass and the targets come
-    after it, without augmentation.
+    the whole batch, as there, so it gets the batches of `dl` before that one's own; the pass as it is and the targets
+    come after it, without augmentation.
 
     The samples are in the order of the data set. Passes differ as far as `transform` draws random numbers; all
     generators are put back, so that the result is a function of the global seed. Outputs are averaged batch by batch:
@@ -48,8 +46,8 @@ def tta(learn: "Trainer", dl: Iterable[Batch] | str | None = None, *, transform:
     >>> x = torch.arange(3.0).reshape(3, 1)
     >>> learn = Learner(torch.nn.Linear(1, 1), ([(x, x)], [(x, x)]), torch.nn.MSELoss(), verbose=False)
     >>> preds, targets = tta(learn, transform=lambda x: x + 8)
-    >>> plain, _ = learn.get_preds()
-    >>> (preds - plain) / learn.model.weight.item()
+    >>> as_it_is, _ = learn.get_preds()
+    >>> (preds - as_it_is) / learn.model.weight.item()
     tensor([[6.], [6.], [6.]])
     """
     n, beta = check_int("n", n), check_number("beta", beta, minimum=0, maximum=1)
@@ -57,7 +55,7 @@ def tta(learn: "Trainer", dl: Iterable[Batch] | str | None = None, *, transform:
     if transform is not None and not callable(transform):
         raise TypeError(f"transform must be a function of the inputs, got {transform!r:.80}.")
     data = learn.eval_data(dl)
-    on_batch = own = None  # own: the transform of the plain pass, where the loader is read without it
+    on_batch = own = None  # own: the transform of the pass as it is, where the loader is read without it
     if transform is None:
         name, on_batch = _loader_transform(learn.dls.train)
         data, own = _without(name, in_order(data))
@@ -76,12 +74,12 @@ def tta(learn: "Trainer", dl: Iterable[Batch] | str | None = None, *, transform:
         return (inputs, batch), target
 
     def outputs(inputs: Any, batch: Batch) -> Any:
-        plain = scores(call_model(learn.model, inputs))
+        as_it_is = scores(call_model(learn.model, inputs))
         total = None
         for _ in range(n):
             output = map_leaves(_wide, scores(call_model(learn.model, augmented(batch))))
             total = output if total is None else join(_max if use_max else _sum, [total, output])
-        return join(_max if use_max else lambda leaves: _blend(leaves[0], leaves[1], n, beta), [plain, total])
+        return join(_max if use_max else lambda leaves: _blend(leaves[0], leaves[1], n, beta), [as_it_is, total])
 
     restore = snapshot.rng([*generators(transform), *generators(on_batch)])
     try:
@@ -114,9 +112,7 @@ def _without(name: str, loader: Iterable[Batch]) -> tuple[Iterable[Batch], Trans
                              f"({type(loader).__name__}) has none: its batches are of another kind. Pass data made in "
                              "the same way, or transform=, a function of the inputs.")
         return loader, None
-    bare: Any = second_copy(loader) if isinstance(loader, DataLoader) else copy.copy(loader)
-    setattr(bare, name, None)
-    return bare, own
+    return with_transform(loader, None, name), own
 
 
 def _wide(leaf: Any) -> Any:
@@ -137,8 +133,8 @@ def _max(leaves: list[Any]) -> Any:
     return torch.maximum(first, second.to(first.dtype)) if isinstance(first, Tensor) else first
 
 
-def _blend(plain: Any, total: Any, n: int, beta: float) -> Any:
-    if not isinstance(plain, Tensor) or beta == 1:
-        return plain
+def _blend(as_it_is: Any, total: Any, n: int, beta: float) -> Any:
+    if not isinstance(as_it_is, Tensor) or beta == 1:
+        return as_it_is
     mean = total / n
-    return (mean if beta == 0 else (1 - beta) * mean + beta * plain).to(plain.dtype)  # 0 * inf would be nan
+    return (mean if beta == 0 else (1 - beta) * mean + beta * as_it_is).to(as_it_is.dtype)  # 0 * inf would be nan
