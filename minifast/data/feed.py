@@ -17,21 +17,25 @@ BLINK = 1e-4  # seconds; a batch that comes within it was not waited for
 END = object()
 
 
-def feed(loader: Iterable[Batch], device: torch.device, limit: int | None, interrupt: DeferredInterrupt,
-         what: str = "the data", first: int = 0, iterator: Iterator[Batch] | None = None,
-         waiting: Waiting | None = None, noted: Callable[[Batch], None] | None = None) -> Generator[Batch, None, None]:
-    """The batches of one pass over `loader`, up to batch `limit`, on `device`. Close it: that ends its workers.
+def feed(loader: Iterable[Batch], device: torch.device, limit: int | None = None,
+         interrupt: DeferredInterrupt | None = None, what: str = "the data", first: int = 0,
+         iterator: Iterator[Batch] | None = None, waiting: Waiting | None = None,
+         noted: Callable[[Batch], None] | None = None) -> Generator[Batch, None, None]:
+    """The batches of one pass over `loader` on `device`. Close it: that ends its workers.
 
     A loader may have a `batch_transform`, e.g. augmentation: a function that gives a new batch for each batch, called
     once it is on the device. It runs in this process, when the batch is asked for, so that its random numbers come in
     one order too, and a resumed fit goes on with the same ones.
 
-    first: how many batches of the pass are behind already, of which `iterator` is the rest. waiting: is told how long
-    each batch was waited for. noted: is given each batch as it came from the loader.
+    limit: the batch to stop before. interrupt: an error of the loader that comes after its signal is the interrupt
+    itself: worker processes get the signal too and die of it. Any other gains a note that counts the batch.
+    what: the name of the data in that note.
+    first: how many batches of the pass are behind already, of which `iterator` is the rest.
+    waiting: is told how long each batch was waited for.
+    noted: is given each batch as it came from the loader.
 
     A batch is drawn when it is asked for, and none behind `limit`: what loader and model draw from the random
-    generators comes in one order on every device. An error of the loader gains a note that counts the batch. One that
-    comes after SIGINT or SIGTERM is the interrupt itself: worker processes get the signal too and die of it.
+    generators comes in one order on every device.
     """
     waiting = Waiting() if waiting is None else waiting
     side = SideStream(device) if device.type == "cuda" else None
@@ -44,7 +48,7 @@ def feed(loader: Iterable[Batch], device: torch.device, limit: int | None, inter
                 iterator = begin(loader) if iterator is None else iterator
                 batch = next(iterator, END)  # not `for`: what an `__iter__` gives need not be iterable itself
             except Exception as error:
-                if interrupt.pending:
+                if interrupt is not None and interrupt.pending:
                     # between two batches, as by `check`; without workers, half a batch may have drawn random numbers
                     interrupt.was_raised = bool(getattr(loader, "num_workers", 0))
                     raise interrupt.exception() from error
@@ -78,7 +82,7 @@ def feed(loader: Iterable[Batch], device: torch.device, limit: int | None, inter
 
 def first_batch(loader: Iterable[Batch], device: torch.device) -> Batch:
     """The first batch of a pass over `loader`, as `feed` gives it; None if there is none. Its workers are ended."""
-    with closing(feed(loader, device, 1, DeferredInterrupt())) as batches:
+    with closing(feed(loader, device, 1)) as batches:
         return next(batches, None)
 
 

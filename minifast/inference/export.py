@@ -9,7 +9,6 @@ import sys
 import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
-from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,13 +17,12 @@ from torch import Tensor, nn
 
 from ..base.batch import call_model, n_samples, scores
 from ..base.nest import map_tensors, tensors, to_device
-from ..data.feed import feed
+from ..data.feed import first_batch
 from ..data.loader import in_order, is_one_shot, second_copy, valid_sets
 from ..errors import check_flag, check_path
 from ..files.reading import check_directory
 from ..files.weights import load_weights, save_weights
 from ..files.writing import replacing
-from ..machine.signals import DeferredInterrupt
 
 if TYPE_CHECKING:
     from ..training.trainer import Trainer
@@ -197,9 +195,8 @@ def _first_inputs(learn: "Trainer") -> Any:
     if is_one_shot(data):
         raise ValueError(f"the data is an iterator ({type(data).__name__}), and a batch drawn from it would be lost. "
                          "Pass inputs=, a batch as predict takes it.")
-    batches = feed(second_copy(in_order(data)), torch.device("cpu"), 1, DeferredInterrupt())
-    with learn.eval_mode(data), closing(batches):
-        batch = next(batches, None)
+    with learn.eval_mode(data):
+        batch = first_batch(second_copy(in_order(data)), torch.device("cpu"))
     if batch is None:
         raise ValueError("the data yielded 0 batches. Pass inputs=, a batch as predict takes it.")
     inputs, target = learn.unpack(batch)

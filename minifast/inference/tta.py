@@ -1,5 +1,6 @@
 """Predictions averaged over augmented copies of each sample."""
 from collections.abc import Callable, Iterable
+from functools import partial, reduce
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -7,12 +8,11 @@ from torch import Tensor
 
 from ..base import snapshot
 from ..base.batch import Batch, call_model, scores
-from ..base.nest import describe, join, map_leaves, map_tensors
+from ..base.nest import describe, join, map_tensors
 from ..data.feed import feed
 from ..data.loader import generators, in_order, with_transform
 from ..data.tensor_loader import TensorLoader
 from ..errors import check_flag, check_int, check_number
-from ..machine.signals import DeferredInterrupt
 from ..training.predict import predict_all
 
 if TYPE_CHECKING:
@@ -74,18 +74,14 @@ def tta(learn: "Trainer", dl: Iterable[Batch] | str | None = None, *, transform:
         return (inputs, batch), target
 
     def outputs(inputs: Any, batch: Batch) -> Any:
-        as_it_is = scores(call_model(learn.model, inputs))
-        total = None
-        for _ in range(n):
-            output = map_leaves(_wide, scores(call_model(learn.model, augmented(batch))))
-            total = output if total is None else join(_max if use_max else _sum, [total, output])
-        return join(_max if use_max else lambda leaves: _blend(leaves[0], leaves[1], n, beta), [as_it_is, total])
+        passes = [scores(call_model(learn.model, inputs))]
+        passes += [scores(call_model(learn.model, augmented(batch))) for _ in range(n)]
+        return join(partial(_combined, beta=beta, use_max=use_max), passes)
 
     restore = snapshot.rng([*generators(transform), *generators(on_batch)])
     try:
         with learn.eval_mode(data):
-            batches = feed(in_order(data), learn.device, None, DeferredInterrupt())
-            preds, targets = predict_all(outputs, batches, unpack)
+            preds, targets = predict_all(outputs, feed(in_order(data), learn.device), unpack)
     finally:
         restore()
     return preds, targets
@@ -115,26 +111,18 @@ def _without(name: str, loader: Iterable[Batch]) -> tuple[Iterable[Batch], Trans
     return with_transform(loader, None, name), own
 
 
-def _wide(leaf: Any) -> Any:
-    """An output as something to add up: half precision as float32."""
-    if not isinstance(leaf, Tensor):
-        return leaf
-    if not leaf.is_floating_point():
-        raise TypeError(f"tta averages outputs that are floats, got {describe(leaf)}. Let the model give its scores.")
-    return leaf.float() if leaf.dtype in (torch.float16, torch.bfloat16) else leaf
-
-
-def _sum(leaves: list[Any]) -> Any:
-    return leaves[0] + leaves[1] if isinstance(leaves[0], Tensor) else leaves[0]
-
-
-def _max(leaves: list[Any]) -> Any:
-    first, second = leaves
-    return torch.maximum(first, second.to(first.dtype)) if isinstance(first, Tensor) else first
-
-
-def _blend(as_it_is: Any, total: Any, n: int, beta: float) -> Any:
-    if not isinstance(as_it_is, Tensor) or beta == 1:
+def _combined(leaves: list[Any], beta: float, use_max: bool) -> Any:
+    """One output of those of all passes: that of the pass as it is, then the augmented ones."""
+    as_it_is, *augmented = leaves
+    if not isinstance(as_it_is, Tensor):
         return as_it_is
-    mean = total / n
+    if not as_it_is.is_floating_point():
+        raise TypeError(f"tta averages outputs that are floats, got {describe(as_it_is)}. Let the model give its "
+                        "scores.")
+    if use_max:
+        return reduce(torch.maximum, leaves)
+    if beta == 1:
+        return as_it_is
+    is_half = as_it_is.dtype in (torch.float16, torch.bfloat16)
+    mean = sum(leaf.float() if is_half else leaf for leaf in augmented) / len(augmented)
     return (mean if beta == 0 else (1 - beta) * mean + beta * as_it_is).to(as_it_is.dtype)  # 0 * inf would be nan

@@ -32,13 +32,9 @@ class MostConfused(list[Confused]):
     def __repr__(self) -> str:
         return table(Confused._fields, self) if self else "(none)"
 
-    __str__ = __repr__
-
 
 def most_confused(counts: Counts, names: Sequence[str], min_val: int = 1) -> MostConfused:
-    """The pairs of different classes that were confused at least `min_val` times; equally frequent ones in order.
-
-    counts: (k, k), rows actual, columns predicted.
+    """`Interpretation.most_confused` of the table `counts`, rows actual, columns predicted; equal counts in order.
 
     >>> most_confused(np.array([[5, 1, 0], [3, 2, 0], [0, 0, 4]]), ["cat", "dog", "emu"])
     actual  predicted  count
@@ -54,11 +50,7 @@ def most_confused(counts: Counts, names: Sequence[str], min_val: int = 1) -> Mos
 
 
 def report(counts: Counts, names: Sequence[str]) -> Table:
-    """Precision, recall, f1 (0..1) and support (samples) of each class, then the accuracy and the mean over classes.
-
-    precision: of what was taken for the class, the share that is of it; recall: of what is of the class, the share
-    that was taken for it; f1: their harmonic mean. A class that nothing was taken for has precision 0. A class without
-    samples has no recall and no f1: None; it does not count in "macro avg", the plain mean over the other classes.
+    """`Interpretation.report` of the table `counts`.
 
     >>> report(np.array([[3, 1], [0, 4]]), ["cat", "dog"])
     class      precision  recall      f1  support
@@ -71,29 +63,26 @@ def report(counts: Counts, names: Sequence[str]) -> Table:
     precision = right / np.maximum(taken, 1)
     recall = right / np.maximum(support, 1)
     f1 = 2 * right / np.maximum(support + taken, 1)  # as 2 p r / (p + r), without 0 / 0
-    has_samples = support > 0
-    n = int(counts.sum())
-    rows: list[dict[str, Any]] = [
-        _row(name, p, r if there else None, f if there else None, s)
-        for name, p, r, f, s, there in zip(names, precision, recall, f1, support, has_samples, strict=True)]
+    known, n = support > 0, int(counts.sum())
+    rows = [_row(name, p, r if s else None, f if s else None, s)
+            for name, p, r, f, s in zip(names, precision, recall, f1, support, strict=True)]
     rows.append(_row("accuracy", None, None, right.sum() / n, n))
-    precision, recall, f1 = (column[has_samples].mean() for column in (precision, recall, f1))
-    rows.append(_row("macro avg", precision, recall, f1, n))
+    rows.append(_row("macro avg", precision[known].mean(), recall[known].mean(), f1[known].mean(), n))
     return Table(rows)
 
 
-def _row(name: str, precision: float | None, recall: float | None, f1: float | None, support: int) -> dict[str, Any]:
-    shares = {"precision": precision, "recall": recall, "f1": f1}
-    return {"class": name} | {key: None if share is None else float(share) for key, share in shares.items()} | {
-        "support": int(support)}
+def _row(name: str, *shares_and_support: Any) -> dict[str, Any]:
+    *shares, support = shares_and_support
+    named = zip(("precision", "recall", "f1"), shares, strict=True)
+    return {"class": name, **{key: None if share is None else float(share) for key, share in named},
+            "support": int(support)}
 
 
 def plot(counts: Counts, names: Sequence[str], normalize: bool = False, ax: "Axes | None" = None) -> "Axes":
-    """Draw the matrix (k, k), rows actual, columns predicted.
+    """Draw the matrix (k, k), rows actual, columns predicted, as `Interpretation.plot_confusion_matrix` says.
 
-    The colour of a cell is its share of the row, on a scale that shows rare confusions too. In it stands the count, or
-    with `normalize` the share; where there is no room for numbers, a colour bar says what the colours mean, and of the
-    names only as many are written as can be read. The row of a class without samples is grey.
+    The scale of the colours shows rare confusions too. Where there is no room for numbers, a colour bar says what the
+    colours mean, and of the names only as many are written as can be read.
     """
     from matplotlib import colormaps
     from matplotlib.colors import PowerNorm

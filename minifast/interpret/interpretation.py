@@ -12,7 +12,7 @@ from ..errors import check_flag, check_int
 from ..show.pictures import Picture, are_pictures, check_figure, grid, to_pictures
 from ..show.tables import Table
 from . import confusion
-from .confusion import Confused, MostConfused
+from .confusion import MostConfused
 from .outcomes import Kept, Outcomes, collect
 
 if TYPE_CHECKING:
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from ..training.trainer import Trainer
-
-__all__ = ["ClassificationInterpretation", "Confused", "Interpretation", "MostConfused"]
 
 
 class Interpretation:
@@ -108,9 +106,11 @@ class Interpretation:
         return confusion.most_confused(self.confusion_matrix(), self.classes, check_int("min_val", min_val))
 
     def report(self) -> Table:
-        """Precision, recall, f1 and number of samples of each class, then accuracy and the mean over classes.
+        """Precision, recall, f1 (0..1) and support (samples) of each class, then accuracy and the mean over classes.
 
-        A class without samples has no recall and no f1 (None), and no part in the mean ("macro avg").
+        precision: of what was taken for the class, the share that is of it; recall: of what is of the class, the share
+        that was taken for it; f1: their harmonic mean. A class that nothing was taken for has precision 0. A class
+        without samples has no recall and no f1 (None), and no part in the mean ("macro avg").
         """
         return confusion.report(self.confusion_matrix(), self.classes)
 
@@ -134,11 +134,7 @@ class Interpretation:
         return self._draw(self._largest, "k", k, figure, "The samples are those of top_losses().")
 
     def show_results(self, n: int = 9, *, figure: "Figure | None" = None) -> "Figure":
-        """Draw `n` pictures drawn at random (the same ones each time), wrong ones under a red title; gives the figure.
-
-        Raises ValueError for inputs that are no images (n, 1 or 3, height, width), and for an `n` of more than were
-        kept.
-        """
+        """As `plot_top_losses`, of `n` samples drawn at random, the same ones each time."""
         return self._draw(self._drawn, "n", n, figure, "Their losses are in top_losses().")
 
     def _draw(self, kept: Kept, name: str, n: int, figure: "Figure | None", instead: str) -> "Figure":
@@ -183,10 +179,8 @@ ClassificationInterpretation = Interpretation  # fastai's name of it
 
 def _names(given: list[str] | None, own: Sequence[str] | None, k: int) -> list[str]:
     names = own if given is None else given
-    if names is None:
-        return [str(i) for i in range(k)]
-    if len(names) != k:
+    if names is not None and len(names) != k:
         whose = "learn.dls.classes has" if given is None else "classes has"
         raise ValueError(f"{whose} {len(names)} names for {k} classes, the outputs of the model. Pass "
                          f"classes= with {k} names.")
-    return list(names)
+    return [str(i) for i in range(k)] if names is None else list(names)

@@ -2,6 +2,7 @@
 from collections.abc import Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,7 +16,6 @@ from ..base.losses import ignored_label, is_loss
 from ..base.nest import describe, map_tensors
 from ..data.feed import feed
 from ..data.loader import in_order
-from ..machine.signals import DeferredInterrupt
 from ..training.predict import sample_losses, sample_of
 
 if TYPE_CHECKING:
@@ -62,13 +62,9 @@ class Kept:
         new = {first + i: score for score, i in zip(top.values.tolist(), top.indices.tolist(), strict=True)}
         ranked = sorted((self.scores | new).items(), key=lambda item: (-item[1], item[0]))
         self.scores = dict(ranked[:self.n])
-        self.inputs = {row: _copy(inputs, places[row - first]) if row in new else self.inputs[row]
+        copy = partial(map_tensors, lambda tensor: tensor.detach().to("cpu", copy=True))  # not a view of the batch
+        self.inputs = {row: copy(sample_of(inputs, places[row - first])) if row in new else self.inputs[row]
                        for row in self.scores}
-
-
-def _copy(inputs: Any, i: int) -> Any:
-    """The inputs of sample `i`, without the batch that they were part of."""
-    return map_tensors(lambda tensor: tensor.detach().to("cpu", copy=True), sample_of(inputs, i))
 
 
 def collect(learn: "Trainer", data: Iterable[Batch], largest: Kept, drawn: Kept) -> Outcomes:
@@ -79,8 +75,7 @@ def collect(learn: "Trainer", data: Iterable[Batch], largest: Kept, drawn: Kept)
     generator = torch.Generator().manual_seed(0)  # one of its own: the same samples each time, and no other is moved
     columns: list[tuple[Tensor, ...]] = []
     seen = n_rows = n_classes = 0
-    with learn.eval_mode(data), torch.no_grad(), \
-            closing(feed(in_order(data), learn.device, None, DeferredInterrupt())) as batches:
+    with learn.eval_mode(data), torch.no_grad(), closing(feed(in_order(data), learn.device)) as batches:
         for batch in batches:
             inputs, target = learn.unpack(batch)
             pred = call_model(learn.model, inputs)
