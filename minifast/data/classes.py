@@ -26,13 +26,11 @@ def check_classes(classes: Any) -> list[str]:
     return names
 
 
-def _common_classes(train: Any, valid: Any) -> list[str] | None:
+def common_classes(train: Any, valid: Any) -> list[str] | None:
     """The names of the training set's classes, if it has any. Raises ValueError if a validation set disagrees."""
     names = _own_classes(train)
-    if names is None:
-        return None
     for where, data in valid.items() if isinstance(valid, Mapping) else [("valid", valid)]:
-        for i, (name, other) in enumerate(zip(names, _own_classes(data) or [], strict=False)):
+        for i, (name, other) in enumerate(zip(names or [], _own_classes(data) or [], strict=False)):
             if name != other:
                 raise ValueError(f"class {i} is {name!r} in train and {other!r} in {where}: the same number means "
                                  "another class there. Give both the same classes (a folder may be empty: "

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ..base.batch import Batch
-from .classes import _common_classes, check_classes
+from .classes import common_classes, check_classes
 from .loader import named_sets
 from .tensor_loader import TensorLoader
 
@@ -39,7 +39,7 @@ class DataLoaders:
     def __post_init__(self) -> None:
         self.classes = None if self.classes is None else check_classes(self.classes)
         if isinstance(self.valid, Mapping) and not (self.valid and all(isinstance(n, str) and n for n in self.valid)):
-            raise ValueError(f"valid must name each of its loaders, got {list(self.valid)}. "
+            raise ValueError(f"valid must name each of its loaders, got {list(self.valid) or self.valid}. "
                              "Pass e.g. {'clean': loader, 'noisy': other}.")
         for name, loader in named_sets(self.train, self.valid).items():
             if isinstance(loader, (list, tuple)) and loader and isinstance(loader[0], (DataLoader, TensorLoader)):
@@ -57,25 +57,23 @@ class DataLoaders:
                   verbose: bool = True) -> "DataLoaders":
         """`TensorLoader`s of data sets that are read once, now, and kept: one that shuffles, and the validation's.
 
-        train, valid: map-style data sets, with len() and [i] (torchvision's, a Subset, a TensorDataset, a list);
-        several validation sets are a dict of them. A sample is any nest of tensors, numpy arrays, numbers and PIL
-        images, all of one shape and dtype. Batches have the nest of the samples and the dtypes that a DataLoader
-        gives them (a float becomes float64); a PIL image becomes uint8 (channels, height, width).
+        A sample is any nest of tensors, numpy arrays, numbers and PIL images, all of one shape and dtype. Batches have
+        the nest of the samples and the dtypes that a DataLoader gives them (a float becomes float64); a PIL image
+        becomes uint8 (channels, height, width). What the data sets do by themselves is done once; a training set that
+        gives other samples when it is read again is refused, as its augmentation would be frozen. Four samples are read
+        four times with other random numbers: what changes one in a hundred is not seen.
 
-        transform: of a training batch, where it is kept: random augmentation, uint8 to float; valid_transform: of a
-        validation batch. Each is called with the batch (the nest of the samples) and gives the batch. What the data
-        sets do by themselves is done once; a training set that gives other samples when it is read again is refused,
-        as its augmentation would be frozen. Four samples are read four times with other random numbers: what changes
-        one in a hundred is not seen.
+        train, valid: map-style data sets (torchvision's, a Subset, a list); of `valid` also a dict of name -> data set.
+        batch_size, drop_last (of training), generator (of the order): as in `TensorLoader`.
+        transform: of a training batch, where it is kept, batch -> batch: random augmentation, uint8 to float.
+        valid_transform: of a validation batch.
+        device: where they are kept; None: in the memory of the CPU.
+        num_workers: processes that read; None: none if that takes a few seconds, else one per core, 8 at most.
+        verbose: a bar while it reads, where there is a screen, and a line when done.
 
-        device: where they are kept; None: in the memory of the CPU. num_workers: processes that read; None: none if
-        reading takes a few seconds, else one per core, 8 at most. batch_size, drop_last (of training), generator (of
-        the order): as in `TensorLoader`. verbose: a bar while it reads, where there is a screen, and a line when done.
         No random generator is advanced, and none of a data set's own that is found. `classes` are those of `train`, as
-        in `from_datasets`.
-
-        Raises MemoryError if it does not fit, before all is read; TypeError for what is no map-style data set or
-        cannot be kept; ValueError for samples that differ, an empty set, and random augmentation.
+        in `from_datasets`. Raises MemoryError if it does not fit, before all is read; TypeError for what is no
+        map-style data set or cannot be kept; ValueError for samples that differ, an empty set, random augmentation.
 
         >>> dls = DataLoaders.in_memory([([0.5, i], i % 2) for i in range(6)], batch_size=4, verbose=False)
         >>> [x, z], y = next(iter(dls.train))
@@ -83,7 +81,7 @@ class DataLoaders:
         (torch.Size([4]), torch.int64)
         """
         from . import in_memory  # not before it is used: so `import minifast` takes no longer for it
-        classes = _common_classes(train, valid)
+        classes = common_classes(train, valid)
         return cls(*in_memory.loaders(train, valid, transform=transform, valid_transform=valid_transform, device=device,
                                       num_workers=num_workers, verbose=verbose, batch_size=batch_size,
                                       drop_last=drop_last, generator=generator), classes)
@@ -93,21 +91,21 @@ class DataLoaders:
                       **options: Any) -> "DataLoaders":
         """Torch DataLoaders over data sets: shuffled for training, in order for validation.
 
-        train, valid: map-style data sets, IterableDatasets, or lists of samples; of `valid` also a dict of name -> data
-        set. batch_size: samples a batch, >= 1. num_workers: processes that load, >= 0; None: one for each CPU but
-        one, 8 at most; none for data that is in memory (TensorDataset, a list), for an IterableDataset, and where
-        workers are not forked (Windows, macOS). options: those of torch's DataLoader; `shuffle`, `sampler` and
-        `drop_last` are for training only.
+        train, valid: map-style data sets, IterableDatasets, or lists; of `valid` also a dict of name -> data set.
+        batch_size: samples a batch, >= 1.
+        num_workers: processes that load, >= 0; None: one for each CPU but one, 8 at most; none for data in memory
+            (TensorDataset, a list), for an IterableDataset, and where workers are not forked (Windows, macOS).
+        options: those of torch's DataLoader; `shuffle`, `sampler` and `drop_last` are for training only.
 
         What torch leaves off and is on here: `pin_memory` where there is a CUDA device; `drop_last` for training where
         the last batch would have one sample, of which BatchNorm cannot take statistics. `persistent_workers` stays
-        off: workers that persist save their start in each epoch, but their random generators cannot be saved, so a
-        resumed fit would go on with other augmentation.
+        off: it saves the start of workers in each epoch, but their random generators cannot be saved, so a resumed fit
+        would go on with other augmentation.
 
         `classes` are those of the training set, or of the one that it is a `Subset` of, if it has `.classes`, as
         torchvision's have, and no `target_transform`. Raises TypeError or ValueError for what is no data set or no
-        option, ValueError for a validation set that gives another class the same number: two `ImageFolder`s do that
-        if one of them lacks a class.
+        option, ValueError for a validation set that gives another class the same number, as an `ImageFolder` does that
+        lacks a class.
 
         >>> dls = DataLoaders.from_datasets([(torch.zeros(3), 0)] * 65, batch_size=32)
         >>> len(dls.train), dls.train.num_workers, dls.valid
@@ -121,7 +119,7 @@ class DataLoaders:
         def make(dataset: Any) -> Iterable[Batch]:
             return torch_loaders.valid_loader(dataset, batch_size, num_workers, **options)
 
-        classes = _common_classes(train, valid)
+        classes = common_classes(train, valid)
         if isinstance(valid, Mapping):
             valid = {name: make(dataset) for name, dataset in valid.items()}
         elif valid is not None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
+from ..base.nest import describe
 from ..errors import check_callable, check_device, check_flag, check_int, quoted
 
 Transform = Callable[[tuple[Tensor, ...]], Any]
@@ -71,16 +72,14 @@ class TensorLoader:
     def shard(self, rank: int, world_size: int) -> "TensorLoader":
         """A loader of the same tensors for one of `world_size` processes, the `rank`-th (from 0) of them.
 
-        Of the order of an epoch, the same in all processes, it takes every `world_size`-th sample from `rank` on: so
-        the batches of all ranks together are those of one process with batches `world_size` times as large. All ranks
-        get equally many samples and batches. Where the samples cannot be shared out equally, the first ones of the
-        order come once more at its end; with drop_last the last ones are left out instead, and none comes twice.
+        Of the order of an epoch it takes every `world_size`-th sample from `rank` on: so the batches of all ranks
+        together are those of one process with batches `world_size` times as large. All ranks get equally many samples
+        and batches: the first ones of the order come once more at its end, or with drop_last the last are left out.
 
         Nothing is communicated: the order is a function of `generator`'s state when the shard is made and of how many
-        epochs were begun since. So it takes a `generator` of its own, with the same seed in all processes: their
-        global generators drift apart with the first random number that only one of them draws. The shard has a copy
-        of it. Raises ValueError for a `rank` that is not below `world_size`, for a shard of a shard, and for shuffling
-        by the global generator.
+        epochs were begun since. So it takes a `generator` with the same seed in all processes, of which it has a copy:
+        global generators drift apart with the first random number that only one process draws. Raises ValueError for a
+        `rank` that is not below `world_size`, for a shard of a shard, and for shuffling by the global generator.
 
         >>> loader = TensorLoader(torch.arange(5), batch_size=2)
         >>> [[x.tolist() for x, in loader.shard(rank, 2)] for rank in range(2)]
@@ -145,8 +144,7 @@ class TensorLoader:
         return torch.randperm(n, generator=generator, device=generator.device)
 
     def __repr__(self) -> str:
-        parts = [f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}" for tensor in self.tensors]
-        parts += [f"batch_size={self.batch_size}", f"shuffle={self.shuffle}"]
+        parts = [*map(describe, self.tensors), f"batch_size={self.batch_size}", f"shuffle={self.shuffle}"]
         parts += ["drop_last=True"] if self.drop_last else []
         parts += [f"device='{self.tensors[0].device}'"] if self.tensors[0].device.type != "cpu" else []
         shard = f".shard({self.rank}, {self.world_size})" if self.world_size > 1 else ""

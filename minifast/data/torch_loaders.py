@@ -16,7 +16,7 @@ OF_WORKERS = ("multiprocessing_context", "persistent_workers", "prefetch_factor"
 
 def train_loader(dataset: Any, batch_size: int, num_workers: int | None, **options: Any) -> "DataLoader[Any]":
     """A shuffling DataLoader over `dataset`. What `options` do not say is as in `DataLoaders.from_datasets`."""
-    if not is_stream(dataset):
+    if not isinstance(dataset, IterableDataset):
         options.setdefault("shuffle", options.get("sampler") is None)
         # a last batch of one: BatchNorm cannot take statistics of it
         options.setdefault("drop_last", len(dataset) > batch_size and len(dataset) % batch_size == 1)
@@ -49,14 +49,14 @@ def check_options(batch_size: int, num_workers: int | None, options: Mapping[str
 def default_workers(dataset: Any, is_forking: bool) -> int:
     """How many worker processes a DataLoader over `dataset` gets if nobody says.
 
-    None for what is in memory already, where handing batches over costs more than making them; for an IterableDataset,
+    0 for what is in memory already, where handing batches over costs more than making them; for an IterableDataset,
     of which each worker would read all; and where workers are not forked: there a data set has to go through pickle,
     and a script needs `if __name__ == "__main__":`.
 
     >>> default_workers(TensorDataset(torch.zeros(3)), is_forking=True)
     0
     """
-    if is_in_memory(dataset) or is_stream(dataset) or not is_forking:
+    if is_in_memory(dataset) or isinstance(dataset, IterableDataset) or not is_forking:
         return 0
     return min(n_cpus() - 1, MOST_WORKERS)
 
@@ -70,11 +70,6 @@ def is_in_memory(dataset: Any) -> bool:
     while isinstance(dataset, Subset):
         dataset = dataset.dataset
     return isinstance(dataset, (TensorDataset, list, tuple))
-
-
-def is_stream(dataset: Any) -> bool:
-    """Whether `dataset` is read from its start to its end, in an order of its own."""
-    return isinstance(dataset, IterableDataset)
 
 
 def _loader(dataset: Any, batch_size: int, num_workers: int | None, options: dict[str, Any]) -> "DataLoader[Any]":

@@ -3,11 +3,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from ..machine.limits import n_cpus
 from .tensor_loader import TensorLoader
-from .torch_loaders import is_stream
 
 # A fifth: below that even data that came at once would save little. 5 seconds: by then the first batches, for which
 # caches and queues were filled, weigh nothing, and a fit that takes less has nothing to win.
@@ -83,7 +82,7 @@ def remedies(loader: Any, device: torch.device) -> str:
                 "num_workers=, or a TensorLoader, makes them sooner")
     if isinstance(loader.dataset, TensorDataset):
         return "TensorLoader(*dataset.tensors) makes whole batches at once"
-    found = [_about_workers(loader), "" if is_stream(loader.dataset) else IN_MEMORY]
+    found = [_about_workers(loader), "" if isinstance(loader.dataset, IterableDataset) else IN_MEMORY]
     if device.type == "cuda" and not loader.pin_memory:
         found.append("pin_memory=True lets batches be copied while the GPU computes")
     return "; ".join(filter(None, found))

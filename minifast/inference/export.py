@@ -43,8 +43,9 @@ def export(learn: "Trainer", path: str | os.PathLike[str], *, inputs: Any = None
     Both are read by `load_exported` and `export_info`.
 
     inputs: a batch as `predict` takes it, traced and described, not written; None: the inputs of the first validation
-    batch, or training batch, without the target. labels: names of the classes. metadata: text, numbers, True, False
-    and None, in lists and in dicts with text as keys.
+        batch, or training batch, without the target.
+    labels: names of the classes.
+    metadata: text, numbers, True, False and None, in lists and in dicts with text as keys.
 
     Each file is replaced whole or not at all; the learner is left as it was. Raises ValueError, with torch's words, for
     a model that cannot be a program, and OSError where the file or the folder cannot be.

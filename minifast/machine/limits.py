@@ -1,5 +1,6 @@
-"""How much memory is free: of this machine, of the group of processes that this one may use no more than, of a GPU."""
+"""How many CPUs there are, and how much memory is free: of the machine, of this process's control group, of a GPU."""
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -19,42 +20,32 @@ def available(device: torch.device, root: Path = Path("/")) -> int | None:
         return torch.cuda.mem_get_info(device)[0]
     if device.type != "cpu":
         return None
-    found = [free for free in (_of_machine(root), *_of_groups(root)) if free is not None]
+    found = [*_of_machine(root), *_of_groups(root)]
     return max(0, min(found)) if found else None
 
 
-def _of_machine(root: Path) -> int | None:
-    for line in _text(root / "proc/meminfo").splitlines():
-        name, _, rest = line.partition(":")
-        if name == "MemAvailable":
-            return int(rest.split()[0]) * 1024
-    return None
+def _of_machine(root: Path) -> list[int]:
+    lines = (line.split() for line in _text(root / "proc/meminfo").splitlines())
+    return [int(words[1]) * 1024 for words in lines if words[:1] == ["MemAvailable:"]]
 
 
-def _of_groups(root: Path) -> list[int | None]:
+def _of_groups(root: Path) -> Iterator[int]:
     """What the control group of this process leaves, and each group that it is in: version 2 and version 1."""
-    found = []
     for line in _text(root / "proc/self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers and "memory" not in controllers.split(","):
             continue
-        top = root / ("sys/fs/cgroup/memory" if controllers else "sys/fs/cgroup")
+        folder = root / ("sys/fs/cgroup/memory" if controllers else "sys/fs/cgroup")
         limit, usage = ("memory.limit_in_bytes", "memory.usage_in_bytes") if controllers else (
             "memory.max", "memory.current")
-        inside = path.strip("/").split("/") if path.strip("/") else []
-        for depth in range(len(inside) + 1):
-            folder = top.joinpath(*inside[:depth])
-            found.append(_left(folder, limit, usage))
-    return found
-
-
-def _left(folder: Path, limit: str, usage: str) -> int | None:
-    most, used = _text(folder / limit).strip(), _text(folder / usage).strip()
-    if not most.isdigit() or not used.isdigit():  # "max": no limit
-        return None
-    counts = dict(line.split() for line in _text(folder / "memory.stat").splitlines() if len(line.split()) == 2)
-    cache = counts.get("total_inactive_file", counts.get("inactive_file", "0"))  # files that can be read again
-    return int(most) - int(used) + int(cache)
+        for name in ("", *filter(None, path.split("/"))):
+            folder = folder / name
+            most, used = _text(folder / limit).strip(), _text(folder / usage).strip()
+            if most.isdigit() and used.isdigit():  # "max": no limit
+                counts = dict(line.split() for line in _text(folder / "memory.stat").splitlines()
+                              if len(line.split()) == 2)
+                cache = counts.get("total_inactive_file", counts.get("inactive_file", "0"))  # can be read again
+                yield int(most) - int(used) + int(cache)
 
 
 def _text(path: Path) -> str:

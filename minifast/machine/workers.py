@@ -24,13 +24,11 @@ def bound_to_this_process() -> Iterator[None]:
 
     By itself torch leaves some behind for ever: a worker notes its parent some milliseconds after it was forked, and
     if that has died by then, it notes the wrong one. Here the kernel is asked, first thing in the worker, to kill it
-    when its parent dies (prctl PR_SET_PDEATHSIG). Processes that are forked elsewhere, before, after or by other
-    threads, are left alone, and so is the loader.
+    when its parent dies (prctl PR_SET_PDEATHSIG). Processes that are forked elsewhere are left alone.
 
     It does nothing where the kernel cannot be asked: on other systems than Linux; for workers that are started by
-    spawn or forkserver (Python forks none of them here: torch's own watchdog is all they have); outside the main
-    thread (the kernel takes the end of the thread that forked for the parent's death); and for workers that a loader
-    of the user's own starts later than in its `__iter__`.
+    spawn or forkserver (torch's own watchdog is all they have); outside the main thread (the kernel takes the end of
+    the thread that forked for the parent's death); and for workers that a loader starts later than in its `__iter__`.
     """
     global _starting
     if not sys.platform.startswith("linux") or threading.current_thread() is not threading.main_thread():
