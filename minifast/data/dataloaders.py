@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ..base.batch import Batch
-from .classes import common_classes, check_classes
+from .classes import check_classes, common_classes
 from .loader import named_sets
 from .tensor_loader import TensorLoader
 

@@ -20,7 +20,7 @@ from ..base.nest import map_tensors, tensors, to_device
 from ..data.feed import first_batch
 from ..data.loader import in_order, is_one_shot, second_copy, valid_sets
 from ..errors import check_flag, check_path
-from ..files.reading import check_directory
+from ..files.reading import opened
 from ..files.weights import load_weights, save_weights
 from ..files.writing import replacing
 
@@ -104,7 +104,7 @@ def load_exported(path: str | os.PathLike[str], model: nn.Module | None = None, 
         return model.eval()
     if model is not None:
         raise ValueError(f"{path} is a program, which needs no model. Leave out model=.")
-    with path.open("rb") as file:
+    with opened(path) as file:
         if not trusted:
             raise ValueError(f"{path} is a program: whoever loads it runs what is in it, as torch unpickles objects, "
                              "loads native code and evaluates text. If you know who made it, pass trusted=True. From "
@@ -141,13 +141,11 @@ def export_info(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def _description(path: Path) -> bytes:
     """That of a program: no other part of the file is read."""
-    with path.open("rb") as file:
-        check_directory(file, path.stat().st_size)
-        with zipfile.ZipFile(file) as archive:
-            found = [entry for entry in archive.infolist() if entry.filename.endswith("/extra/minifast.json")]
-            if len(found) != 1 or found[0].compress_type != zipfile.ZIP_STORED:
-                raise ValueError("it holds no description")
-            return archive.read(found[0])
+    with opened(path) as file, zipfile.ZipFile(file) as archive:
+        found = [entry for entry in archive.infolist() if entry.filename.endswith("/extra/minifast.json")]
+        if len(found) != 1 or found[0].compress_type != zipfile.ZIP_STORED:  # packed, it could unpack to any size
+            raise ValueError("it holds no description")
+        return archive.read(found[0])
 
 
 # ---- what goes into the files
