@@ -265,7 +265,7 @@ def test_workers_are_used_where_reading_is_slow(monkeypatch):
     (lambda i: (picture(i).resize((5, 6 + (i == 8))), i), "sample 8 is (uint8 (3, 7, 5), int64 ()), sample 0 is"),
     (lambda i: (1.0 if i == 9 else 1, i), "sample 9 is (float64 (), int64 ()), sample 0 is (int64 (), int64 ())"),
     (lambda i: {"x": i} if i < 5 else {"y": i}, "sample 5 is {y: int64 ()}, sample 0 is {x: int64 ()}"),
-    (lambda i: Sample(torch.zeros(1 + (i > 3)), torch.tensor(0)), "sample 4 is Sample(float32 (2,), int64 ()), sample 0"),
+    (lambda i: Sample(torch.zeros(1 + (i > 3)), torch.tensor(0)), "sample 4 is Sample(float32 (2,), int64 ())"),
 ])  # fmt: skip
 def test_samples_that_differ(make, message, num_workers, monkeypatch):
     monkeypatch.setattr(in_memory, "MOST_AT_ONCE", 3)
