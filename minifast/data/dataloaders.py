@@ -38,10 +38,13 @@ class DataLoaders:
 
     def __post_init__(self) -> None:
         self.classes = None if self.classes is None else check_classes(self.classes)
-        if isinstance(self.valid, Mapping) and not (self.valid and all(isinstance(n, str) and n for n in self.valid)):
-            raise ValueError(f"valid must name each of its loaders, got {list(self.valid) or self.valid}. "
-                             "Pass e.g. {'clean': loader, 'noisy': other}.")
-        for name, loader in named_sets(self.train, self.valid).items():
+        sets = named_sets(self.train, self.valid)
+        if isinstance(self.valid, Mapping):
+            if not all(isinstance(name, str) and name for name in self.valid):
+                raise ValueError(f"valid must name each of its loaders, got {list(self.valid)}. "
+                                 "Pass e.g. {'clean': loader, 'noisy': other}.")
+            sets |= {} if self.valid else {"valid": self.valid}
+        for name, loader in sets.items():
             if isinstance(loader, (list, tuple)) and loader and isinstance(loader[0], (DataLoader, TensorLoader)):
                 raise TypeError(f"{name} must hold batches, got a {type(loader).__name__} of loaders. Several "
                                 "validation sets are a dict of them, e.g. {'clean': loader, 'noisy': other}.")
