@@ -1,7 +1,4 @@
-"""What a classifier gets wrong: counts, examples and reports of one pass over data.
-
-Knows a Trainer; nobody below knows it.
-"""
+"""What a classifier gets wrong: counts, examples and reports of one pass over data."""
 from .confusion import Confused, MostConfused
 from .interpretation import ClassificationInterpretation, Interpretation
 

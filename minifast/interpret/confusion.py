@@ -15,7 +15,7 @@ Counts = NDArray[np.int64]
 LETTERS = 28  # of a class's name beside a plot
 FONT = (5.0, 10.0)  # points: smaller is not readable, larger is not needed
 BROAD = 0.65  # width of a letter / size of its font
-GOLDEN = 0.7  # share of a figure's side that is left for the matrix, about, when names and title have theirs
+ROOM = 0.8  # share of the axes that is left for the matrix, about, when names and title have theirs
 
 
 class Confused(NamedTuple):
@@ -45,8 +45,8 @@ def most_confused(counts: Counts, names: Sequence[str], min_val: int = 1) -> Mos
     np.fill_diagonal(wrong, 0)
     rows, columns = np.nonzero(wrong >= min_val)
     order = np.argsort(-wrong[rows, columns], kind="stable")
-    return MostConfused(Confused(names[i], names[j], int(wrong[i, j])) for i, j in zip(rows[order], columns[order],
-                                                                                       strict=True))
+    pairs = zip(rows[order], columns[order], strict=True)
+    return MostConfused(Confused(names[i], names[j], int(wrong[i, j])) for i, j in pairs)
 
 
 def report(counts: Counts, names: Sequence[str]) -> Table:
@@ -59,47 +59,35 @@ def report(counts: Counts, names: Sequence[str]) -> Table:
     accuracy                      0.8750        8
     macro avg     0.9000  0.8750  0.8730        8
     """
-    right, support, taken = np.diag(counts), counts.sum(1), counts.sum(0)
-    precision = right / np.maximum(taken, 1)
-    recall = right / np.maximum(support, 1)
-    f1 = 2 * right / np.maximum(support + taken, 1)  # as 2 p r / (p + r), without 0 / 0
-    known, n = support > 0, int(counts.sum())
-    rows = [_row(name, p, r if s else None, f if s else None, s)
-            for name, p, r, f, s in zip(names, precision, recall, f1, support, strict=True)]
-    rows.append(_row("accuracy", None, None, right.sum() / n, n))
-    rows.append(_row("macro avg", precision[known].mean(), recall[known].mean(), f1[known].mean(), n))
-    return Table(rows)
-
-
-def _row(name: str, *shares_and_support: Any) -> dict[str, Any]:
-    *shares, support = shares_and_support
-    named = zip(("precision", "recall", "f1"), shares, strict=True)
-    return {"class": name, **{key: None if share is None else float(share) for key, share in named},
-            "support": int(support)}
+    right, support, taken, n = np.diag(counts), counts.sum(1), counts.sum(0), int(counts.sum())
+    shares = {"precision": right / np.maximum(taken, 1), "recall": right / np.maximum(support, 1),
+              "f1": 2 * right / np.maximum(support + taken, 1)}  # as 2 p r / (p + r), without 0 / 0
+    rows: list[dict[str, Any]] = []
+    for i, name in enumerate(names):
+        known = {key: float(share[i]) if support[i] or key == "precision" else None for key, share in shares.items()}
+        rows.append({"class": name, **known, "support": int(support[i])})
+    rows.append({"class": "accuracy", "precision": None, "recall": None, "f1": float(right.sum() / n), "support": n})
+    means = {key: float(share[support > 0].mean()) for key, share in shares.items()}
+    return Table([*rows, {"class": "macro avg", **means, "support": n}])
 
 
 def plot(counts: Counts, names: Sequence[str], normalize: bool = False, ax: "Axes | None" = None) -> "Axes":
     """Draw the matrix (k, k), rows actual, columns predicted, as `Interpretation.plot_confusion_matrix` says.
 
-    The scale of the colours shows rare confusions too. Where there is no room for numbers, a colour bar says what the
-    colours mean, and of the names only as many are written as can be read.
+    The colour is the share of the row, on a scale that shows rare confusions too. Where there is no room for numbers,
+    a colour bar says what it means, and only as many names are written as can be read.
     """
     from matplotlib import colormaps
     from matplotlib.colors import PowerNorm
 
     k, labels = len(names), [_short(name) for name in names]
-    if ax is None:
-        side = min(11.0, 2.2 + 0.42 * k) + 0.06 * max(map(len, labels))  # inches
-        ax = axes(figsize=(side, side))
-        room = 72 * GOLDEN * side
-    else:
-        ax = axes(ax)
-        room = GOLDEN * min(ax.bbox.width, ax.bbox.height) * 72 / ax.figure.dpi
+    side = min(11.0, 2.2 + 0.42 * k) + 0.06 * max(map(len, labels))  # inches
+    ax = axes(ax, figsize=(side, side))
+    cell = ROOM * min(ax.bbox.width, ax.bbox.height) * 72 / ax.figure.dpi / k  # points
     support = counts.sum(1, keepdims=True)
     shares = np.ma.masked_where(np.broadcast_to(support == 0, counts.shape), counts / np.maximum(support, 1))
     norm = PowerNorm(0.5, 0, 1)
     image = ax.imshow(shares, cmap=colormaps["Blues"].with_extremes(bad="0.9"), norm=norm, aspect="equal")
-    cell = room / k  # points
     texts = [[f"{shares[i, j]:.2f}" if normalize else str(counts[i, j]) for j in range(k)] for i in range(k)]
     font = min(FONT[1], cell / BROAD / (1 + max(len(text) for row in texts for text in row)))
     if font >= FONT[0]:
@@ -118,8 +106,7 @@ def _write_names(ax: "Axes", labels: Sequence[str], cell: float) -> None:
     """The names at both axes: every one, or of many every second, third ... one."""
     font = max(6.0, min(FONT[1] - 1, 0.8 * cell))  # points
     every = max(1, int(np.ceil(1.2 * font / cell)))
-    places = range(0, len(labels), every)
-    shown = [labels[i] for i in places]
+    places, shown = range(0, len(labels), every), labels[::every]
     is_flat = max(map(len, shown)) * BROAD * font < 0.9 * every * cell
     ax.set_xticks(places, shown, fontsize=font, parse_math=False, rotation=0 if is_flat else 90)
     ax.set_yticks(places, shown, fontsize=font, parse_math=False)
@@ -129,6 +116,5 @@ def _write_names(ax: "Axes", labels: Sequence[str], cell: float) -> None:
 
 def _short(name: str) -> str:
     """`name`, without its middle if it is long: the two ends tell more names apart than the beginning."""
-    name = " ".join(name.split())
-    half = LETTERS // 2
+    name, half = " ".join(name.split()), LETTERS // 2
     return name if len(name) <= LETTERS else f"{name[:half]}…{name[1 - half:]}"

@@ -9,7 +9,7 @@ from ..base.batch import Batch
 from ..base.nest import describe, tensors
 from ..data.classes import check_classes
 from ..errors import check_flag, check_int
-from ..show.pictures import Picture, are_pictures, check_figure, grid, to_pictures
+from ..show.pictures import Picture, are_pictures, grid, to_pictures
 from ..show.tables import Table
 from . import confusion
 from .confusion import MostConfused
@@ -71,15 +71,19 @@ class Interpretation:
         if not hasattr(learn, "eval_data"):
             raise TypeError(f"learn must be the Learner, got a {type(learn).__name__}: pass learn, not learn.model.")
         keep = check_int("keep", keep)
-        names = None if classes is None else check_classes(classes)
+        names = learn.dls.classes if classes is None else check_classes(classes)
         data = learn.eval_data(dl)
         if isinstance(data, Mapping):
             raise ValueError(f"there are several validation sets: pass one of them, e.g. dl={next(iter(data))!r}.")
         largest, drawn = Kept(keep), Kept(keep)
         outcomes = collect(learn, data, largest, drawn)
-        form = getattr(learn.dls, "form", None)
-        return cls(outcomes, _names(names, learn.dls.classes, outcomes.n_classes), largest, drawn,
-                   getattr(form, "mean", ()), getattr(form, "std", ()), getattr(data, "files", None))
+        form, k = getattr(learn.dls, "form", None), outcomes.n_classes
+        names = list(map(str, range(k))) if names is None else names
+        if len(names) != k:
+            raise ValueError(f"{'learn.dls.' * (classes is None)}classes has {len(names)} names for {k} classes, the "
+                             f"outputs of the model. Pass classes= with {k} names.")
+        return cls(outcomes, names, largest, drawn, getattr(form, "mean", ()), getattr(form, "std", ()),
+                   getattr(data, "files", None))
 
     @property
     def accuracy(self) -> float:
@@ -93,11 +97,10 @@ class Interpretation:
         return counts
 
     def plot_confusion_matrix(self, *, normalize: bool = False, ax: "Axes | None" = None) -> "Axes":
-        """Draw the confusion matrix; gives the axes.
+        """Draw the confusion matrix, coloured by the share of the row; gives the axes.
 
-        Coloured by the share of the row, so that small classes are seen too. In the cells stand the counts, or with
-        `normalize` the shares, as long as there is room; the row of a class without samples is grey. A figure of your
-        own wants `layout="constrained"`, or long names are cut.
+        In the cells stand the counts, or with `normalize` the shares, if there is room; the row of a class without
+        samples is grey. A figure of your own wants `layout="constrained"`, or long names are cut.
         """
         return confusion.plot(self.confusion_matrix(), self.classes, check_flag("normalize", normalize), ax)
 
@@ -108,9 +111,7 @@ class Interpretation:
     def report(self) -> Table:
         """Precision, recall, f1 (0..1) and support (samples) of each class, then accuracy and the mean over classes.
 
-        precision: of what was taken for the class, the share that is of it; recall: of what is of the class, the share
-        that was taken for it; f1: their harmonic mean. A class that nothing was taken for has precision 0. A class
-        without samples has no recall and no f1 (None), and no part in the mean ("macro avg").
+        A class without samples has no recall and no f1 (None), and no part in the mean.
         """
         return confusion.report(self.confusion_matrix(), self.classes)
 
@@ -128,35 +129,32 @@ class Interpretation:
     def plot_top_losses(self, k: int = 9, *, figure: "Figure | None" = None) -> "Figure":
         """Draw the pictures of `top_losses(k)`, wrong ones under a red title; gives the figure.
 
-        Raises ValueError for inputs that are no images (n, 1 or 3, height, width), and for a `k` of more than were
-        kept.
+        Raises ValueError for inputs that are no images (n, 1 or 3, height, width), and for more than were kept.
         """
-        return self._draw(self._largest, "k", k, figure, "The samples are those of top_losses().")
+        return self._draw(self._largest, "k", k, figure)
 
     def show_results(self, n: int = 9, *, figure: "Figure | None" = None) -> "Figure":
-        """As `plot_top_losses`, of `n` samples drawn at random, the same ones each time."""
-        return self._draw(self._drawn, "n", n, figure, "Their losses are in top_losses().")
+        """Draw `n` pictures drawn at random (the same ones each time), as `plot_top_losses`; gives the figure."""
+        return self._draw(self._drawn, "n", n, figure)
 
-    def _draw(self, kept: Kept, name: str, n: int, figure: "Figure | None", instead: str) -> "Figure":
+    def _draw(self, kept: Kept, name: str, n: int, figure: "Figure | None") -> "Figure":
         n = check_int(name, n)
         if n > kept.n and len(self.loss) > kept.n:
             raise ValueError(f"{name}={n} is more than the {kept.n} inputs that were kept. Pass "
                              f"Interpretation.from_learner(learn, keep={n}).")
-        if figure is not None:
-            check_figure(figure)
         rows = list(kept.inputs)[:n]
-        pictures = [self._picture(kept.inputs[row], instead) for row in rows]
+        pictures = [self._picture(kept.inputs[row]) for row in rows]
         found = [self._row(row) for row in rows]
         titles = [f"predicted {row['predicted']}\nactual {row['actual']}\n{row['probability']:.0%}, loss "
                   f"{row['loss']:.2f}" for row in found]
         colors = [None if row["predicted"] == row["actual"] else "red" for row in found]
         return grid(pictures, titles, colors, figure)
 
-    def _picture(self, inputs: Any, instead: str) -> Picture:
+    def _picture(self, inputs: Any) -> Picture:
         images = next((tensor for tensor in tensors(inputs) if are_pictures(tensor)), None)
         if images is None:
             raise ValueError("only images (n, 1 or 3, height, width) can be drawn, and the inputs of a sample are "
-                             f"{describe(inputs)}. {instead}")
+                             f"{describe(inputs)}. top_losses() lists losses without pictures.")
         picture: Picture = to_pictures(images, self._mean, self._std)[0]
         return picture
 
@@ -168,19 +166,9 @@ class Interpretation:
         return found if self._files is None else {**found, "file": self._files[index]}
 
     def __repr__(self) -> str:
-        worst = ", ".join(f"{actual} as {predicted} ({count:,})" for actual, predicted, count
-                          in self.most_confused()[:3])
+        worst = ", ".join(f"{pair.actual} as {pair.predicted} ({pair.count:,})" for pair in self.most_confused()[:3])
         return (f"{type(self).__name__}: {len(self.actual):,} samples, {len(self.classes):,} classes, accuracy "
                 f"{self.accuracy:.4f}; " + (f"most confused: {worst}" if worst else "nothing confused"))
 
 
 ClassificationInterpretation = Interpretation  # fastai's name of it
-
-
-def _names(given: list[str] | None, own: Sequence[str] | None, k: int) -> list[str]:
-    names = own if given is None else given
-    if names is not None and len(names) != k:
-        whose = "learn.dls.classes has" if given is None else "classes has"
-        raise ValueError(f"{whose} {len(names)} names for {k} classes, the outputs of the model. Pass "
-                         f"classes= with {k} names.")
-    return [str(i) for i in range(k)] if names is None else list(names)

@@ -31,17 +31,13 @@ TOLERANCE = 1e-2  # of sums that should be 1: of half precision, and of label sm
 
 @dataclass(frozen=True)
 class Outcomes:
-    """What came out, in columns: one row per sample, in the order of the data set.
-
-    n_classes: k. index: of the sample in the data set, int64; actual, predicted: classes, int64; probability: of the
-    predicted class, 0..1, and loss: float32. All (n,).
-    """
+    """What came out, in columns (n,): one row per sample, in the order of the data set."""
 
     n_classes: int
-    index: NDArray[np.int64]
+    index: NDArray[np.int64]  # of the sample in the data set
     actual: NDArray[np.int64]
     predicted: NDArray[np.int64]
-    probability: NDArray[np.float32]
+    probability: NDArray[np.float32]  # of the predicted class, 0..1
     loss: NDArray[np.float32]
 
 
@@ -62,9 +58,12 @@ class Kept:
         new = {first + i: score for score, i in zip(top.values.tolist(), top.indices.tolist(), strict=True)}
         ranked = sorted((self.scores | new).items(), key=lambda item: (-item[1], item[0]))
         self.scores = dict(ranked[:self.n])
-        copy = partial(map_tensors, lambda tensor: tensor.detach().to("cpu", copy=True))  # not a view of the batch
-        self.inputs = {row: copy(sample_of(inputs, places[row - first])) if row in new else self.inputs[row]
-                       for row in self.scores}
+        kept = {row: sample_of(inputs, places[row - first]) for row in self.scores if row in new}
+        self.inputs = {row: map_tensors(_copy, kept[row]) if row in kept else self.inputs[row] for row in self.scores}
+
+
+def _copy(tensor: Tensor) -> Tensor:  # without the batch that it was part of
+    return tensor.detach().to("cpu", copy=True)
 
 
 def collect(learn: "Trainer", data: Iterable[Batch], largest: Kept, drawn: Kept) -> Outcomes:
@@ -107,15 +106,14 @@ def _checked_output(output: Any, loss_func: Any) -> Tensor:
                          "Interpretation is for classifiers.")
     if output.ndim not in (1, 2):
         raise ValueError(f"the model's output must be scores (n, classes), one row for each sample, got "
-                         f"{describe(output)}: a class for each pixel or token, or a map that wants nn.Flatten().")
+                         f"{describe(output)}: a class for each pixel, or a map that wants nn.Flatten().")
     scores = output[:, 0] if output.ndim == 2 and output.shape[1] == 1 else output
     if scores.ndim == 1 and (loss_func is None or is_loss(loss_func, *OF_NUMBERS)):
         raise ValueError(f"one output for each sample, {describe(output)}, with {_name(loss_func)} is a regression. "
-                         "Interpretation is for classifiers; of two classes with one output the loss is e.g. "
-                         "nn.BCEWithLogitsLoss().")
+                         "Interpretation is for classifiers: of two classes e.g. with nn.BCEWithLogitsLoss().")
     if scores.ndim == 1 and is_loss(loss_func, *OF_CLASSES):
-        raise ValueError(f"the model's output must have a score for each of at least 2 classes with {_name(loss_func)},"
-                         f" got 1 for each sample, {describe(output)}.")
+        raise ValueError(f"the model's output must have scores of at least 2 classes with {_name(loss_func)}, got "
+                         f"{describe(output)}.")
     return scores
 
 
@@ -127,16 +125,14 @@ def _actual(output: Tensor, target: Any, loss_func: Any, seen: int) -> tuple[Ten
     n = len(output)
     if target.ndim == 2 and target.shape[1] == 1:
         target = target[:, 0]
-    if output.ndim == 1 and target.shape == output.shape:
-        return _of_one_number(target, loss_func), torch.ones(n, dtype=torch.bool)
-    if output.ndim == 2 and target.shape == output.shape:
-        return _of_shares(target), torch.ones(n, dtype=torch.bool)
+    if target.shape == output.shape:
+        classes = _of_one_number(target, loss_func) if output.ndim == 1 else _of_shares(target)
+        return classes, torch.ones(n, dtype=torch.bool)
     if target.shape != (n,):
         raise ValueError(f"the target does not fit the model's output: {describe(target)} and {describe(output)}. "
                          f"Expected {n} class indices, or shares of the classes, ({n}, {_n_classes(output)}).")
     if target.is_floating_point() or target.is_complex():
-        raise ValueError(f"class indices are integers, got targets {describe(target)}: floats are for regression, or "
-                         "as shares of the classes of the output's shape.")
+        raise ValueError(f"class indices are integers, got targets {describe(target)}: floats are for regression.")
     labels, k = target.long(), output.shape[1]
     is_counted = labels != ignored_label(loss_func)
     wrong = torch.nonzero(is_counted & ((labels < 0) | (labels >= k))).flatten()
@@ -163,32 +159,24 @@ def _of_shares(target: Tensor) -> Tensor:
     sums = target.double().sum(1)
     wrong = torch.nonzero(((target < 0).any(1)) | ((sums - 1).abs() > TOLERANCE)).flatten()
     if len(wrong):
-        raise ValueError(f"targets of the output's shape, {describe(target)}, must be shares of the classes that sum "
-                         f"to 1, got a sum of {sums[wrong[0]].item():.3g}. Interpretation is for one class for each "
-                         "sample, neither for several labels nor for regression.")
+        raise ValueError(f"targets {describe(target)}, as the output, must be shares of the classes that sum to 1, got "
+                         f"a sum of {sums[wrong[0]].item():.3g}: neither several labels nor regression.")
     return target.double().argmax(1)
 
 
 def _predicted(output: Tensor, loss_func: Any) -> tuple[Tensor, Tensor]:
-    """The class of the highest score, (n,) int64, and its probability, (n,) float32."""
-    wide = output.float()
+    """The class of the highest score, (n,) int64, and its probability, (n,) float32; see `Interpretation`."""
+    wide, are_shares = output.float(), is_loss(loss_func, *OF_SHARES)
     if output.ndim == 1:
-        are_shares = is_loss(loss_func, *OF_SHARES)
         predicted = (output > (0.5 if are_shares else 0)).long()
         positive = wide if are_shares else wide.sigmoid()
         return predicted, torch.where(predicted == 1, positive, 1 - positive)
     if is_loss(loss_func, *OF_LOGITS):
-        shares = wide.sigmoid()
-    elif is_loss(loss_func, *OF_SHARES) or _are_probabilities(wide):
-        shares = wide
-    else:
-        shares = wide.softmax(1)
+        wide = wide.sigmoid()
+    elif not (are_shares or (bool((wide >= 0).all()) and bool(((wide.sum(1) - 1).abs() < TOLERANCE).all()))):
+        wide = wide.softmax(1)
     predicted = output.argmax(1)
-    return predicted, shares.gather(1, predicted[:, None])[:, 0]
-
-
-def _are_probabilities(output: Tensor) -> bool:
-    return bool(((output >= 0).all() & ((output.sum(1) - 1).abs() < TOLERANCE).all()).item())
+    return predicted, wide.gather(1, predicted[:, None])[:, 0]
 
 
 def _losses(loss_func: Any, pred: Any, output: Tensor, target: Tensor) -> Tensor:
@@ -200,7 +188,6 @@ def _losses(loss_func: Any, pred: Any, output: Tensor, target: Tensor) -> Tensor
 
 
 def _name(loss_func: Any) -> str:
-    if loss_func is None:
-        return "a loss of the model's own"
     loss_func = getattr(loss_func, "func", loss_func)  # of a partial
-    return getattr(loss_func, "__name__", type(loss_func).__name__)
+    name: str = getattr(loss_func, "__name__", type(loss_func).__name__)
+    return "a loss of the model's own" if loss_func is None else name

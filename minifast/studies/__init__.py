@@ -1,4 +1,1 @@
-"""What a Trainer tries out and undoes, to say something about it.
-
-Nobody below knows it; `Learner` offers it.
-"""
+"""What a Trainer tries out and undoes, to say something about it; `Learner` offers it."""
