@@ -1,4 +1,1 @@
-"""Optimizers: layer groups, learning rates in every form, making one, reading and writing what it holds.
-
-Knows models and torch's optimizers; nothing of fits or data.
-"""
+"""Optimizers: layer groups, learning rates in every form, making one, reading and writing what it holds."""

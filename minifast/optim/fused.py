@@ -1,14 +1,12 @@
 """Backward pass and weight update without what torch's Python does around them: the same work, the same bits.
 
-The update of its fused AdamW, Adam and SGD is a kernel of a few microseconds, around which torch opens a range for the
-profiler, looks for hooks, checks each parameter and groups them all by device and dtype; in the first step of a program
-it imports its compiler. `loss.backward()` checks and wraps what a loss in a fit cannot be. With a small model that is
-half of the time. Here the same tensors go to the same kernel and the same engine.
+Around the kernel of its fused AdamW, Adam or SGD, which takes a few microseconds, torch opens a range for the profiler,
+looks for hooks, and checks and groups all parameters; `loss.backward()` checks what a loss in a fit cannot be. With a
+small model that is half of the time. Here the same tensors go to the same kernel and the same engine.
 
-Nothing is kept between updates: parameters, gradients, state and hyper-parameters are read from the optimizer each
-time, so anyone may load, thaw or change them in between. Whatever is not as it is known here (another optimizer, a
-hook, a profiler that runs, a learning rate in a tensor, another version of torch, ...) is left to `opt.step()` and
-`loss.backward()`.
+Nothing is kept between updates, so anyone may load, thaw or change what the optimizer holds in between. Whatever is not
+as it is known here (another optimizer, a hook, a profiler that runs, a learning rate in a tensor, another version of
+torch, ...) is left to `opt.step()` and `loss.backward()`.
 """
 import functools
 import inspect
@@ -25,18 +23,12 @@ DIRECT = True  # False: fits that begin from now on call `opt.step()` and `loss.
 # What is used of torch's inside, as it is known: the arguments of the kernels, and of what makes Adam's state.
 _OF_ADAM = ("self grads exp_avgs exp_avg_sqs max_exp_avg_sqs state_steps lr beta1 beta2 weight_decay eps amsgrad "
             "maximize grad_scale found_inf")
-_KERNELS = {
-    "_fused_adam_": _OF_ADAM,
-    "_fused_adamw_": _OF_ADAM,
-    "_fused_sgd_": "self grads momentum_buffer_list weight_decay momentum lr dampening nesterov maximize is_first_step "
-                   "grad_scale found_inf",
-}
+_OF_SGD = ("self grads momentum_buffer_list weight_decay momentum lr dampening nesterov maximize is_first_step "
+           "grad_scale found_inf")
+_KERNELS = {"_fused_adam_": _OF_ADAM, "_fused_adamw_": _OF_ADAM, "_fused_sgd_": _OF_SGD}
 _INIT_GROUP = "self group params_with_grad grads exp_avgs exp_avg_sqs max_exp_avg_sqs state_steps"
 _GLOBAL_HOOKS = tuple(getattr(base, f"_global_optimizer_{when}_hooks", None) for when in ("pre", "post"))
-
-# What counts a step on the CPU: of a plain number torch would make a tensor for each parameter.
-_ONE = torch.ones((), dtype=torch.float32, device="cpu")
-
+_ONE = torch.ones((), dtype=torch.float32, device="cpu")  # a plain 1 becomes a new tensor for each parameter
 Work = list[tuple[dict[str, Any], list[Tensor], list[Tensor], list[dict[str, Any]]]]  # of each group, see `_work`
 
 
@@ -62,13 +54,13 @@ def updater(opt: Optimizer) -> Callable[[], None]:
         found_inf = getattr(opt, "found_inf", None)
         work = None if _is_watched(opt) else _work(opt)
         if work is None or (found_inf is not None and found_inf.device != device):
-            return opt.step()
+            step()
+            return
         torch.set_grad_enabled(False)  # the fit has it on; a `with` takes as long as a kernel
         try:
             launch(work, found_inf)
         finally:
             torch.set_grad_enabled(True)
-        return None
     return update
 
 
@@ -143,7 +135,9 @@ def _work(opt: Any) -> Work | None:
             continue
         grads = [p.grad for p in params]
         states = [opt.state[p] for p in params] if is_adam or group["momentum"] else []
-        if not _takes_kernel(group) or any([grad.is_sparse for grad in grads]):
+        has_numbers = not isinstance(group["lr"], Tensor) and not isinstance(group.get("betas", [0])[0], Tensor)
+        takes_kernel = group["fused"] and not group["differentiable"] and has_numbers
+        if not takes_kernel or any([grad.is_sparse for grad in grads]):
             return None
         if is_adam and not all(states):
             opt._init_group(group, [], [], [], [], [], [])  # makes those that are missing
@@ -151,12 +145,6 @@ def _work(opt: Any) -> Work | None:
             return None
         work.append((group, params, grads, states))
     return work
-
-
-def _takes_kernel(group: dict[str, Any]) -> bool:
-    """Whether a group is to be updated by the kernel, with hyper-parameters that are numbers."""
-    return (group["fused"] and not group["differentiable"] and not isinstance(group["lr"], Tensor)
-            and not ("betas" in group and isinstance(group["betas"][0], Tensor)))
 
 
 def _launch_adam(work: Work, found_inf: Tensor | None) -> None:

@@ -19,7 +19,7 @@ class LayerGroup:
     """The parameters that share one peak learning rate, and the norm layers among them."""
 
     name: str
-    decayed: tuple[nn.Parameter, ...]  # weights
+    decayed: tuple[nn.Parameter, ...]
     undecayed: tuple[nn.Parameter, ...]  # norm parameters and biases: no weight decay unless wd_norm_bias=True
     norms: tuple[nn.Module, ...]
 
@@ -79,12 +79,10 @@ def split(model: nn.Module, splitter: Splitter = None) -> LayerGroups:
         if not claims[name]:
             raise ValueError(f"layer group {name!r} has no parameters of its own. Parameters of this model: "
                              f"{listed(named)}.")
-    left = [name for name, p in named.items() if id(p) not in claimed]
-    if left:
+    if left := [name for name, p in named.items() if id(p) not in claimed]:
         raise ValueError(f"{len(left)} of {len(named)} parameters are in no layer group: {listed(left)}. "
                          "Let the splitter name them too, e.g. with a last group '*'.")
-    foreign = claimed - set(map(id, named.values()))
-    if foreign:
+    if foreign := claimed - set(map(id, named.values())):
         raise ValueError(f"the splitter names {len(foreign)} parameters that are not the model's.")
     return _group(model, claims)
 

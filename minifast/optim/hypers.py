@@ -19,7 +19,7 @@ def group_lrs(opt: Optimizer, n_groups: int) -> list[float]:
 
 
 def has_momentum(opt: Optimizer) -> bool:
-    """Whether the optimizer has a momentum: `momentum` as in SGD, or `betas` as in Adam."""
+    """Whether there is one: `momentum` as in SGD, or `betas` as in Adam."""
     return all("momentum" in group or "betas" in group for group in opt.param_groups)
 
 
@@ -39,8 +39,7 @@ def get_momentum(opt: Optimizer) -> float:
 
 
 def keep_hypers(opt: Optimizer, names: Iterable[str]) -> Callable[[], None]:
-    """Note the hyper-parameters `names` of every param_group ("momentum": of SGD or Adam); returns what restores them.
-    """
+    """What puts back the hyper-parameters `names` of every param_group ("momentum": of SGD or Adam) as they are now."""
     keys = {key for name in names for key in (("momentum", "betas") if name == "momentum" else (name,))}
     noted = [(group, {key: group[key] for key in keys if key in group}) for group in opt.param_groups]
 

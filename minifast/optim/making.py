@@ -1,6 +1,7 @@
 """Making an optimizer over layer groups, and changing what it holds between fits."""
 import inspect
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -19,8 +20,8 @@ def make_optimizer(opt_func: Callable[..., Optimizer], model: nn.Module, groups:
                    wd: float | None, wd_norm_bias: bool) -> Optimizer:
     """`opt_func` over all parameters of `model`, fused where optimizer, device and model allow that.
 
-    Each layer group becomes one of the optimizer's param_groups, or two where norms and biases are not decayed. They
-    carry the index of their layer group under "layer_group".
+    Each layer group becomes one of its param_groups, or two where norms and biases are not decayed; "layer_group" in
+    them is its index.
     """
     param_groups = [{"params": list(params), "lr": lr, "layer_group": i}
                     for i, (group, lr) in enumerate(zip(groups, lrs, strict=True))
@@ -38,10 +39,8 @@ def make_optimizer(opt_func: Callable[..., Optimizer], model: nn.Module, groups:
 
 def _call(opt_func: Callable[..., Optimizer], param_groups: list[dict[str, Any]], lr: float, model: nn.Module) -> Any:
     if _can_fuse(opt_func, model):
-        try:
+        with suppress(RuntimeError, TypeError):  # no fused kernel for this device or dtype: the usual one does the same
             return opt_func(param_groups, lr=lr, fused=True)
-        except (RuntimeError, TypeError):
-            pass  # this optimizer, device or dtype has no fused kernel: the usual one does the same
     try:
         return opt_func(param_groups, lr=lr)
     except TypeError as error:
@@ -55,18 +54,17 @@ def _can_fuse(opt_func: Callable[..., Optimizer], model: nn.Module) -> bool:
         return False  # the user has chosen; or `fill_momentum` would not be exact
     if any(getattr(module, "sparse", False) for module in model.modules()):
         return False  # an embedding with sparse gradients, which fused kernels do not take
-    try:
-        known = inspect.signature(opt_func).parameters
-    except (TypeError, ValueError):
-        return False
-    return "fused" in known and all(p.is_floating_point() for p in model.parameters())
+    with suppress(TypeError, ValueError):  # of what has no signature
+        return "fused" in inspect.signature(opt_func).parameters and all(
+            p.is_floating_point() for p in model.parameters())
+    return False
 
 
 def fill_momentum(opt: Optimizer, is_scheduled: bool) -> None:
     """Give every trainable parameter of a fused SGD its momentum buffer, zeros, which is where momentum begins.
 
-    Left to itself the fused kernel makes them at the first gradient, and fails where the parameters of a group do not
-    all have their first gradient in the same step: thawed layers, or a branch of the model that is taken later.
+    The fused kernel makes them at the first gradient, and fails where the parameters of a group do not all have theirs
+    in the same step: thawed layers, or a branch of the model that is taken later.
     """
     if isinstance(opt, optim.SGD) and opt.defaults.get("fused") and not opt.defaults.get("dampening"):
         groups = [group for group in opt.param_groups if group["momentum"] or is_scheduled]
@@ -78,8 +76,8 @@ def fill_momentum(opt: Optimizer, is_scheduled: bool) -> None:
 def forget_unmade(opt: Optimizer) -> None:
     """Empty the states that an update has begun to make and never used, so that the next one makes them whole.
 
-    Torch makes them part by part and takes for whole what is not empty: after an update that was cut in there, by lack
-    of memory or a second Ctrl-C, every later one would fail with a KeyError.
+    Torch makes them part by part and takes for whole what is not empty: after an update that lack of memory or a second
+    Ctrl-C has cut short, every later one would fail with a KeyError.
     """
     if isinstance(opt, _MAKE_STATE_AS_THEY_GO):
         for p, state in list(opt.state.items()):
@@ -88,10 +86,7 @@ def forget_unmade(opt: Optimizer) -> None:
 
 
 def label_groups(opt: Optimizer, n_groups: int) -> None:
-    """Give the param_groups of an optimizer that a user made the index of their layer group.
-
-    Raises ValueError if there is no telling which is which.
-    """
+    """Give the param_groups of a user's optimizer the index of their layer group; ValueError if that is not clear."""
     if all("layer_group" in group for group in opt.param_groups):
         return
     if n_groups not in (1, len(opt.param_groups)):
@@ -114,15 +109,12 @@ def set_weight_decay(opt: Optimizer, groups: LayerGroups, wd: float | None, wd_n
 
 
 def freeze(groups: LayerGroups, n: int, opt: Optimizer, train_bn: bool) -> None:
-    """Freeze groups[:n] and unfreeze groups[n:]; with `train_bn` the norm layers of frozen groups stay trainable.
-
-    A frozen parameter has no gradient, and its optimizer state is dropped: years later it would be a stale momentum.
-    """
+    """Freeze groups[:n] and unfreeze groups[n:]; with `train_bn` the norm layers of frozen groups stay trainable."""
     for i, group in enumerate(groups):
         kept = {id(p) for norm in group.norms for p in norm.parameters(recurse=False)} if train_bn else set()
         for p in group.params:
             p.requires_grad_(i >= n or id(p) in kept)
-            if not p.requires_grad:
+            if not p.requires_grad:  # once thawed again, an old momentum would be a wrong one
                 p.grad = None
                 opt.state.pop(p, None)
 

@@ -23,10 +23,8 @@ def check_lr(name: str, lr: Any) -> Any:
         if lr.step is not None or lr.stop is None:
             raise ValueError(f"{name} must be slice(hi) or slice(lo, hi), got {lr!r}.")
         hi = check_rate(f"{name}=slice(...) end", lr.stop)
-        if lr.start is None:
-            return slice(hi)
-        lo = check_rate(f"{name}=slice(...) start", lr.start)
-        if lo > hi:
+        lo = None if lr.start is None else check_rate(f"{name}=slice(...) start", lr.start)
+        if lo is not None and lo > hi:
             raise ValueError(f"{name}=slice(lo, hi) must rise from the first layers to the last, got "
                              f"slice({lo:g}, {hi:g}). Swap the two.")
         return slice(lo, hi)
@@ -67,15 +65,12 @@ def spread_lrs(lr: Any, groups: int | Sequence[str], name: str = "lr") -> tuple[
             return (lr.stop / 10,) * (n - 1) + (lr.stop,)
         ratio = lr.stop / lr.start
         return (*(lr.start * ratio ** (k / (n - 1)) for k in range(n - 1)), lr.stop)
-    if isinstance(lr, float):
-        return (lr,) * n
-    if len(lr) == 1:
-        return (lr[0],) * n
-    if len(lr) != n:
+    lr = (lr,) if isinstance(lr, float) else lr
+    if len(lr) not in (1, n):
         names = "" if isinstance(groups, int) else f" ({', '.join(groups)})"
         raise ValueError(f"{name} holds {len(lr)} learning rates for {n} layer group{'s' * (n > 1)}{names}: pass "
                          f"one float, slice(lo, hi) or {n} value{'s' * (n > 1)}.")
-    return tuple(lr)
+    return tuple(lr) if len(lr) == n else tuple(lr) * n
 
 
 def as_written(lr: Any) -> str:

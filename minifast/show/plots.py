@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.lines import Line2D
 
-FILE_BACKENDS = {"agg", "cairo", "pdf", "pgf", "ps", "svg", "template"}
+FILE_BACKENDS = {"agg", "cairo", "pdf", "pgf", "ps", "svg", "template"}  # with all others pyplot shows figures
 LABELS = {"lr": "learning rate", "momentum": "momentum", "weight_decay": "weight decay"}
 STEPS = "step (weight updates)"
 MANY = 8  # layer groups: more of them share a range of colours instead of having names
@@ -21,8 +21,8 @@ MANY = 8  # layer groups: more of them share a range of colours instead of havin
 def axes(ax: "Axes | None" = None, figsize: tuple[float, float] = (7.0, 4.2)) -> "Axes":
     """`ax` itself, or new axes to draw on.
 
-    New axes belong to a pyplot figure where pyplot shows figures (a window, a notebook), so that they appear there
-    once. Elsewhere they belong to a bare figure, which is garbage when dropped: 100 plots leave nothing open.
+    Where pyplot shows figures (a window, a notebook) the new axes belong to one of its own and appear there once.
+    Elsewhere they belong to a bare figure, which is garbage when dropped: 100 plots leave nothing open.
 
     >>> axes().figure.savefig("/dev/null", format="png")
     """
@@ -30,7 +30,8 @@ def axes(ax: "Axes | None" = None, figsize: tuple[float, float] = (7.0, 4.2)) ->
         if isinstance(ax, type) or not (hasattr(ax, "plot") and hasattr(ax, "set_xlabel")):
             raise TypeError(f"ax must be axes of matplotlib or None, got {quoted(ax)}.")
         return ax
-    if _pyplot_shows():
+    import matplotlib
+    if matplotlib.get_backend().lower() not in FILE_BACKENDS:
         import matplotlib.pyplot as plt
         return plt.subplots(figsize=figsize, layout="constrained")[1]
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -38,11 +39,6 @@ def axes(ax: "Axes | None" = None, figsize: tuple[float, float] = (7.0, 4.2)) ->
     figure = Figure(figsize=figsize, layout="constrained")
     FigureCanvasAgg(figure)
     return figure.subplots()
-
-
-def _pyplot_shows() -> bool:
-    import matplotlib
-    return matplotlib.get_backend().lower() not in FILE_BACKENDS
 
 
 def line(ax: "Axes", values: NDArray[np.float64], **style: Any) -> "Line2D":
@@ -62,8 +58,8 @@ def plot_hypers(columns: Mapping[str, NDArray[np.float64]], names: Sequence[str]
                 ax: "Axes | None" = None) -> "Axes":
     """Draw hyper-parameters against the step, each on a y-axis of its own.
 
-    columns: hyper -> (steps,) or (steps, layer groups); names: of the layer groups. The first has the axis on the
-    left, whose axes are returned.
+    columns: hyper -> (steps,) or (steps, layer groups); the first is on the left axes, which are returned.
+    names: of the layer groups.
     """
     left = axes(ax)
     handles: list[Any] = []
@@ -99,8 +95,7 @@ def step_curves(steps: NDArray[np.int64], columns: NDArray[np.float64], names: S
 
 def _draw(ax: "Axes", steps: NDArray[np.int64], curves: NDArray[np.float64], labels: Sequence[str], first: int = 0,
           **style: Any) -> list["Line2D"]:
-    """One curve per label, colours from number `first` on; gives those for a legend: of many, the first and the last.
-    """
+    """One curve per label, colours from number `first` on; gives those for a legend, of many the first and the last."""
     from matplotlib import colormaps
     n, marker = len(labels), "o" if len(steps) == 1 else None
     drawn = [ax.plot(steps, curve, label=label, marker=marker, **style,

@@ -21,20 +21,15 @@ def say(text: str) -> None:
 class _Lines:
     """A pipe, a file: lines only."""
 
-    has_bar = False
-
-    def __init__(self) -> None:
-        self.is_broken = False
+    has_bar = is_broken = False
 
     def line(self, text: str) -> None:
-        """Print one line."""
         self._try(lambda: print(text, flush=True))
 
     def bar(self, step: int, title: str, note: str) -> None:
         """Show how far the fit has come."""
 
-    def width(self) -> int:
-        """How many characters a line may have."""
+    def width(self) -> int:  # characters
         return WIDTH
 
     def close(self) -> None:
@@ -55,15 +50,13 @@ class _Terminal(_Lines):
     has_bar = True
 
     def __init__(self, n_steps: int, bar_format: str) -> None:
-        super().__init__()
         from tqdm import tqdm
 
         class Bar(tqdm):  # type: ignore[misc]
             monitor_interval = 0  # no watching thread: we refresh by the clock ourselves
 
-        # delay: the first drawing is ours, with a title
         self._bar = Bar(total=n_steps, file=sys.stdout, leave=False, dynamic_ncols=True, bar_format=bar_format,
-                        delay=1e-9)
+                        delay=1e-9)  # which leaves the first drawing to us: with a title
 
     def width(self) -> int:
         try:
@@ -89,7 +82,6 @@ class _Notebook(_Lines):
     has_bar = True
 
     def __init__(self, n_steps: int, bar_format: str) -> None:
-        super().__init__()
         self._n_steps, self._bar_format, self._began = n_steps, bar_format, time.perf_counter()
         self._lines: list[str] = []
         self._output: Any = None

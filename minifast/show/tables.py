@@ -27,15 +27,13 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     head  0.0100
     """
     body = [list(row) for row in rows]
-    lines = [[" ".join(shown(cell).splitlines()) for cell in row] for row in (header, *body)]
-    widths = [max(map(width, column)) for column in zip(*lines, strict=True)]
-    is_text = [all(isinstance(row[i], str) for row in body) for i in range(len(header))]
-    return "\n".join("  ".join(map(_filled, line, widths, is_text)).rstrip() for line in lines)
-
-
-def _filled(cell: str, columns: int, is_left: bool) -> str:
-    gap = " " * (columns - width(cell))
-    return cell + gap if is_left else gap + cell
+    filled = []
+    for i, cells in enumerate(zip(header, *body, strict=True)):
+        texts = [" ".join(shown(cell).splitlines()) for cell in cells]
+        gaps = [" " * (max(map(width, texts)) - width(text)) for text in texts]
+        is_text = all(isinstance(row[i], str) for row in body)
+        filled.append([text + gap if is_text else gap + text for text, gap in zip(texts, gaps, strict=True)])
+    return "\n".join("  ".join(line).rstrip() for line in zip(*filled, strict=True))
 
 
 def width(text: str) -> int:
