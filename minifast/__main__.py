@@ -28,7 +28,7 @@ class Parser(argparse.ArgumentParser):
         self.refuse(f"{message} (--help lists the options)")
 
     def refuse(self, message: str) -> NoReturn:
-        """Say what cannot be used and exit with status 2."""
+        """Exit with status 2."""
         self.exit(2, f"{self.prog}: {' '.join(message.split())}\n")
 
 
@@ -36,14 +36,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo with the options `argv`, None for the command line's; gives the exit status.
 
     0: done; 130: interrupted by Ctrl-C; 1: the loss is not finite, or nobody reads the output any more. A wrong option
-    or path exits with 2 (SystemExit), as argparse does.
+    or path exits with 2 (SystemExit).
     """
     parser = _parser()
-    options = parser.parse_args(argv)
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_: print(f"{parser.prog}: {message}", file=sys.stderr)
-            _run(options, parser)
+            _run(parser.parse_args(argv), parser)
             sys.stdout.flush()
     except KeyboardInterrupt:
         print(f"{parser.prog}: interrupted", file=sys.stderr)
@@ -59,8 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace, parser: Parser) -> None:
-    _check_device(options.device, parser)
-    _check_out(options.out, parser)
+    _check(options.device, options.out, parser)
     if options.data is None:
         dls = digits(BATCH_SIZE)
         torch.set_num_threads(1)  # with images this small, threads wait for each other longer than they compute
@@ -76,14 +74,11 @@ def _run(options: argparse.Namespace, parser: Parser) -> None:
     demo.run(dls, options.out, lr=options.lr, epochs=options.epochs, device=options.device, seed=options.seed)
 
 
-def _check_device(device: str | None, parser: Parser) -> None:
+def _check(device: str | None, out: Path, parser: Parser) -> None:
     try:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch's: unknown, not built in, "meta"
         parser.refuse(f"--device: {device!r} cannot be used: {str(error).splitlines()[0]}")
-
-
-def _check_out(out: Path, parser: Parser) -> None:
     nearest = next(path for path in (out, *out.absolute().parents) if path.exists())
     if not nearest.is_dir():
         parser.refuse(f"--out: {nearest} is a file, not a folder")

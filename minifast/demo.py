@@ -31,16 +31,19 @@ def run(dls: DataLoaders, out: Path, *, lr: float | None = None, epochs: int | N
     Prints as it goes; gives the accuracy, 0..1, of each run.
     """
     torch.manual_seed(seed)
-    train: Any = dls.train
-    images, labels = train.tensors
-    model = convnet(tuple(images.shape[1:]), int(labels.max()) + 1)
+    loaders: Any = dls
+    images, labels = loaders.train.tensors
+    n_classes, (n, channels, height, width) = int(labels.max()) + 1, images.shape
+    model = convnet((channels, height, width), n_classes)
 
     def learner() -> Learner:  # the same weights and, by the seed, the same order of the data for each
         return Learner(copy.deepcopy(model), dls, nn.CrossEntropyLoss(), metrics=[accuracy], device=device, seed=seed)
 
-    one, circular = (n if epochs is None else epochs for n in EPOCHS.values())
+    one, circular = (usual if epochs is None else epochs for usual in EPOCHS.values())
     learn = learner()
-    _say_what_is_trained(learn)
+    print(f"{n:,} training and {len(loaders.valid.tensors[0]):,} validation images of {n_classes} classes, "
+          f"{width}x{height} pixels, {'grey' if channels == 1 else 'colour'}\n"
+          f"a convnet of {sum(p.numel() for p in model.parameters()):,} parameters on {learn.device}")
     lr = _find(learn, lr, out)
     print(f"\nlearn.fit_one_cycle({one}, {lr:.3g})")
     learn.fit_one_cycle(one, lr)
@@ -77,17 +80,8 @@ def _conv(n_in: int, n_out: int, stride: int = 1) -> list[nn.Module]:
     return [nn.Conv2d(n_in, n_out, 3, stride, padding=1, bias=False), nn.BatchNorm2d(n_out), nn.ReLU()]
 
 
-def _say_what_is_trained(learn: Learner) -> None:
-    dls: Any = learn.dls
-    images, labels = dls.train.tensors
-    n, channels, height, width = images.shape
-    print(f"{n:,} training and {len(dls.valid.tensors[0]):,} validation images of {int(labels.max()) + 1} "
-          f"classes, {width}x{height} pixels, {'grey' if channels == 1 else 'colour'}\n"
-          f"a convnet of {sum(p.numel() for p in learn.model.parameters()):,} parameters on {learn.device}")
-
-
 def _find(learn: Learner, lr: float | None, out: Path) -> float:
-    """The learning rate to train with, after a run of the finder that is printed and drawn."""
+    """The learning rate to train with, after a run of the finder."""
     print("\nlearn.lr_find()", flush=True)
     found = learn.lr_find()
     _draw(learn.recorder.plot, "LR finder", f"{out / 'lr_find'}.png")
@@ -107,10 +101,10 @@ def _show(learn: Learner, name: str, out: Path) -> float:
     _draw(recorder.plot_lr, f"{name}: learning rate and momentum", f"{path}_lr.png", show_moms=True)
     _draw(recorder.plot_losses, f"{name}: loss", f"{path}_losses.png")
     _draw(recorder.plot_metrics, f"{name}: accuracy on the validation images", f"{path}_metrics.png")
-    n, last = len(recorder.epochs), recorder.epochs[-1]
+    n, reached = len(recorder.epochs), float(recorder.epochs[-1]["accuracy"])
     seconds = sum(row["time"] for row in recorder.epochs)
-    print(f"{name}: accuracy {last['accuracy']:.2%} after {n} epoch{'s' * (n > 1)} in {seconds:.1f} s", flush=True)
-    return float(last["accuracy"])
+    print(f"{name}: accuracy {reached:.2%} after {n} epoch{'s' * (n > 1)} in {seconds:.1f} s", flush=True)
+    return reached
 
 
 def _draw(plot: "Callable[..., Axes]", title: str, path: str, **options: Any) -> None:

@@ -4,9 +4,8 @@ A *curve* is a pair of float64 arrays of one length N: `lrs`, the ramp (positive
 smoothed training loss at each of them. Every rule is a function `(lrs, losses) -> lr`; ties go to the first index. The
 rules are those of fastai 2.8 (`fastai.callback.schedule`), computed in float64 where fastai computes in float32.
 
-`suggestions` is the front door: it trims a recorded curve, applies every rule of `RULES` and never raises.
-The rules by themselves do not trim. They raise `ValueError` for a curve that is not as above, and for one of
-fewer points than they need: 2, and `slide` one more than its `lr_diff`.
+`suggestions` trims a recorded curve, applies every rule of `RULES` and never raises. The rules by themselves do not
+trim; they raise `ValueError` for a curve that is not as above or has too few points: 2, for `slide` `lr_diff` + 1.
 """
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -22,14 +21,12 @@ Curve = NDArray[np.float64]
 MIN_POINTS = 10
 
 # "Descent" is the largest fall from any loss to a later one. It has to exceed two things:
-# * 1 % of the loss's level (the median of |loss|): relative, so that the unit of the loss does not matter. The smoothed
-#   loss of a model that learns nothing wanders by 0.35 % when its batch losses scatter by 1 %; the shallowest real
-#   descent among the recorded curves, of a run that diverges after 60 of 100 steps, is 1.8 %.
-# * the noise, in units of sqrt(N) typical steps (the median of |loss[k+1] - loss[k]|). This one is for losses that were
-#   not smoothed: N = 40..200 points of white noise, of any size, fall by 0.4-0.75 such units. Recorded flat noise falls
-#   by 0.56, the noisiest recorded curve that does descend by 0.98, clean curves by 5 to 15.
-# In doubt it gives numbers. A smoothed curve wanders like a random walk, by 1-3 units: where the batch losses scatter
-# by more than about 3 % of their mean, as they do once a model has been trained, that passes for a descent.
+# * 1 % of the loss's level (the median of |loss|). The smoothed loss of a model that learns nothing wanders by 0.35 %
+#   when its batch losses scatter by 1 %; the shallowest real descent among the recorded curves is 1.8 %.
+# * the noise, in units of sqrt(N) typical steps (the median of |loss[k+1] - loss[k]|), for losses not smoothed:
+#   40 to 200 points of white noise fall by 0.4 to 0.75 such units, the noisiest recorded descent by 0.98.
+# In doubt it gives numbers: a smoothed curve wanders by 1 to 3 units, and where the batch losses scatter by more than
+# about 3 % of their mean, as they do once a model has been trained, that passes for a descent.
 MIN_FALL_OF_LEVEL = 0.01
 MIN_FALL_OF_NOISE = 0.75
 
@@ -41,8 +38,8 @@ def valley(lrs: Curve, losses: Curve) -> float:
     first such e). Its points are counted as if they were neighbours: it starts at s = e - d, and the answer is
     `lrs[s + d // 3 + d // 6]`. Losses that never fall give `lrs[0]`. O(N^2), meant for a few hundred points.
 
-    Raises ValueError too where the longest descent is just the first two points: the rule's index is -1 there, for
-    which fastai 2.8 returns the *largest* learning rate.
+    Raises ValueError too where the longest descent is the first two points, for which fastai 2.8 gives the *largest*
+    learning rate.
 
     Source: fastai 2.8, `valley`.
 
@@ -55,8 +52,7 @@ def valley(lrs: Curve, losses: Curve) -> float:
     lrs, losses = _curve(lrs, losses)
     length = np.ones(len(losses), dtype=np.intp)  # of the longest decreasing subsequence that ends at k
     for k in range(1, len(losses)):
-        higher = length[:k][losses[:k] > losses[k]]
-        length[k] = 1 + higher.max(initial=0)
+        length[k] = 1 + length[:k][losses[:k] > losses[k]].max(initial=0)
     end = int(length.argmax())
     if end == 0:
         return float(lrs[0])
@@ -134,9 +130,7 @@ RULES: Mapping[str, Callable[[Curve, Curve], float]] = {
 
 
 def usable(lrs: Curve, losses: Curve, num_it: int) -> tuple[Curve, Curve]:
-    """The part of a recorded curve that the rules should see: without both ends and without what follows a nan or inf.
-
-    `[num_it // 10 : -5]`, then cut at the first non-finite point. What is left can be empty.
+    """The part of a recorded curve for the rules: `[num_it // 10 : -5]` up to the first nan or inf; it can be empty.
 
     num_it: learning rates that the finder was asked to try, at least 1; it may have stopped before.
 
@@ -150,8 +144,7 @@ def usable(lrs: Curve, losses: Curve, num_it: int) -> tuple[Curve, Curve]:
     num_it = check_int("num_it", num_it)
     lrs, losses = _same_shape(lrs, losses)
     lrs, losses = lrs[num_it // 10 : -5], losses[num_it // 10 : -5]
-    broken = np.flatnonzero(~(np.isfinite(lrs) & np.isfinite(losses)))
-    end = int(broken[0]) if len(broken) else len(losses)
+    end = int(np.append(~(np.isfinite(lrs) & np.isfinite(losses)), True).argmax())
     return lrs[:end], losses[:end]
 
 
@@ -165,7 +158,7 @@ def suggestions(lrs: Curve, losses: Curve, num_it: int) -> tuple[dict[str, float
     losses: as recorded; may end in nan or inf.
     num_it: learning rates that the finder was asked to try.
 
-    Gives a dict of rule name to learning rate or None, in the order of `RULES`, and the reason.
+    Gives learning rate or None by the name of the rule, in the order of `RULES`, and the reason.
 
     >>> lrs = np.geomspace(1e-7, 1.0, 29)
     >>> found, reason = suggestions(lrs, np.linspace(3.0, 1.0, 29), num_it=29)
@@ -193,13 +186,11 @@ def suggestions(lrs: Curve, losses: Curve, num_it: int) -> tuple[dict[str, float
 
 def largest_fall(losses: Curve) -> float:
     """The largest fall from any loss to a later one, >= 0."""
-    losses = _column("losses", losses).ravel()
     return float(np.max(np.maximum.accumulate(losses) - losses, initial=0.0))
 
 
 def needed_fall(losses: Curve) -> float:
     """How far a curve has to fall for that to be a descent, in the unit of the loss."""
-    losses = _column("losses", losses).ravel()
     if len(losses) < 2:
         return 0.0
     level = np.median(np.abs(losses))
@@ -222,14 +213,10 @@ def _same_shape(lrs: Curve, losses: Curve) -> tuple[Curve, Curve]:
 
 
 def _column(name: str, values: Any) -> Curve:
-    """`values` as float64. Raises ValueError for what is no array of numbers."""
     try:
-        column = np.asarray(values, dtype=np.float64)
+        return np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError, RuntimeError, OverflowError):
-        column = np.empty(())
-    if column.ndim == 0:
-        raise ValueError(f"{name} must be an array of numbers of shape (N,), got {quoted(values)}.")
-    return column
+        raise ValueError(f"{name} must be an array of numbers of shape (N,), got {quoted(values)}.") from None
 
 
 def _curve(lrs: Curve, losses: Curve, needed: int = 2, needed_by: str = "") -> tuple[Curve, Curve]:
@@ -237,14 +224,10 @@ def _curve(lrs: Curve, losses: Curve, needed: int = 2, needed_by: str = "") -> t
     if len(lrs) < needed:
         raise ValueError(f"{len(lrs)} points, at least {needed} needed{needed_by}: raise num_it")
     for name, values in (("lrs", lrs), ("losses", losses)):
-        broken = np.flatnonzero(~np.isfinite(values))
-        if len(broken):
-            k = int(broken[0])
+        for k in np.flatnonzero(~np.isfinite(values))[:1]:
             raise ValueError(f"{name}[{k}] of {len(values)} is {values[k]}: cut the curve there, as usable() does")
     if lrs[0] <= 0:
         raise ValueError(f"lrs[0] is {lrs[0]:g}: learning rates must be positive")
-    stuck = np.flatnonzero(lrs[1:] <= lrs[:-1])
-    if len(stuck):
-        k = int(stuck[0])
+    for k in np.flatnonzero(np.diff(lrs) <= 0)[:1]:
         raise ValueError(f"lrs[{k}] is {lrs[k]:g} and lrs[{k + 1}] is {lrs[k + 1]:g}: learning rates must increase")
     return lrs, losses
