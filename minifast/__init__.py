@@ -63,8 +63,8 @@ _LATER = {
     "resume.checkpoint": ("Checkpoint",),
     "schedules.composed": ("PiecewiseLR", "Schedule"),
     "standard.whole_set": ("WholeSet",),
+    "studies.preflight": ("Finding", "Report"),
     "studies.race": ("Race",),
-    "studies.report": ("Finding", "Report"),
     "studies.summary": ("Summary",),
     "studies.timeline": ("Moment", "Profile", "Trace"),
 }
@@ -88,8 +88,8 @@ if _typing.TYPE_CHECKING:
     from .resume.checkpoint import Checkpoint
     from .schedules.composed import PiecewiseLR, Schedule
     from .standard.whole_set import WholeSet
+    from .studies.preflight import Finding, Report
     from .studies.race import Race
-    from .studies.report import Finding, Report
     from .studies.summary import Summary
     from .studies.timeline import Moment, Profile, Trace
 

@@ -16,8 +16,8 @@ from .schedules.scheduler import Scheduler
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from .studies.preflight import Report
     from .studies.race import Race
-    from .studies.report import Report
     from .studies.summary import Summary
     from .studies.timeline import Profile, Trace
 from .training.trainer import Trainer

@@ -8,6 +8,7 @@ rules are those of fastai 2.8 (`fastai.callback.schedule`), computed in float64 
 trim; they raise `ValueError` for a curve that is not as above or has too few points: 2, for `slide` `lr_diff` + 1.
 """
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -186,11 +187,13 @@ def suggestions(lrs: Curve, losses: Curve, num_it: int) -> tuple[dict[str, float
 
 def largest_fall(losses: Curve) -> float:
     """The largest fall from any loss to a later one, >= 0."""
+    losses = _column("losses", losses).ravel()
     return float(np.max(np.maximum.accumulate(losses) - losses, initial=0.0))
 
 
 def needed_fall(losses: Curve) -> float:
     """How far a curve has to fall for that to be a descent, in the unit of the loss."""
+    losses = _column("losses", losses).ravel()
     if len(losses) < 2:
         return 0.0
     level = np.median(np.abs(losses))
@@ -213,10 +216,10 @@ def _same_shape(lrs: Curve, losses: Curve) -> tuple[Curve, Curve]:
 
 
 def _column(name: str, values: Any) -> Curve:
-    try:
-        return np.asarray(values, dtype=np.float64)
-    except (TypeError, ValueError, RuntimeError, OverflowError):
-        raise ValueError(f"{name} must be an array of numbers of shape (N,), got {quoted(values)}.") from None
+    with suppress(TypeError, ValueError, RuntimeError, OverflowError):
+        if np.ndim(values):
+            return np.asarray(values, dtype=np.float64)
+    raise ValueError(f"{name} must be an array of numbers of shape (N,), got {quoted(values)}.")
 
 
 def _curve(lrs: Curve, losses: Curve, needed: int = 2, needed_by: str = "") -> tuple[Curve, Curve]:

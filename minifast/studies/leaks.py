@@ -18,8 +18,7 @@ def find_leaks(model: nn.Module, inputs: Any, target: Any, outputs: Sequence[Ten
                ) -> tuple[str, str]:
     """The level of the finding, and what it says.
 
-    outputs: the tensors that `model` gives for `inputs`.
-    n: the samples, counted along dimension 0.
+    outputs: the tensors that `model` gives for the `n` samples of `inputs`.
     may_be_second: whether it may be dimension 1 that counts the samples.
     """
     if n < 2:
@@ -27,8 +26,7 @@ def find_leaks(model: nn.Module, inputs: Any, target: Any, outputs: Sequence[Ten
     try:
         change = _change(model, inputs, outputs, 0, n)
     except Exception as error:
-        return "note", ("cannot be told: the model does not take one sample alone "
-                        f"({type(error).__name__}: {error!s:.120})")
+        return "note", f"the model does not take one sample alone ({type(error).__name__}: {error!s:.120})"
     if change is None:
         return "note", "the output has no dimension of samples to compare"
     if change <= LEAK:
@@ -38,8 +36,7 @@ def find_leaks(model: nn.Module, inputs: Any, target: Any, outputs: Sequence[Ten
     if may_be_second and not sizes and second is not None:
         with suppress(Exception):
             if (_change(model, inputs, outputs, 1, second) or 0.0) <= LEAK:
-                return "note", ("the model mixes rows (dimension 0) but not columns (dimension 1): fine if the batch "
-                                "is (time, samples, ...)")
+                return "note", "the model mixes rows but not columns: fine if the batch is (time, samples, ...)"
     return "problem", (f"in eval mode the output of a sample alone differs by {change:.1%} from its output within the "
                        "batch: the model mixes samples (a wrong dimension in a softmax, norm, reshape or attention?)")
 

@@ -21,11 +21,9 @@ from ..standard.progress import Progress
 from ..suggest import Curve
 from ..training.trainer import Trainer
 
-# The runs disagree if their suggestions differ by more than a decade. The suggestions aim at a rate well below that of
-# the least loss: "minimum" by a decade. Further apart, one run's peak to train with is another's end of the descent.
+# The runs disagree if their suggestions differ by more: beyond a decade one run's peak is another's end of the descent.
 # Three runs of a convnet on the digits (tests/benchmarks/finder.py, 20 seeds) differ by a factor of 2 in the median,
-# with SGD by 3 at most, with AdamW in 2 of 20 by more than 10: there the loss falls in two stages, and "valley" takes
-# one or the other.
+# with AdamW in 2 of 20 by more than 10: there the loss falls in two stages, and "valley" takes one or the other.
 MAX_FACTOR = 10.0
 
 
@@ -70,15 +68,13 @@ def median_of(runs: Sequence[LRFind]) -> LRFind:
     n = reached[len(runs) // 2]  # more than half of the runs got that far
     lrs = max((run.lrs for run in runs), key=len)[:n]
     losses, smooth = (_median([getattr(run, name) for run in runs], n) for name in ("losses", "smooth_losses"))
-    curves = _stack([run.smooth_losses for run in runs], n, np.nan)
+    curves = _stack([run.smooth_losses for run in runs], n)
     num_it, ends = runs[0].num_it, Counter(run.stopped for run in runs)
-    stopped = next(iter(ends)) if len(ends) == 1 else ", ".join(f"{why} ({k} of {len(runs)} runs)"
-                                                                for why, k in ends.items())
+    stopped = ", ".join(why if k == len(runs) else f"{why} ({k} of {len(runs)} runs)" for why, k in ends.items())
     exploded = CUT_SHORT not in ends and (n < num_it or ALL_TRIED not in ends)
     verdict, reason = judge(lrs, losses, smooth, num_it, stopped, exploded)
-    if verdict in (OK, NOISY):
-        disagreement = _disagreement(runs)
-        verdict, reason = (NOISY, disagreement) if disagreement else (verdict, reason)
+    if verdict in (OK, NOISY) and (disagreement := _disagreement(runs)):
+        verdict, reason = NOISY, disagreement
     found = suggested(lrs, smooth, num_it, verdict)
     return LRFind(lrs, losses, smooth, found, found.get("valley"), stopped, reason, num_it, runs[0].pass_length,
                   verdict, tuple(runs), (np.fmin.reduce(curves), np.fmax.reduce(curves)))
@@ -89,21 +85,21 @@ def _disagreement(runs: Sequence[LRFind]) -> str:
     lrs = [run.suggestion for run in runs if run.suggestion is not None]
     if len(lrs) < len(runs):
         silent = next(run for run in runs if run.suggestion is None)
-        return (f"{len(runs) - len(lrs)} of {len(runs)} runs give no learning rate: {silent.reason}")
+        return f"{len(runs) - len(lrs)} of {len(runs)} runs give no learning rate: {silent.reason}"
     if max(lrs) > MAX_FACTOR * min(lrs):
         return (f"the runs suggest {min(lrs):.1e} to {max(lrs):.1e}, a factor of {max(lrs) / min(lrs):.0f}, more than "
                 f"{MAX_FACTOR:.0f}; try larger batches, or learn.race([{min(lrs):.0e}, ..., {max(lrs):.0e}])")
     return ""
 
 
-def _stack(columns: Sequence[Curve], n: int, missing: float) -> Curve:
-    """The first `n` values of each, (runs, n), `missing` where a run had stopped."""
-    return np.array([np.append(column, np.full(max(0, n - len(column)), missing))[:n] for column in columns])
+def _stack(columns: Sequence[Curve], n: int) -> Curve:
+    """The first `n` values of each, (runs, n), nan where a run had stopped."""
+    return np.array([np.append(column, np.full(max(0, n - len(column)), np.nan))[:n] for column in columns])
 
 
 def _median(columns: Sequence[Curve], n: int) -> Curve:
-    """Of a run that had stopped, and of what is not a number, as if it lay above all others."""
-    values = _stack(columns, n, np.inf)
+    """A run that had stopped, and what is not a number, count as if they lay above all others."""
+    values = _stack(columns, n)
     with np.errstate(invalid="ignore"):
         median: Curve = np.median(np.where(np.isnan(values), np.inf, values), axis=0)
     return median

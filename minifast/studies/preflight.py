@@ -2,6 +2,7 @@
 import math
 import time
 import warnings
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,13 +22,46 @@ from ..training import fitting
 from ..training.trainer import Trainer
 from .leaks import find_leaks
 from .overfit import overfit_batch
-from .report import Finding, Report
 from .timeline import profile, trace
 
 OVERFIT = 0.2  # a batch counts as overfitted when its loss falls below this share of the first
 BUDGET = 4.0  # seconds, at most about that, for each of the attempts to overfit
 LARGE = 50.0  # inputs beyond that are not normalised
 ODD_START = 1.5  # a loss at the start this many times what guessing costs is worth a note
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was checked. level: "ok", "note" (worth knowing), "problem"."""
+
+    level: str
+    what: str
+    says: str
+
+
+class Report(list[Finding]):
+    """What `learn.check()` found; prints one line each, and is true if there is no problem."""
+
+    @property
+    def problems(self) -> list[Finding]:
+        """The findings that should be dealt with."""
+        return [finding for finding in self if finding.level == "problem"]
+
+    @property
+    def exit_code(self) -> int:
+        """0 if there is no problem, else 1: `sys.exit(learn.check().exit_code)`."""
+        return int(bool(self.problems))
+
+    def __bool__(self) -> bool:
+        return not self.problems
+
+    def __repr__(self) -> str:
+        width = max((len(finding.what) for finding in self), default=0)
+        lines = [f"{finding.level:7}  {finding.what:{width}}  {finding.says}" for finding in self]
+        n = len(self.problems)
+        return "\n".join([*lines, f"{n} problem{'s' * (n != 1)}" if n else "no problem"])
+
+    __str__ = __repr__
 
 
 def check(learn: Trainer) -> Report:
@@ -90,9 +124,8 @@ class _Checks:
         self._say("ok", "output", f"{describe(pred)} for {describe(target)}")
         if isinstance(pred, Tensor) and isinstance(target, Tensor) and pred is self.pred \
                 and pred.shape != target.shape and pred.numel() == target.numel() > 1 and self._is_broadcast():
-            raise ValueError(f"the output {tuple(pred.shape)} and the target {tuple(target.shape)} are broadcast "
-                             "against each other by the loss: it is another one when both have one shape. Give them "
-                             "one, e.g. by target.unsqueeze(1) or output.squeeze(1).")
+            raise ValueError(f"the loss broadcasts the output {tuple(pred.shape)} and the target {tuple(target.shape)} "
+                             "against each other. Give them one shape, e.g. by target.unsqueeze(1).")
 
     def _is_broadcast(self) -> bool:
         """Whether the loss, which gets an output and a target of as many numbers, mixes their samples."""
@@ -113,25 +146,21 @@ class _Checks:
         check_loss(self.first_loss)
         value, bad = float(self.first_loss.detach()), f"NaN or infinite values in {', '.join(self.bad)}"
         if not math.isfinite(value):
-            ranges = [f"{float(leaf.detach().min()):.3g} .. {float(leaf.detach().max()):.3g}"
-                      for leaf in tensors(scores(self.pred)) if leaf.numel()]
-            raise ValueError(f"the first loss is {value}" + (
-                f": the first batch has {bad}. Clean the data." if self.bad else
-                f". Look at the model's output: {', '.join(ranges)}."))
+            ranges = [f"{float(leaf.min()):.3g} .. {float(leaf.max()):.3g}" for leaf in tensors(scores(self.pred))
+                      if leaf.numel()]
+            raise ValueError(f"the first loss is {value}: " + (
+                f"the first batch has {bad}. Clean the data." if self.bad else
+                f"look at the model's output, {', '.join(ranges)}."))
         if self.bad:
             self._say("note", "data", f"{bad}; the loss is finite all the same")
         if value < 0 and is_loss(self.learn.loss_func, nn.NLLLoss, nn.functional.nll_loss):
             raise ValueError(f"the first loss is {value:.4g}, and that of log-probabilities is never below 0: NLLLoss "
                              "takes the output of log_softmax. Use nn.CrossEntropyLoss() for logits.")
         expected, why = _guessing(self.learn.loss_func, scores(self.pred), self.target)
-        if expected is None:
-            self._say("ok", "loss", f"{value:.4g} on the first batch")
-        elif value > ODD_START * expected + 0.1:
-            self._say("note", "loss", f"{value:.4g} on the first batch, but {why} costs {expected:.4g}: is the last "
-                                      "layer's initialisation or the inputs' scale right? (Fine for a model that is "
-                                      "trained already on something else.)")
-        else:
-            self._say("ok", "loss", f"{value:.4g} on the first batch; {why} costs {expected:.4g}")
+        is_odd = expected is not None and value > ODD_START * expected + 0.1
+        self._say("note" if is_odd else "ok", "loss", f"{value:.4g} on the first batch" + (
+            "" if expected is None else f"; {why} costs {expected:.4g}") + is_odd * (
+            ": is the last layer's initialisation or the inputs' scale right? (Fine for a model trained already.)"))
 
     def gradients(self) -> None:
         """Whether every trainable parameter gets a finite gradient."""
@@ -143,14 +172,11 @@ class _Checks:
         none = [name for name, grad in named.items() if grad is None]
         zero = [name for name, grad in dense.items() if not grad.any()]
         bad = [name for name, grad in dense.items() if not torch.isfinite(grad).all()]
-        if bad:
-            self._say("problem", "gradients", f"{len(bad)} of {len(named)} are NaN or infinite: {listed(bad)}")
-        if none:
-            self._say("problem", "gradients", f"{len(none)} of {len(named)} parameters get none: {listed(none)}. They "
-                                              "are not used in forward, or what uses them is detached")
-        if zero:
-            self._say("note", "gradients", f"{len(zero)} of {len(named)} are all zero on the first batch: "
-                                           f"{listed(zero)}")
+        for level, names, are, why in (
+                ("problem", bad, "are NaN or infinite", ""), ("note", zero, "are all zero on the first batch", ""),
+                ("problem", none, "parameters get none", ": forward does not use them, or what uses them is detached")):
+            if names:
+                self._say(level, "gradients", f"{len(names)} of {len(named)} {are}: {listed(names)}{why}")
         if not (bad or none or zero):
             self._say("ok", "gradients", f"all {len(named)} trainable parameters get finite ones")
 
@@ -160,11 +186,9 @@ class _Checks:
         self.learn.model.eval()
         self.outputs, again = ([*tensors(scores(call_model(self.learn.model, self.inputs)))] for _ in range(2))
         self.is_steady = all(torch.allclose(a, b, equal_nan=True) for a, b in zip(self.outputs, again, strict=True))
-        if self.is_steady:
-            self._say("ok", "eval mode", "gives the same output twice")
-        else:
-            self._say("problem", "eval mode", "gives another output each time: dropout by nn.functional without "
-                                              "training=self.training? (Fine for a model that samples on purpose.)")
+        level, output = ("ok", "the same output twice") if self.is_steady else (
+            "problem", "another output each time: dropout by nn.functional without training=self.training?")
+        self._say(level, "eval mode", f"gives {output}")
 
     @torch.no_grad()
     def leaks(self) -> None:
@@ -203,11 +227,9 @@ class _Checks:
         profiled = profile(self.learn, max(5, min(30, int(2.0 / seconds))))
         waiting = profiled.share("waiting for data")
         self.seconds = profiled.seconds / max(1, profiled.n_batches)
-        says = f"{self.seconds * 1e3:.3g} ms a batch, {waiting:.0%} of it waiting for the data"
-        if waiting > 0.5:
-            self._say("note", "speed", says + ": more workers, or DataLoaders in memory, would help")
-        else:
-            self._say("ok", "speed", says)
+        self._say("note" if waiting > 0.5 else "ok", "speed",
+                  f"{self.seconds * 1e3:.3g} ms a batch, {waiting:.0%} of it waiting for the data"
+                  + (waiting > 0.5) * ": more workers, or DataLoaders in memory, would help")
 
     def capacity(self) -> None:
         """Whether one batch can be learned by heart."""
@@ -224,7 +246,7 @@ class _Checks:
             if time.perf_counter() - began > BUDGET:
                 break
         self._say("note", "overfitting", f"one batch was not learned by heart: {'; '.join(said)}. Too few steps, too "
-                                         "small a model or rate, strong regularisation, or labels that do not fit")
+                                         "small a model or rate, regularisation, or labels that do not fit")
 
 
 class _Peek(Callback):

@@ -56,16 +56,14 @@ class Race:
         """Draw the smoothed training loss of every candidate against the step; the winner's line is thick."""
         ax = plots.axes(ax)
         beta = max(0.0, min(0.98, 1 - 10 / self.losses.shape[1]))  # over a tenth of the steps
-        seen = [0.0]  # what must stay in sight: where each begins, and all of the best
         for lr, losses, row in zip(self.lrs, self.losses, self.rows, strict=True):
             ema, result = Ema(beta), row["result"]
             smooth = np.where(np.isfinite(losses), [ema.add(loss) for loss in losses], np.nan)
             plots.line(ax, smooth, label=f"{as_written(lr)}: {result}" if result else as_written(lr),
                        linewidth=2.5 if result == "wins" else 1.3)
-            seen += list(smooth) if row["behind"] == 0 else [smooth[0]]
-        top, (bottom, highest) = np.nanmax(seen), ax.get_ylim()
-        if highest > 2 * top > 0:  # an explosion would flatten all others: show where it leaves
-            ax.set_ylim(bottom if np.nanmin(self.losses) < 0 else 0.0, 1.5 * top)
+        start, (bottom, highest) = np.nan_to_num(self.losses[:, 0], posinf=0.0).max(), ax.get_ylim()
+        if highest > 3 * start > 0:  # an explosion would flatten all others: show where it leaves
+            ax.set_ylim(bottom if np.nanmin(self.losses) < 0 else 0.0, 2 * start)
         plots.count_on_x(ax, plots.STEPS)
         ax.set_ylabel("training loss (smoothed)")
         ax.legend(title="learning rate")
@@ -121,7 +119,7 @@ class _Watch(Callback):
 
 
 class _Passes:
-    """One pass over `loader` after another, as one pass without end; `close` ends the workers of the newest."""
+    """Pass after pass over `loader`, as one without end; `close` ends the workers of the newest."""
 
     def __init__(self, loader: Iterable[Batch]) -> None:
         self._loader = loader
@@ -155,19 +153,17 @@ def _run(learn: Trainer, lr: Any, steps: int, schedule: list[Scheduler], running
 def _check_candidates(learn: Trainer, lrs: Any) -> tuple[Any, ...]:
     candidates = tuple(check_items("lrs", lrs, "a list of learning rates", example="race([1e-3, 3e-3, 1e-2])"))
     if len(candidates) < 2:
-        raise ValueError(f"lrs must hold at least 2 learning rates, got {len(candidates)}. "
-                         "Pass e.g. race([1e-3, 3e-3, 1e-2]).")
+        raise ValueError(f"lrs must hold at least 2 learning rates, got {len(candidates)}. Pass e.g. race([1e-3, 0.1]).")
     spread = [spread_lrs(lr, learn.groups.names, f"lrs[{i}]") for i, lr in enumerate(candidates)]
     for i, values in enumerate(spread):
-        first = spread.index(values)
-        if first < i:
+        if (first := spread.index(values)) < i:
             raise ValueError(f"lrs[{first}] and lrs[{i}] are the same learning rate, {as_written(candidates[i])}. "
                              "Leave one of them out.")
     return candidates
 
 
 def _judge(lrs: tuple[Any, ...], runs: Sequence[_Watch], start: float) -> Race:
-    """The result of `runs`, one per candidate; start: the size of the loss of the starting weights."""
+    """start: the size of the loss of the starting weights."""
     n_steps = min(len(run.losses) for run in runs)  # a callback may end a fit early
     if n_steps == 0:
         raise RuntimeError("a callback ended a fit before its first weight update: there is nothing to compare.")
@@ -177,18 +173,17 @@ def _judge(lrs: tuple[Any, ...], runs: Sequence[_Watch], start: float) -> Race:
         means = tails.mean(axis=1)
         worst = np.max([part.mean(axis=1) for part in np.array_split(losses, min(4, n_steps), axis=1)], axis=0)
         diverged = ~(np.isfinite(losses).all(axis=1) & (worst <= MAX_RISE * start))
-    ranking = sorted((k for k in range(len(lrs)) if not diverged[k]), key=lambda k: means[k])
+    ranking = sorted(np.flatnonzero(~diverged).tolist(), key=lambda k: means[k])
     best = ranking[0] if ranking else None
     noises = [0.0 if k == best else _noise(tails[k] - tails[best]) if k in ranking else math.nan
               for k in range(len(lrs))]
     winner, verdict = _decide(lrs, runs, means, noises, ranking, tails.shape[1], start)
     rows = Table()
     for k, (lr, run) in enumerate(zip(lrs, runs, strict=True)):
-        result = "wins" if k == winner else "diverged" if diverged[k] else ""
         valid = {} if run.valid_loss is None else {"valid_loss": run.valid_loss}
         behind = math.nan if best is None else float(means[k] - means[best])
-        rows.append({"lr": as_written(lr), "train_loss": float(means[k])} | valid
-                    | {"behind": behind, "noise": noises[k], "result": result})
+        rows.append({"lr": as_written(lr), "train_loss": float(means[k]), **valid, "behind": behind,
+                     "noise": noises[k], "result": "wins" if k == winner else "diverged" if diverged[k] else ""})
     return Race(lrs, losses, rows, None if winner is None else lrs[winner], verdict)
 
 
@@ -216,28 +211,24 @@ def _decide(lrs: tuple[Any, ...], runs: Sequence[_Watch], means: Column, noises:
         if len(ahead) and not ahead.mean() <= STANDARD_ERRORS * _noise(ahead):
             return None, (f"{unclear}{name} has the lowest training loss, but {as_written(lrs[k])} a validation loss "
                           f"of {runs[k].valid_loss:.4g} against {runs[best].valid_loss:.4g}; take more steps")
-    gone = len(lrs) - len(ranking)
     peaks = [last_lr(lr) for lr in lrs]
     hint = ("; it is the highest: a higher one may do better" if peaks[best] == max(peaks) else
             "; it is the lowest: a lower one may do better" if peaks[best] == min(peaks) else "")
     if not others:
-        return best, f"{name} wins: {'the other' if gone == 1 else f'all {gone} others'} diverged{hint}"
+        gone = "the other" if len(lrs) == 2 else f"all {len(lrs) - 1} others"
+        return best, f"{name} wins: {gone} diverged{hint}"
     second = others[0]
     return best, (f"{name} wins: the next, {as_written(lrs[second])}, is behind by {means[second] - means[best]:.2g} "
                   f"in training loss, with a noise of {noises[second]:.2g}{hint}")
 
 
 def _noise(differences: Column) -> float:
-    """The standard error of the mean of `differences`, (n,): of n independent ones, more if neighbours are alike.
-
-    inf for a single difference, of which there is no telling.
-    """
+    """The standard error of the mean of `differences`, (n,), more if neighbours are alike; inf for a single one."""
     n = len(differences)
     if n < 2:
         return math.inf
     with np.errstate(all="ignore"):
         centred = differences - differences.mean()
         power = float(centred @ centred)
-        alike = float(centred[1:] @ centred[:-1]) / power if power else 0.0
-        alike = min(max(alike, 0.0), 1 - 1 / n)
+        alike = min(max(float(centred[1:] @ centred[:-1]) / (power or 1.0), 0.0), 1 - 1 / n)
         return math.sqrt(power / (n - 1) / n * (1 + alike) / (1 - alike))

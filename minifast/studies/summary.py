@@ -65,19 +65,16 @@ class Summary:
         depth, rows = max(row["layer"].count(".") + 1 for row in self.rows), self.rows
         while len(rows) > MOST_LINES and depth > 1:
             depth -= 1
-            rows = self._merged(depth)
+            merged: dict[str, dict[str, Any]] = {}
+            for row in self.rows:
+                name = ".".join(row["layer"].split(".")[:depth])
+                kind, output = self.outer[name]
+                sums = merged.setdefault(name, {"layer": name, "type": kind, "output": output, "parameters": 0,
+                                                "trainable": 0})
+                for key in ("parameters", "trainable"):
+                    sums[key] += row[key]
+            rows = list(merged.values())
         return rows, depth
-
-    def _merged(self, depth: int) -> list[dict[str, Any]]:
-        merged: dict[str, dict[str, Any]] = {}
-        for row in self.rows:
-            name = ".".join(row["layer"].split(".")[:depth])
-            kind, output = self.outer[name]
-            sums = merged.setdefault(name, {"layer": name, "type": kind, "output": output, "parameters": 0,
-                                            "trainable": 0})
-            sums["parameters"] += row["parameters"]
-            sums["trainable"] += row["trainable"]
-        return list(merged.values())
 
 
 def summary(learn: Trainer) -> Summary:
@@ -165,28 +162,25 @@ def _n_bytes(tensor: Tensor) -> int:
 def state_bytes(opt: Optimizer) -> int | None:
     """Bytes of `opt`'s state once it has made a step; None where that cannot be told.
 
-    A twin of the optimizer makes one step on tensors that have a shape and no memory. Frozen parameters have no state.
+    A twin of the optimizer makes one step on tensors without memory. Frozen parameters have no state.
 
     >>> layer = nn.Linear(9, 1, bias=False)
     >>> state_bytes(torch.optim.Adam(layer.parameters())) == 2 * 9 * 4 + 4  # two moments, and the count of steps
     True
     """
     unfused = {"fused": None, "foreach": None, "capturable": False}  # these ask for a real device
-    groups = [group | {key: value for key, value in unfused.items() if key in group}
-              | {"params": [_without_memory(p) for p in group["params"] if p.requires_grad]}
-              for group in opt.param_groups]
+    groups = []
+    for group in opt.param_groups:
+        params = [nn.Parameter(torch.empty_like(p, device="meta")) for p in group["params"] if p.requires_grad]
+        for p in params:
+            p.grad = torch.empty_like(p)
+        groups.append(group | {key: value for key, value in unfused.items() if key in group} | {"params": params})
     try:
         twin = type(opt)([group for group in groups if group["params"]], lr=1e-3)  # type: ignore[call-arg]
         twin.step()
     except Exception:  # an optimizer of the user's may do anything; and some of torch's read values
         return None
     return sum(_n_bytes(tensor) for state in twin.state.values() for tensor in tensors(state))
-
-
-def _without_memory(p: Tensor) -> nn.Parameter:
-    twin = nn.Parameter(torch.empty_like(p, device="meta"))
-    twin.grad = torch.empty_like(twin)
-    return twin
 
 
 def _size(n_bytes: int) -> str:

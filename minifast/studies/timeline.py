@@ -2,7 +2,7 @@
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -93,23 +93,19 @@ def profile(learn: Trainer, n: int = 50, *, callbacks: Iterable[Callback] = (), 
     last = max((moment.batch_index for moment in moments), default=-1)
     first = min(WARM_UP, max(0, last - WARM_UP))
     moments = [moment for moment in moments if moment.batch_index >= first]
-    total = sum(moment.seconds for moment in moments)
-    sums: dict[tuple[str, str | None], list[float]] = {}
+    total, waiting = sum(moment.seconds for moment in moments), WORK["before_batch"]
+    sums: dict[tuple[str, str | None], list[float]] = {(waiting, None): []}
     for moment in moments:
         sums.setdefault((moment.event if moment.callback is None else "", moment.callback), []).append(moment.seconds)
     rows = [{"what": what, "callback": name, "calls": len(seconds), "seconds": sum(seconds),
-             "share": sum(seconds) / total if total else 0.0} for (what, name), seconds in sums.items()]
-    found = Profile(sorted(rows, key=lambda row: -float(row["share"])), total,
-                    sum(moment.event == WORK["before_batch"] for moment in moments),
-                    profiler.key_averages().table("self_cpu_time_total", row_limit=15) if profiler else "")
-    return replace(found, advice=_advice(found.share(WORK["before_batch"]), learn))
-
-
-def _advice(share: float, learn: Trainer) -> str:
+             "share": sum(seconds) / (total or 1.0)} for (what, name), seconds in sums.items() if seconds]
+    share = sum(sums[waiting, None]) / (total or 1.0)
     remedy = remedies(learn.dls.train, learn.device) if share >= SHARE else ""
     # here the device is waited for after each piece of work; in a fit it may have some left while batches are made
     goes = "goes into" if learn.device.type == "cpu" else "would go into, if the device did nothing meanwhile,"
-    return remedy and f"{100 * share:.0f} % of the time {goes} waiting for data: {remedy}"
+    return Profile(sorted(rows, key=lambda row: -float(row["share"])), total, len(sums[waiting, None]),
+                   profiler.key_averages().table("self_cpu_time_total", row_limit=15) if profiler else "",
+                   remedy and f"{100 * share:.0f} % of the time {goes} waiting for data: {remedy}")
 
 
 def _run(learn: Trainer, n: int, callbacks: Iterable[Callback], accumulate: int,
@@ -145,7 +141,6 @@ class _TimingEmitter(Emitter):
     def __init__(self, moments: list[Moment], callbacks: Iterable[Callback], state: State) -> None:
         super().__init__(callbacks, state)
         self.moments = moments
-        self._waits = state.device.type != "cpu"
         self._left = time.perf_counter()
 
     def __call__(self, event: Event) -> None:
@@ -170,12 +165,11 @@ class _TimingEmitter(Emitter):
                                    -1 if event in ("before_fit", "after_fit") else state.batch_index))
 
     def _now(self) -> float:
-        if self._waits:
+        if self.state.device.type != "cpu":
             torch.accelerator.synchronize(self.state.device)
         return time.perf_counter()
 
-    def _values(self) -> dict[str, Any]:
-        """What a callback may change."""
+    def _values(self) -> dict[str, Any]:  # what a callback may change
         return {}
 
 
@@ -207,15 +201,14 @@ def _changes(before: dict[str, Any], after: dict[str, Any]) -> str:
 
 
 def _same(before: Any, after: Any) -> bool:
-    comparable = (int, float, str, dict, tuple, list)
-    if isinstance(before, comparable) and isinstance(after, comparable):
+    if isinstance(after, (int, float, str, dict, tuple, list)):
         with suppress(RuntimeError, ValueError):  # a batch of tensors, which have no truth value
             return bool(before == after)
     return before is after
 
 
 def _change(name: str, before: Any, after: Any) -> str:
-    """In words: the numbers where it is one, or where the last of several is another."""
+    """In words: with the numbers if it is one, or of several the last."""
     if name == "metrics":
         return "metrics: " + ", ".join(key for key in after if key not in before or after[key] != before[key])
     if isinstance(after, tuple) and after and all(isinstance(value, (int, float)) for value in after):
