@@ -57,11 +57,7 @@ def run(dls: DataLoaders, out: Path, *, lr: float | None = None, epochs: int | N
 
 
 def convnet(shape: tuple[int, ...], n_classes: int, width: int = 48) -> nn.Sequential:
-    """A small convnet for images of `shape` (channels, height, width), both sides >= 8 pixels.
-
-    >>> convnet((1, 8, 8), 10)(torch.zeros(2, 1, 8, 8)).shape
-    torch.Size([2, 10])
-    """
+    """A small convnet for images of `shape` (channels, height, width), both sides >= 8 pixels."""
     side = min(shape[1:])
     stride = 1 if side <= 16 else 2  # at full size the first layers would take most of the time
     layers = [*_conv(shape[0], width, stride), *_conv(width, width), nn.MaxPool2d(2)]

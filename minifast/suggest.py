@@ -18,8 +18,7 @@ from .errors import check_int, check_number, quoted
 
 Curve = NDArray[np.float64]
 
-# A finder that stopped early leaves a stump. Below ten points the rules answer from the shape of the noise.
-MIN_POINTS = 10
+MIN_POINTS = 10  # below it, where a finder stopped early, the rules answer from the shape of the noise
 
 # "Descent" is the largest fall from any loss to a later one. It has to exceed two things:
 # * 1 % of the loss's level (the median of |loss|). The smoothed loss of a model that learns nothing wanders by 0.35 %
@@ -68,8 +67,8 @@ def valley(lrs: Curve, losses: Curve) -> float:
 def steep(lrs: Curve, losses: Curve) -> float:
     """The learning rate where the loss falls fastest per step of log(lr).
 
-    `lrs[k]` for the k with the smallest `(losses[k+1] - losses[k]) / (ln lrs[k+1] - ln lrs[k])`: the left end of the
-    steepest piece. Losses that never fall give the point where they rise least.
+    `lrs[k]` for the k with the smallest `(losses[k+1] - losses[k]) / (ln lrs[k+1] - ln lrs[k])`; of losses that never
+    fall, where they rise least.
 
     Source: fastai 2.8, `steep`.
 
@@ -111,8 +110,6 @@ def slide(lrs: Curve, losses: Curve, lr_diff: int = 15, thresh: float = 0.005, a
     >>> losses = np.array([2.0, 2.0, 1.9, 1.5, 1.1, 1.0, 1.0])
     >>> slide(lrs, losses, lr_diff=2, thresh=0.2)
     0.001
-    >>> slide(lrs, losses, lr_diff=2, thresh=0.2, adjust_value=0.5)
-    0.0005
     """
     lr_diff, thresh = check_int("lr_diff", lr_diff), check_number("thresh", thresh)
     adjust_value = check_number("adjust_value", adjust_value)

@@ -34,12 +34,9 @@ class MostConfused(list[Confused]):
 
 
 def most_confused(counts: Counts, names: Sequence[str], min_val: int = 1) -> MostConfused:
-    """`Interpretation.most_confused` of the table `counts`, rows actual, columns predicted; equal counts in order.
+    """The pairs of different classes that were confused at least `min_val` times; equally frequent ones in order.
 
-    >>> most_confused(np.array([[5, 1, 0], [3, 2, 0], [0, 0, 4]]), ["cat", "dog", "emu"])
-    actual  predicted  count
-    dog     cat            3
-    cat     dog            1
+    counts: (k, k), rows actual, columns predicted.
     """
     wrong = counts.copy()
     np.fill_diagonal(wrong, 0)
@@ -50,14 +47,11 @@ def most_confused(counts: Counts, names: Sequence[str], min_val: int = 1) -> Mos
 
 
 def report(counts: Counts, names: Sequence[str]) -> Table:
-    """`Interpretation.report` of the table `counts`.
+    """Precision, recall, f1 (0..1) and support (samples) of each class, then the accuracy and the mean over classes.
 
-    >>> report(np.array([[3, 1], [0, 4]]), ["cat", "dog"])
-    class      precision  recall      f1  support
-    cat           1.0000  0.7500  0.8571        4
-    dog           0.8000  1.0000  0.8889        4
-    accuracy                      0.8750        8
-    macro avg     0.9000  0.8750  0.8730        8
+    precision: of what was taken for the class, the share that is of it; recall: of what is of the class, the share
+    that was taken for it; f1: their harmonic mean. A class that nothing was taken for has precision 0. A class without
+    samples has no recall and no f1: None; it does not count in "macro avg", the plain mean over the other classes.
     """
     right, support, taken, n = np.diag(counts), counts.sum(1), counts.sum(0), int(counts.sum())
     shares = {"precision": right / np.maximum(taken, 1), "recall": right / np.maximum(support, 1),

@@ -43,9 +43,11 @@ class Interpretation:
         """Look at all samples of `dl` (None: the validation data; a text: the validation set of that name), once.
 
         The model is in eval mode, with averaged weights where a callback of the learner validates with them; random
-        generators are left as they were. Of a sample some bytes are kept; only of the `keep` largest losses, and of
-        `keep` samples drawn at random for `show_results`, the inputs, on the CPU. classes: the names of the classes,
-        None for those of `learn.dls.classes`, or else their numbers.
+        generators are left as they were.
+
+        keep: inputs are kept, on the CPU, of so many largest losses, and of as many samples drawn at random for
+            `show_results`.
+        classes: the names of the classes, None for those of `learn.dls.classes`, or else their numbers.
 
         The output of the model is (n, k) scores, or (n,) or (n, 1) for two classes, where the score 0 (with
         `nn.BCELoss` 0.5) divides them. Targets are class indices, or shares of the output's shape (one-hot, mixup):
@@ -56,8 +58,8 @@ class Interpretation:
         >= 0 and those of a sample sum to 1. The loss is that of `learn.loss_func` for the sample alone; of a model
         that computes its own it is the cross entropy of its logits.
 
-        Raises ValueError for what is no classification of each sample into one of k classes, for targets outside of
-        0..k-1, for names of another number, and if there is no sample.
+        Raises ValueError for what is no classification of each sample into one of k classes, targets beyond 0..k-1,
+        names of another number, and if there is no sample.
 
         >>> import torch
         >>> from minifast import Learner
@@ -93,8 +95,7 @@ class Interpretation:
     def confusion_matrix(self) -> NDArray[np.int64]:
         """How many samples of each class (row) were taken for each class (column), (k, k)."""
         k = len(self.classes)
-        counts: NDArray[np.int64] = np.bincount(self.actual * k + self.predicted, minlength=k * k).reshape(k, k)
-        return counts
+        return np.bincount(self.actual * k + self.predicted, minlength=k * k).reshape(k, k)
 
     def plot_confusion_matrix(self, *, normalize: bool = False, ax: "Axes | None" = None) -> "Axes":
         """Draw the confusion matrix, coloured by the share of the row; gives the axes.
@@ -160,10 +161,10 @@ class Interpretation:
 
     def _row(self, row: int) -> dict[str, Any]:
         index = int(self.index[row])
-        found = {"index": index, "actual": self.classes[self.actual[row]],
-                 "predicted": self.classes[self.predicted[row]], "probability": float(self.probability[row]),
-                 "loss": float(self.loss[row])}
-        return found if self._files is None else {**found, "file": self._files[index]}
+        file = {} if self._files is None else {"file": self._files[index]}
+        return {"index": index, "actual": self.classes[self.actual[row]],
+                "predicted": self.classes[self.predicted[row]], "probability": float(self.probability[row]),
+                "loss": float(self.loss[row]), **file}
 
     def __repr__(self) -> str:
         worst = ", ".join(f"{pair.actual} as {pair.predicted} ({pair.count:,})" for pair in self.most_confused()[:3])

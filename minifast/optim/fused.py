@@ -33,15 +33,7 @@ Work = list[tuple[dict[str, Any], list[Tensor], list[Tensor], list[dict[str, Any
 
 
 def updater(opt: Optimizer) -> Callable[[], None]:
-    """What makes one weight update of `opt` as `opt.step()` does, bit for bit: asked for anew by each fit.
-
-    >>> weight = torch.nn.Parameter(torch.ones(2))
-    >>> opt = AdamW([weight], lr=0.1, fused=True)
-    >>> weight.grad = torch.ones(2)
-    >>> updater(opt)()
-    >>> weight.detach(), opt.state[weight]["step"]
-    (tensor([0.8990, 0.8990]), tensor(1.))
-    """
+    """What makes one weight update of `opt` as `opt.step()` does, bit for bit: asked for anew by each fit."""
     def step() -> None:
         opt.step()  # looked up each time: someone may put another one in its place
 
@@ -65,13 +57,7 @@ def updater(opt: Optimizer) -> Callable[[], None]:
 
 
 def backward() -> Callable[[Tensor, Tensor], None]:
-    """What does `loss.backward(gradient)`, for a loss of shape () and a gradient like it: asked for anew by each fit.
-
-    >>> weight = torch.ones((), requires_grad=True)
-    >>> backward()(2 * weight, torch.ones(()))
-    >>> weight.grad
-    tensor(2.)
-    """
+    """What does `loss.backward(gradient)`, for a loss and a gradient of shape (): asked for anew by each fit."""
     engine = _engine() if DIRECT else None
 
     def call(loss: Tensor, gradient: Tensor) -> None:

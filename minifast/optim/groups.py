@@ -88,11 +88,7 @@ def split(model: nn.Module, splitter: Splitter = None) -> LayerGroups:
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether `module` is a normalisation layer: torch's own, or by its class name, as in LlamaRMSNorm.
-
-    >>> is_norm(nn.LayerNorm(3)), is_norm(nn.Linear(3, 3))
-    (True, False)
-    """
+    """Whether `module` is a normalisation layer: torch's own, or by its class name, as in LlamaRMSNorm."""
     return re.search(r"Norm(\d?d)?$", type(module).__name__) is not None or isinstance(
         module, (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm))
 

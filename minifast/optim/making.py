@@ -29,7 +29,7 @@ def make_optimizer(opt_func: Callable[..., Optimizer], model: nn.Module, groups:
     if not callable(opt_func) or isinstance(opt_func, Optimizer):
         raise TypeError(f"opt_func must be a torch optimizer class or a partial of one, got {opt_func!r:.80}. "
                         "Pass e.g. torch.optim.AdamW.")
-    opt = _call(opt_func, param_groups, lrs[-1], model)
+    opt = _call(partial(opt_func, param_groups, lr=lrs[-1]), _can_fuse(opt_func, model))
     if not isinstance(opt, Optimizer):
         raise TypeError(f"opt_func must make a torch optimizer, got {type(opt).__name__}. Pass a class such as "
                         "torch.optim.AdamW, or functools.partial(torch.optim.SGD, momentum=0.9).")
@@ -37,12 +37,12 @@ def make_optimizer(opt_func: Callable[..., Optimizer], model: nn.Module, groups:
     return opt
 
 
-def _call(opt_func: Callable[..., Optimizer], param_groups: list[dict[str, Any]], lr: float, model: nn.Module) -> Any:
-    if _can_fuse(opt_func, model):
+def _call(make: Callable[..., Optimizer], can_fuse: bool) -> Any:
+    if can_fuse:
         with suppress(RuntimeError, TypeError):  # no fused kernel for this device or dtype: the usual one does the same
-            return opt_func(param_groups, lr=lr, fused=True)
+            return make(fused=True)
     try:
-        return opt_func(param_groups, lr=lr)
+        return make()
     except TypeError as error:
         error.add_note("opt_func is called as opt_func(param_groups, lr=...): pass an optimizer class or a partial")
         raise

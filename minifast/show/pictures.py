@@ -25,11 +25,7 @@ TALLEST = 2.0  # height / width of the room for a picture; a taller one is drawn
 
 
 def are_pictures(x: Any) -> bool:
-    """Whether `x` is a batch of images: a tensor (n, 1 or 3, height, width).
-
-    >>> are_pictures(torch.zeros(2, 3, 8, 8)), are_pictures(torch.zeros(2, 8)), are_pictures("a text")
-    (True, False, False)
-    """
+    """Whether `x` is a batch of images: a tensor (n, 1 or 3, height, width)."""
     return isinstance(x, Tensor) and x.ndim == 4 and x.shape[1] in (1, 3) and min(x.shape[2:]) > 0 \
         and not x.is_complex()
 
@@ -43,9 +39,6 @@ def to_pictures(x: Tensor, mean: Sequence[float] | None = None, std: Sequence[fl
     What is not finite is black.
 
     Raises TypeError for what is no such batch, ValueError for `mean` and `std` that do not fit its channels.
-
-    >>> to_pictures(torch.tensor([-1.0, 0.0, 1.0]).reshape(1, 1, 1, 3), mean=[0.5], std=[0.5]).tolist()
-    [[[[0], [128], [255]]]]
     """
     if not are_pictures(x):
         shape = f" of shape {tuple(x.shape)}" if isinstance(x, Tensor) else ""
@@ -86,10 +79,6 @@ def grid(pictures: Iterable[Picture], titles: Sequence[str], colors: Sequence[st
     figure: an empty one, or a part of one, that is filled; None: a new one, as large as the number of pictures wants.
 
     Raises ValueError for no picture and for titles of another number, TypeError for what is no figure.
-
-    >>> figure = grid(to_pictures(torch.rand(5, 1, 8, 8)), ["a", "b", "c", "d", "e"])
-    >>> len(figure.axes)
-    5
     """
     pictures = list(pictures)
     n = len(pictures)

@@ -1,5 +1,4 @@
 """The learning-rate finder several times over: a median curve, a band, and whether the runs agree."""
-import random
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, cast
@@ -29,15 +28,7 @@ MAX_FACTOR = 10.0
 
 def find_repeatedly(learn: Trainer, start_lr: LR = 1e-7, end_lr: LR = 10.0, num_it: int = 100, *, repeats: int = 3,
                     stop_div: bool = True, callbacks: Iterable[Callback] = ()) -> LRFind:
-    """See `Learner.lr_find`, of which this is `repeats > 1`.
-
-    >>> from minifast import Learner
-    >>> data = [(torch.randn(8, 4), torch.randn(8, 1)) for _ in range(5)]
-    >>> learn = Learner(torch.nn.Linear(4, 1), (data, None), torch.nn.MSELoss(), verbose=False)
-    >>> found = find_repeatedly(learn, repeats=2, num_it=20)
-    >>> len(found.runs), len(found.band[0]) == len(found.lrs)
-    (2, True)
-    """
+    """See `Learner.lr_find`, of which this is `repeats > 1`."""
     repeats = check_int("repeats", repeats, example="lr_find(repeats=3)")
     callbacks, verbose = check_callbacks(callbacks, "callbacks"), learn.verbose
     runs: list[LRFind] = []
@@ -113,5 +104,5 @@ def _reseed(seed: int, own: Iterable[Any]) -> None:
             generator.manual_seed(seed)
         elif isinstance(generator, np.random.Generator):
             generator.bit_generator.state = type(generator.bit_generator)(seed).state
-        elif isinstance(generator, (np.random.RandomState, random.Random)):
+        else:  # of numpy's old kind, or Python's
             generator.seed(seed)

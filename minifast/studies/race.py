@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 Column = NDArray[np.float64]
 STANDARD_ERRORS = 2.0  # how many of them a margin has to exceed
 STANDSTILL, START_STEPS = 1e-30, 10  # a learning rate that moves nothing, to see the loss at the start on some batches
-MAX_RISE = 4.0  # times that loss: the finder's "3 times the best above it"
+MAX_RISE = 4.0  # times that loss
 MIN_COMPARED = 5  # steps, below which there is no telling how much the losses scatter
 
 
@@ -91,31 +91,25 @@ def race(learn: Trainer, lrs: Iterable[Any], steps: int = 100, *, schedule: Sche
     check_loader(learn.dls.train, 1, learn.model.modules())
     for _, loader in valid_sets(learn.dls.valid)[:1]:
         check_valid(loader)
-    start = _run(learn, STANDSTILL, min(steps, START_STEPS), [], running, "race", validates=False).losses.read()
+    start = _run(learn, STANDSTILL, min(steps, START_STEPS), [], running, "race", validates=False).losses
     runs = [_run(learn, lr, steps, [schedule] if schedule else [], running, f"race {k + 1}/{len(candidates)}")
             for k, lr in enumerate(candidates)]
     return _judge(candidates, runs, float(np.abs(start).mean()) if len(start) else math.nan)
 
 
 class _Watch(Callback):
-    """Keeps the training loss of each step and the validation loss of each batch."""
+    """Keeps the validation loss of each batch; and beside it, what the recorder has of a candidate's fit."""
 
     order = Order.RECORD
     owns = FiniteLoss.owns  # in its place: a candidate that explodes has lost, and is no error
-    in_lr_find = True
+    losses: Column  # the training loss of each step
+    valid_loss: float | None
 
     def __init__(self) -> None:
-        self.losses, self.valid_losses = ScalarColumn(), ScalarColumn()
-        self.valid_loss: float | None = None
-
-    def after_step(self, state: State) -> None:
-        self.losses.append(state.step_loss)
+        self.valid_losses = ScalarColumn()
 
     def after_valid_batch(self, state: State) -> None:
         self.valid_losses.append(state.loss)
-
-    def after_epoch(self, state: State) -> None:
-        self.valid_loss = state.metrics.get("valid_loss")
 
 
 class _Passes:
@@ -147,13 +141,15 @@ def _run(learn: Trainer, lr: Any, steps: int, schedule: list[Scheduler], running
             learn.dls = DataLoaders(passes, valid)
             learn.callbacks, learn.metrics, learn.train_metrics = [], [], False
             learn.fit(lr, 1, steps_per_epoch=steps, callbacks=[*schedule, *running, watch, *shown], verbose=False)
+        watch.losses = learn.recorder.losses
+        watch.valid_loss = learn.recorder.epochs[-1].get("valid_loss") if learn.recorder.epochs else None
     return watch
 
 
 def _check_candidates(learn: Trainer, lrs: Any) -> tuple[Any, ...]:
     candidates = tuple(check_items("lrs", lrs, "a list of learning rates", example="race([1e-3, 3e-3, 1e-2])"))
     if len(candidates) < 2:
-        raise ValueError(f"lrs must hold at least 2 learning rates, got {len(candidates)}. Pass e.g. race([1e-3, 0.1]).")
+        raise ValueError(f"lrs must hold at least 2 learning rates, got {len(candidates)}. Pass e.g. race([0.1, 1]).")
     spread = [spread_lrs(lr, learn.groups.names, f"lrs[{i}]") for i, lr in enumerate(candidates)]
     for i, values in enumerate(spread):
         if (first := spread.index(values)) < i:
@@ -167,7 +163,7 @@ def _judge(lrs: tuple[Any, ...], runs: Sequence[_Watch], start: float) -> Race:
     n_steps = min(len(run.losses) for run in runs)  # a callback may end a fit early
     if n_steps == 0:
         raise RuntimeError("a callback ended a fit before its first weight update: there is nothing to compare.")
-    losses = np.array([run.losses.read()[:n_steps] for run in runs])
+    losses = np.array([run.losses[:n_steps] for run in runs])
     tails = losses[:, -max(1, n_steps // 4):]
     with np.errstate(all="ignore"):
         means = tails.mean(axis=1)

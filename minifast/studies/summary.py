@@ -102,28 +102,28 @@ def summary(learn: Trainer) -> Summary:
     trainable = [p for p in model.parameters() if p.requires_grad]
     return Summary(
         type(model).__name__, describe(inputs), rows, outer, sum(p.numel() for p in model.parameters()),
-        sum(p.numel() for p in trainable), sum(map(_n_bytes, model.parameters())), sum(map(_n_bytes, trainable)),
-        sum(map(_n_bytes, model.buffers())), activations, state_bytes(learn.opt))
+        sum(p.numel() for p in trainable), sum(p.nbytes for p in model.parameters()),
+        sum(p.nbytes for p in trainable), sum(buffer.nbytes for buffer in model.buffers()), activations,
+        state_bytes(learn.opt))
 
 
 @contextmanager
 def _as_it_was(model: nn.Module, data: Any) -> Iterator[None]:
     """Eval mode without gradients; modes, buffers and random generators are put back at the end."""
     restore_modes, restore_rng = snapshot.modes(model), snapshot.rng(generators(data))
-    buffers = [(module, name, buffer, None if buffer is None else buffer.clone())
+    buffers = [(module, name, buffer, snapshot.clone(buffer))
                for module in model.modules() for name, buffer in module._buffers.items()]
     model.eval()
-    try:
-        with torch.no_grad():
+    with torch.no_grad():
+        try:
             yield
-    finally:
-        with torch.no_grad():
+        finally:
             for module, name, buffer, value in buffers:
                 module._buffers[name] = buffer  # a module may have put another tensor there
-                if buffer is not None and value is not None and not torch.equal(buffer, value):
+                if buffer is not None and not torch.equal(buffer, value):
                     buffer.copy_(value)
-        restore_modes()
-        restore_rng()
+            restore_modes()
+            restore_rng()
 
 
 def _run(model: nn.Module, modules: dict[str, nn.Module], inputs: Any) -> tuple[dict[str, str], list[Tensor]]:
@@ -155,18 +155,10 @@ def _distinct_bytes(held: list[Tensor], known: list[Tensor]) -> int:
     return sum(mine[at] for at in mine.keys() - memory(known).keys())
 
 
-def _n_bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
-
-
 def state_bytes(opt: Optimizer) -> int | None:
     """Bytes of `opt`'s state once it has made a step; None where that cannot be told.
 
     A twin of the optimizer makes one step on tensors without memory. Frozen parameters have no state.
-
-    >>> layer = nn.Linear(9, 1, bias=False)
-    >>> state_bytes(torch.optim.Adam(layer.parameters())) == 2 * 9 * 4 + 4  # two moments, and the count of steps
-    True
     """
     unfused = {"fused": None, "foreach": None, "capturable": False}  # these ask for a real device
     groups = []
@@ -180,7 +172,7 @@ def state_bytes(opt: Optimizer) -> int | None:
         twin.step()
     except Exception:  # an optimizer of the user's may do anything; and some of torch's read values
         return None
-    return sum(_n_bytes(tensor) for state in twin.state.values() for tensor in tensors(state))
+    return sum(tensor.nbytes for state in twin.state.values() for tensor in tensors(state))
 
 
 def _size(n_bytes: int) -> str:
