@@ -28,7 +28,7 @@ def run(dls: DataLoaders, out: Path, *, lr: float | None = None, epochs: int | N
     lr: the peak, None for what the finder suggests.
     epochs: of each run, None for `EPOCHS`.
 
-    Prints as it goes; gives the accuracy, 0..1, of each run.
+    Gives the accuracy, 0..1, of each run.
     """
     torch.manual_seed(seed)
     loaders: Any = dls
@@ -105,7 +105,6 @@ def _show(learn: Learner, name: str, out: Path) -> float:
 
 def _draw(plot: "Callable[..., Axes]", title: str, path: str, **options: Any) -> None:
     from matplotlib.figure import Figure
-
     figure = Figure(figsize=(7, 4.2), layout="constrained")  # a bare one: on a desktop, pyplot's would open windows
     plot(**options, ax=figure.subplots())
     figure.suptitle(title)

@@ -179,7 +179,11 @@ def suggestions(lrs: Curve, losses: Curve, num_it: int) -> tuple[dict[str, float
         if not fall > needed:
             return nothing, (f"no descent: the largest fall of the loss is {fall:.3g}, more than {needed:.3g} is "
                              "needed; try a higher end_lr or a smaller start_lr")
-        return {name: _or_none(rule, kept_lrs, kept_losses) for name, rule in RULES.items()}, ""
+        found = dict(nothing)
+        for name, rule in RULES.items():
+            with suppress(ValueError):
+                found[name] = rule(kept_lrs, kept_losses)
+        return found, ""
 
 
 def largest_fall(losses: Curve) -> float:
@@ -196,13 +200,6 @@ def needed_fall(losses: Curve) -> float:
     level = np.median(np.abs(losses))
     noise = np.median(np.abs(np.diff(losses))) * np.sqrt(len(losses))
     return float(max(MIN_FALL_OF_LEVEL * level, MIN_FALL_OF_NOISE * noise))
-
-
-def _or_none(rule: Callable[[Curve, Curve], float], lrs: Curve, losses: Curve) -> float | None:
-    try:
-        return rule(lrs, losses)
-    except ValueError:
-        return None
 
 
 def _same_shape(lrs: Curve, losses: Curve) -> tuple[Curve, Curve]:

@@ -1,4 +1,4 @@
-"""What a classifier gets wrong: counts, examples and reports of one pass over data."""
+"""What a classifier gets wrong, in one pass over data. Knows a Trainer; nobody below knows it."""
 from .confusion import Confused, MostConfused
 from .interpretation import ClassificationInterpretation, Interpretation
 

@@ -90,15 +90,7 @@ def plot(counts: Counts, names: Sequence[str], normalize: bool = False, ax: "Axe
                     color="white" if norm(shares[i, j]) > 0.6 else "black")
     else:
         ax.figure.colorbar(image, ax=ax, label="share of the actual class", shrink=0.7)
-    _write_names(ax, labels, cell)
-    right = int(np.trace(counts))
-    ax.set_title(f"{right:,} of {counts.sum():,} right ({right / counts.sum():.1%})", fontsize="medium")
-    return ax
-
-
-def _write_names(ax: "Axes", labels: Sequence[str], cell: float) -> None:
-    """The names at both axes: every one, or of many every second, third ... one."""
-    font = max(6.0, min(FONT[1] - 1, 0.8 * cell))  # points
+    font = max(6.0, min(FONT[1] - 1, 0.8 * cell))  # of the names, of which the 1st, 3rd, ... are written if many
     every = max(1, int(np.ceil(1.2 * font / cell)))
     places, shown = range(0, len(labels), every), labels[::every]
     is_flat = max(map(len, shown)) * BROAD * font < 0.9 * every * cell
@@ -106,6 +98,9 @@ def _write_names(ax: "Axes", labels: Sequence[str], cell: float) -> None:
     ax.set_yticks(places, shown, fontsize=font, parse_math=False)
     ax.set_xlabel("predicted")
     ax.set_ylabel("actual")
+    right = int(np.trace(counts))
+    ax.set_title(f"{right:,} of {counts.sum():,} right ({right / counts.sum():.1%})", fontsize="medium")
+    return ax
 
 
 def _short(name: str) -> str:

@@ -9,7 +9,7 @@ from ..base.batch import Batch
 from ..base.nest import describe, tensors
 from ..data.classes import check_classes
 from ..errors import check_flag, check_int
-from ..show.pictures import Picture, are_pictures, grid, to_pictures
+from ..show.pictures import are_pictures, grid, to_pictures
 from ..show.tables import Table
 from . import confusion
 from .confusion import MostConfused
@@ -143,21 +143,18 @@ class Interpretation:
         if n > kept.n and len(self.loss) > kept.n:
             raise ValueError(f"{name}={n} is more than the {kept.n} inputs that were kept. Pass "
                              f"Interpretation.from_learner(learn, keep={n}).")
-        rows = list(kept.inputs)[:n]
-        pictures = [self._picture(kept.inputs[row]) for row in rows]
+        rows, pictures = list(kept.inputs)[:n], []
+        for row in rows:
+            images = next((tensor for tensor in tensors(kept.inputs[row]) if are_pictures(tensor)), None)
+            if images is None:
+                raise ValueError("only images (n, 1 or 3, height, width) can be drawn, and the inputs of a sample are "
+                                 f"{describe(kept.inputs[row])}. top_losses() lists losses without pictures.")
+            pictures.append(to_pictures(images, self._mean, self._std)[0])
         found = [self._row(row) for row in rows]
         titles = [f"predicted {row['predicted']}\nactual {row['actual']}\n{row['probability']:.0%}, loss "
                   f"{row['loss']:.2f}" for row in found]
         colors = [None if row["predicted"] == row["actual"] else "red" for row in found]
         return grid(pictures, titles, colors, figure)
-
-    def _picture(self, inputs: Any) -> Picture:
-        images = next((tensor for tensor in tensors(inputs) if are_pictures(tensor)), None)
-        if images is None:
-            raise ValueError("only images (n, 1 or 3, height, width) can be drawn, and the inputs of a sample are "
-                             f"{describe(inputs)}. top_losses() lists losses without pictures.")
-        picture: Picture = to_pictures(images, self._mean, self._std)[0]
-        return picture
 
     def _row(self, row: int) -> dict[str, Any]:
         index = int(self.index[row])

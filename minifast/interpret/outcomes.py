@@ -42,15 +42,12 @@ class Outcomes:
 
 
 class Kept:
-    """The inputs of the `n` samples with the largest scores of all that were offered, on the CPU.
-
-    scores, inputs: of each row among the samples, its score, and its inputs as a batch of one; largest score first.
-    """
+    """The inputs of the `n` samples with the largest scores of all that were offered, on the CPU."""
 
     def __init__(self, n: int) -> None:
         self.n = n
-        self.scores: dict[int, float] = {}
-        self.inputs: dict[int, Any] = {}
+        self.scores: dict[int, float] = {}  # by the row among the samples, largest first
+        self.inputs: dict[int, Any] = {}  # of them, each a batch of one
 
     def offer(self, scores: Tensor, inputs: Any, places: Sequence[int], first: int) -> None:
         """Another batch. scores: (m,), on the CPU; places: of each of the m samples in `inputs`; first: its row."""
@@ -67,10 +64,7 @@ def _copy(tensor: Tensor) -> Tensor:  # without the batch that it was part of
 
 
 def collect(learn: "Trainer", data: Iterable[Batch], largest: Kept, drawn: Kept) -> Outcomes:
-    """One pass over `data`. `largest` is offered each sample by its loss, `drawn` by a number drawn at random.
-
-    Raises ValueError for what is no classification of each sample into one of k classes, and where there is none.
-    """
+    """One pass over `data`. `largest` is offered each sample by its loss, `drawn` by a number drawn at random."""
     generator = torch.Generator().manual_seed(0)  # one of its own: the same samples each time, and no other is moved
     columns: list[tuple[Tensor, ...]] = []
     seen = n_rows = n_classes = 0
@@ -91,7 +85,7 @@ def collect(learn: "Trainer", data: Iterable[Batch], largest: Kept, drawn: Kept)
             seen, n_rows, n_classes = seen + len(output), n_rows + len(places), _n_classes(output)
     if n_rows == 0:
         raise ValueError(f"there is nothing to interpret: the data yielded {seen} samples"
-                         + (", and the loss ignores the targets of all." if seen else "."))
+                         + ", and the loss ignores the targets of all" * bool(seen) + ".")
     return Outcomes(n_classes, *[torch.cat(column).numpy() for column in zip(*columns, strict=True)])
 
 

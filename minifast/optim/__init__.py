@@ -1,1 +1,1 @@
-"""Optimizers: layer groups, learning rates in every form, making one, reading and writing what it holds."""
+"""Layer groups, learning rates, making an optimizer. Knows models and torch's optimizers; nothing of fits or data."""

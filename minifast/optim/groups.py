@@ -49,8 +49,6 @@ class LayerGroups(tuple[LayerGroup, ...]):
                 for group, lr, wd in zip(self, self.lrs, self.wds, strict=True)]
         return table(["layer group", "parameters", "trainable", "lr", "weight decay"], rows)
 
-    __str__ = __repr__
-
 
 def split(model: nn.Module, splitter: Splitter = None) -> LayerGroups:
     """The layer groups of `model`: all of its parameters, each in exactly one group.

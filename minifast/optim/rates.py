@@ -15,9 +15,6 @@ def check_lr(name: str, lr: Any) -> Any:
 
     >>> check_lr("lr", [1, 2])
     (1.0, 2.0)
-    >>> check_lr("lr", slice(1e-2, 1e-5))
-    Traceback (most recent call last):
-    ValueError: lr=slice(lo, hi) must rise from the first layers to the last, got slice(0.01, 1e-05). Swap the two.
     """
     if isinstance(lr, slice):
         if lr.step is not None or lr.stop is None:
@@ -55,9 +52,6 @@ def spread_lrs(lr: Any, groups: int | Sequence[str], name: str = "lr") -> tuple[
 
     >>> [round(lr, 6) for lr in spread_lrs(slice(1e-4, 1e-2), 3)]
     [0.0001, 0.001, 0.01]
-    >>> spread_lrs([0.1, 0.2], ["body", "neck", "head"])
-    Traceback (most recent call last):
-    ValueError: lr holds 2 learning rates for 3 layer groups (body, neck, head): pass one float, ...
     """
     lr, n = check_lr(name, lr), groups if isinstance(groups, int) else len(groups)
     if isinstance(lr, slice):
@@ -74,11 +68,7 @@ def spread_lrs(lr: Any, groups: int | Sequence[str], name: str = "lr") -> tuple[
 
 
 def as_written(lr: Any) -> str:
-    """A learning rate in any form, as people write it.
-
-    >>> as_written(3e-3), as_written(slice(1e-5, 1e-3)), as_written([1e-3, 1e-2])
-    ('0.003', 'slice(1e-05, 0.001)', '[0.001, 0.01]')
-    """
+    """A learning rate in any form, as people write it: 0.003, slice(1e-05, 0.001), [0.001, 0.01]."""
     if isinstance(lr, slice):
         return f"slice({lr.stop:.4g})" if lr.start is None else f"slice({lr.start:.4g}, {lr.stop:.4g})"
     if isinstance(lr, Iterable) and getattr(lr, "ndim", 1) != 0:

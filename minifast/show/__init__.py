@@ -1,1 +1,1 @@
-"""What a person sees: tables, plots, pictures, and the screen that lines and bars are written to."""
+"""What a person sees: tables, plots, pictures, lines and bars. Knows matplotlib and tqdm; nothing of training."""

@@ -14,7 +14,7 @@ log = logging.getLogger("minifast")
 
 
 def say(text: str) -> None:
-    """Print, unless standard output is closed: then log that once and go on."""
+    """Print; if standard output is closed, log that and go on."""
     _Lines().line(text)
 
 
@@ -92,7 +92,6 @@ class _Notebook(_Lines):
 
     def bar(self, step: int, title: str, note: str) -> None:
         from tqdm import tqdm
-
         self._show(tqdm.format_meter(step, self._n_steps, time.perf_counter() - self._began, ncols=100, prefix=title,
                                      postfix=note, bar_format=self._bar_format))
 
@@ -104,7 +103,6 @@ class _Notebook(_Lines):
 
     def _show(self, bar: str = "") -> None:
         from IPython.display import display
-
         text = {"text/plain": "\n".join([*self._lines, *([bar] if bar else [])])}
         if self._output is None:
             self._output = display(text, raw=True, display_id=True)  # type: ignore[no-untyped-call]

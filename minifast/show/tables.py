@@ -58,8 +58,6 @@ class Table(list[dict[str, Any]]):
     def __repr__(self) -> str:
         return table(list(self[0]), [list(row.values()) for row in self]) if self else "(no rows)"
 
-    __str__ = __repr__
-
 
 def listed(names: Iterable[Any], n: int = 5) -> str:
     """The first `n` of `names`, and how many more there are.

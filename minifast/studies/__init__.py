@@ -1,1 +1,1 @@
-"""What a Trainer tries out and undoes, to say something about it; `Learner` offers it."""
+"""What a Trainer tries out and undoes, to say something about it; nobody below knows it."""

@@ -61,8 +61,6 @@ class Report(list[Finding]):
         n = len(self.problems)
         return "\n".join([*lines, f"{n} problem{'s' * (n != 1)}" if n else "no problem"])
 
-    __str__ = __repr__
-
 
 def check(learn: Trainer) -> Report:
     """See `Learner.check`."""
@@ -111,8 +109,7 @@ class _Checks:
         self.bad = [describe(tensor) for tensor in _floats(self.batch) if not torch.isfinite(tensor).all()]
         self._say("ok", "data", f"inputs {describe(self.inputs)}, target {describe(self.target)}")
         sizes = [(describe(tensor), float(tensor.abs().max())) for tensor in _floats(self.inputs) if tensor.numel()]
-        large = [f"{what}: {size:.3g}" for what, size in sizes if LARGE < size < math.inf]
-        if large:
+        if large := [f"{what}: {size:.3g}" for what, size in sizes if LARGE < size < math.inf]:
             self._say("note", "data", f"inputs are as large as {', '.join(large)}: normalise them to about 0 +- 1")
 
     def output(self) -> None:

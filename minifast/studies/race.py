@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from ..base.batch import Batch
-from ..core.callback import Callback, Order
+from ..core.callback import Callback
 from ..core.checks import check_loader, check_valid
 from ..core.ownership import check_callbacks
 from ..core.state import State
@@ -24,7 +24,7 @@ from ..record.scalars import Ema, ScalarColumn
 from ..schedules.scheduler import Scheduler, last_lr
 from ..show import plots
 from ..show.tables import Table
-from ..standard.finite import FiniteLoss
+from ..standard.finite import Unchecked
 from ..standard.progress import Progress
 from ..training.trainer import Trainer
 
@@ -69,12 +69,10 @@ class Race:
         ax.legend(title="learning rate")
         return ax
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         n, steps = self.losses.shape
         return (f"{n} learning rates, {steps} weight update{'s' * (steps > 1)} each from the same weights and batches\n"
                 f"{self.rows}\n{self.verdict}")
-
-    __repr__ = __str__
 
 
 def race(learn: Trainer, lrs: Iterable[Any], steps: int = 100, *, schedule: Scheduler | None = None,
@@ -97,11 +95,9 @@ def race(learn: Trainer, lrs: Iterable[Any], steps: int = 100, *, schedule: Sche
     return _judge(candidates, runs, float(np.abs(start).mean()) if len(start) else math.nan)
 
 
-class _Watch(Callback):
+class _Watch(Unchecked):  # a candidate that explodes has lost, and is no error
     """Keeps the validation loss of each batch; and beside it, what the recorder has of a candidate's fit."""
 
-    order = Order.RECORD
-    owns = FiniteLoss.owns  # in its place: a candidate that explodes has lost, and is no error
     losses: Column  # the training loss of each step
     valid_loss: float | None
 

@@ -58,8 +58,6 @@ class Summary:
             lines.append(f"{name:33}  {shown(count):>14}  {'unknown' if size is None else _size(size):>13}")
         return "\n".join(lines)
 
-    __str__ = __repr__
-
     def _shown(self) -> tuple[list[dict[str, Any]], int]:
         """The rows, merged into their outer modules as far as that takes to be few; and how deep they then are."""
         depth, rows = max(row["layer"].count(".") + 1 for row in self.rows), self.rows
@@ -80,22 +78,20 @@ class Summary:
 def summary(learn: Trainer) -> Summary:
     """See `Learner.summary`."""
     model, data = learn.model, second_copy(as_dataloaders(learn.model, learn.dls).train)
-    modules = dict(model.named_modules())
     with _as_it_was(model, data), closing(feed(data, learn.device, 1, DeferredInterrupt())) as batches:
         batch = next(batches, None)
         if batch is None:
             raise ValueError(f"there is nothing to run: the training data ({type(data).__name__}) yielded 0 batches.")
         inputs, _ = learn.unpack(batch)
-        outputs, held = _run(model, modules, inputs)
+        outputs, held = _run(model, inputs)
         activations = _distinct_bytes(held, [*model.parameters(), *model.buffers(), *tensors(batch)])
-    outer = {name or ROOT: (type(module).__name__, outputs.get(name, "not run")) for name, module in modules.items()}
-    rows, seen = [], set[int]()
-    for name, module in modules.items():
+    outer, rows, seen = {}, [], set[int]()
+    for name, module in model.named_modules():
+        kind, output = outer[name or ROOT] = type(module).__name__, outputs.get(name, "not run")
         params = list(module.parameters(recurse=False))
         if params or not list(module.children()):
             own = [p for p in params if id(p) not in seen]
             seen |= set(map(id, own))
-            kind, output = outer[name or ROOT]
             rows.append({"layer": name or ROOT, "type": kind, "output": output,
                          "parameters": sum(p.numel() for p in own),
                          "trainable": sum(p.numel() for p in own if p.requires_grad)})
@@ -126,9 +122,9 @@ def _as_it_was(model: nn.Module, data: Any) -> Iterator[None]:
             restore_rng()
 
 
-def _run(model: nn.Module, modules: dict[str, nn.Module], inputs: Any) -> tuple[dict[str, str], list[Tensor]]:
+def _run(model: nn.Module, inputs: Any) -> tuple[dict[str, str], list[Tensor]]:
     """The shape of each module's first output, and all tensors that any of them put out."""
-    names = {module: name for name, module in modules.items()}
+    names = {module: name for name, module in model.named_modules()}
     shapes: dict[str, str] = {}
     held: list[Tensor] = []
 
@@ -136,7 +132,7 @@ def _run(model: nn.Module, modules: dict[str, nn.Module], inputs: Any) -> tuple[
         shapes.setdefault(names[module], describe(output, lambda tensor: str(tuple(tensor.shape))))
         held.extend(tensors(output))
 
-    with hook_outputs(modules.values(), note):
+    with hook_outputs(names, note):
         try:
             call_model(model, inputs)
         except Exception as error:
@@ -147,12 +143,9 @@ def _run(model: nn.Module, modules: dict[str, nn.Module], inputs: Any) -> tuple[
 
 def _distinct_bytes(held: list[Tensor], known: list[Tensor]) -> int:
     """Bytes behind `held`: views and in-place results of one another, or of `known`, cost nothing."""
-    def memory(of: list[Tensor]) -> dict[int, int]:
-        return {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
-                for tensor in of if tensor.layout is torch.strided}
-
-    mine = memory(held)
-    return sum(mine[at] for at in mine.keys() - memory(known).keys())
+    mine, others = ({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in of
+                     if tensor.layout is torch.strided} for of in (held, known))
+    return sum(mine[at] for at in mine.keys() - others.keys())
 
 
 def state_bytes(opt: Optimizer) -> int | None:

@@ -48,8 +48,6 @@ class Trace(list[Moment]):
                  moment.callback or "(the loop)", f"{moment.seconds * 1e6:,.0f}", moment.changed] for moment in self]
         return table(["step.batch", "event or work", "callback", "us", "changes"], rows) if rows else "(no event)"
 
-    __str__ = __repr__
-
 
 @dataclass(frozen=True, repr=False)
 class Profile:
@@ -71,10 +69,8 @@ class Profile:
                  f"{row['seconds'] * 1e6 / row['calls']:,.0f}", f"{row['share']:.1%}"] for row in self.rows]
         head = (f"{self.n_batches} training batches in {self.seconds:.3g} s: "
                 f"{self.seconds / max(1, self.n_batches) * 1e6:,.0f} us each, all included\n")
-        below = [text for text in (self.advice, self.ops) if text]
-        return "\n\n".join([head + table(["what", "", "calls", "us a call", "share"], rows), *below])
-
-    __str__ = __repr__
+        texts = [head + table(["what", "", "calls", "us a call", "share"], rows), self.advice, self.ops]
+        return "\n\n".join(filter(None, texts))
 
 
 def trace(learn: Trainer, n: int = 2, *, callbacks: Iterable[Callback] = (), accumulate: int = 1) -> Trace:
