@@ -34,10 +34,7 @@ class MostConfused(list[Confused]):
 
 
 def most_confused(counts: Counts, names: Sequence[str], min_val: int = 1) -> MostConfused:
-    """The pairs of different classes that were confused at least `min_val` times; equally frequent ones in order.
-
-    counts: (k, k), rows actual, columns predicted.
-    """
+    """`Interpretation.most_confused` of the table `counts`, rows actual, columns predicted; equal counts in order."""
     wrong = counts.copy()
     np.fill_diagonal(wrong, 0)
     rows, columns = np.nonzero(wrong >= min_val)
@@ -47,12 +44,7 @@ def most_confused(counts: Counts, names: Sequence[str], min_val: int = 1) -> Mos
 
 
 def report(counts: Counts, names: Sequence[str]) -> Table:
-    """Precision, recall, f1 (0..1) and support (samples) of each class, then the accuracy and the mean over classes.
-
-    precision: of what was taken for the class, the share that is of it; recall: of what is of the class, the share
-    that was taken for it; f1: their harmonic mean. A class that nothing was taken for has precision 0. A class without
-    samples has no recall and no f1: None; it does not count in "macro avg", the plain mean over the other classes.
-    """
+    """`Interpretation.report` of the table `counts`."""
     right, support, taken, n = np.diag(counts), counts.sum(1), counts.sum(0), int(counts.sum())
     shares = {"precision": right / np.maximum(taken, 1), "recall": right / np.maximum(support, 1),
               "f1": 2 * right / np.maximum(support + taken, 1)}  # as 2 p r / (p + r), without 0 / 0
@@ -66,7 +58,7 @@ def report(counts: Counts, names: Sequence[str]) -> Table:
 
 
 def plot(counts: Counts, names: Sequence[str], normalize: bool = False, ax: "Axes | None" = None) -> "Axes":
-    """Draw the matrix (k, k), rows actual, columns predicted, as `Interpretation.plot_confusion_matrix` says.
+    """Draw the matrix (k, k), rows actual, columns predicted.
 
     The colour is the share of the row, on a scale that shows rare confusions too. Where there is no room for numbers,
     a colour bar says what it means, and only as many names are written as can be read.

@@ -112,7 +112,9 @@ class Interpretation:
     def report(self) -> Table:
         """Precision, recall, f1 (0..1) and support (samples) of each class, then accuracy and the mean over classes.
 
-        A class without samples has no recall and no f1 (None), and no part in the mean.
+        precision: of what was taken for the class, the share that is of it; recall: of what is of the class, the share
+        that was taken for it; f1: their harmonic mean. A class that nothing was taken for has precision 0. A class
+        without samples has no recall and no f1 (None), and no part in the mean ("macro avg").
         """
         return confusion.report(self.confusion_matrix(), self.classes)
 

@@ -18,7 +18,6 @@ from ..data.dataloaders import DataLoaders
 from ..data.feed import feed
 from ..data.loader import valid_sets
 from ..errors import check_int, check_items
-from ..machine.signals import DeferredInterrupt
 from ..optim.rates import as_written, spread_lrs
 from ..record.scalars import Ema, ScalarColumn
 from ..schedules.scheduler import Scheduler, last_lr
@@ -118,7 +117,7 @@ class _Passes:
     def __iter__(self) -> Iterator[Batch]:
         is_empty = False
         while not is_empty:  # or this would never end
-            batches = feed(self._loader, torch.device("cpu"), None, DeferredInterrupt(), "the training data")
+            batches = feed(self._loader, torch.device("cpu"), what="the training data")
             self.close, is_empty = batches.close, True
             for batch in batches:
                 is_empty = False

@@ -15,7 +15,6 @@ from ..base.nest import describe, tensors
 from ..data.dataloaders import as_dataloaders
 from ..data.feed import feed
 from ..data.loader import generators, second_copy
-from ..machine.signals import DeferredInterrupt
 from ..show.tables import shown, table
 from ..training.trainer import Trainer
 
@@ -78,7 +77,7 @@ class Summary:
 def summary(learn: Trainer) -> Summary:
     """See `Learner.summary`."""
     model, data = learn.model, second_copy(as_dataloaders(learn.model, learn.dls).train)
-    with _as_it_was(model, data), closing(feed(data, learn.device, 1, DeferredInterrupt())) as batches:
+    with _as_it_was(model, data), closing(feed(data, learn.device, 1)) as batches:
         batch = next(batches, None)
         if batch is None:
             raise ValueError(f"there is nothing to run: the training data ({type(data).__name__}) yielded 0 batches.")
