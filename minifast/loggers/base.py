@@ -2,15 +2,21 @@
 import logging
 import math
 import os
+import platform
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from importlib import import_module
 from typing import Any, ClassVar
+
+import torch
 
 from ..core.callback import Callback, Order
 from ..core.state import State
 from ..record.record import FitRecord
+from ..standard.recorder import Recorder
 
 log = logging.getLogger("minifast")
 
@@ -18,8 +24,7 @@ log = logging.getLogger("minifast")
 class Logger(Callback):
     """Writes the new steps and epochs of the Recorder: about every `every_seconds`, and when an epoch or fit ends.
 
-    A subclass defines `target`, and of the methods that write those that it needs. No step waits for the device: one
-    copy brings over what is new. What could not be written because of an OSError is tried again the next time.
+    A subclass defines `target`, and of the methods that write those that it needs. No step waits for the device.
     """
 
     order = Order.RECORD
@@ -29,25 +34,16 @@ class Logger(Callback):
     _is_open = False
     _settings: dict[str, Any] | None = None  # what `write_settings` is still to write
 
-    def open(self, state: State) -> None:
-        """Begin. An error here ends the fit before it has begun."""
-
-    def write_settings(self, settings: dict[str, Any]) -> None:
-        """Write, before all else, what `open` has put into `_settings`."""
-
-    def write_steps(self, first: int, columns: dict[str, list[float]]) -> None:
-        """Write steps `first`, `first` + 1, ...: one value each in every column."""
-
-    def write_epoch(self, step: int, row: dict[str, Any]) -> None:
-        """Write the row of an epoch that ended after `step` updates."""
-
-    def close(self, state: State) -> None:
-        """End, however the fit ended."""
-
     @property
     def target(self) -> str:
         """Where it writes, for messages."""
         raise NotImplementedError(f"{type(self).__name__} is to define target.")
+
+    def open(self, state: State) -> None: """Begin. An error here ends the fit before it has begun."""
+    def write_settings(self, settings: dict[str, Any]) -> None: """Before all else, what `open` put into `_settings`."""
+    def write_steps(self, first: int, columns: dict[str, list[float]]) -> None: """One value a step, from `first` on."""
+    def write_epoch(self, step: int, row: dict[str, Any]) -> None: """Of an epoch that ended after `step` updates."""
+    def close(self, state: State) -> None: """End, however the fit ended."""
 
     def before_fit(self, state: State) -> None:
         self._n_steps = self._n_epochs = 0  # written so far
@@ -62,8 +58,7 @@ class Logger(Callback):
         self._write_new(state)
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        # A sandbox gives back the state from before it, but what is written stays written. So outside of a fit, a state
-        # with fewer steps is not taken up.
+        # a sandbox gives back the state from before it, but what is written stays written
         if self._is_open or _n_written(saved) > _n_written(vars(self)):
             super().load_state_dict(saved)
             self._has_begun = True
@@ -92,16 +87,15 @@ class Logger(Callback):
         if self._settings is not None:
             self.write_settings(self._settings)
             self._settings = None
-        n_steps = len(record)
-        if n_steps > self._n_steps:
-            self.write_steps(self._n_steps, step_columns(record, self._n_steps))
-            self._n_steps = n_steps
+        if len(record) > self._n_steps:
+            self.write_steps(self._n_steps, _step_columns(record, self._n_steps))
+            self._n_steps = len(record)
         for row, step in zip(record.epochs[self._n_epochs:], record.epoch_ends[self._n_epochs:], strict=True):
             self.write_epoch(step, row)
             self._n_epochs += 1
 
     def _try(self, write: Callable[[Any], None], what: Any) -> None:
-        """`write(what)`; the first OSError of a fit is logged."""
+        """Only the first OSError of a fit is logged."""
         try:
             write(what)
         except OSError as error:
@@ -112,11 +106,10 @@ class Logger(Callback):
 
 
 def _n_written(attributes: Mapping[str, Any]) -> int:
-    """The steps that a logger with these attributes has written, in all its fits."""
-    return int(attributes.get("_earlier", 0) + attributes.get("_n_steps", 0))
+    return int(attributes.get("_earlier", 0) + attributes.get("_n_steps", 0))  # steps, in all fits of the logger
 
 
-def step_columns(record: FitRecord, first: int) -> dict[str, list[float]]:
+def _step_columns(record: FitRecord, first: int) -> dict[str, list[float]]:
     """The steps from `first` on: lr of each layer group, momentum, loss, and what callbacks have logged."""
     lrs = ["lr"] if len(record.group_names) == 1 else [f"lr_{name}" for name in record.group_names]
     columns = {name: column[first:].tolist() for name, column in zip(lrs, record.lr_columns, strict=True)}
@@ -131,8 +124,8 @@ def opening(owner: str, path: str | os.PathLike[str]) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise type(error)(f"{owner} cannot write to {os.fspath(path)!r}: {error.strerror or error}. Pass a path that "
-                          "can be written.") from error
+        raise type(error)(f"{owner} cannot write to {os.fspath(path)!r}: {error.strerror or error}. "
+                          "Pass a path that can be written.") from error
 
 
 def load(module: str, owner: str, extra: str) -> Any:
@@ -142,3 +135,37 @@ def load(module: str, owner: str, extra: str) -> Any:
     except ImportError as error:
         raise ImportError(f"{owner} needs the package {extra} ({error}). Install it: "
                           f"pip install 'minifast[{extra}]'.") from error
+
+
+def settings(state: State) -> dict[str, Any]:
+    """Versions, device, model, optimizer, layer groups, lengths, schedule and callbacks of a fit, in `before_fit`."""
+    sizes = [(p.numel(), p.requires_grad) for p in state.model.parameters()]
+    name = f" ({torch.cuda.get_device_name(state.device)})" if state.device.type == "cuda" else ""
+    return {
+        "time": now(),
+        "versions": {"minifast": sys.modules["minifast"].__version__, "torch": str(torch.__version__),
+                     "python": platform.python_version()},
+        "device": f"{state.device}{name}",
+        "model": {"class": type(state.model).__name__, "parameters": sum(n for n, _ in sizes),
+                  "trainable": sum(n for n, is_trained in sizes if is_trained)},
+        "optimizer": {"class": type(state.opt).__name__, "defaults": dict(state.opt.defaults)},
+        "group_names": list(state.group_names),
+        "lrs": list(state.lrs),
+        "n_epochs": state.n_epochs,
+        "n_steps": state.n_steps,
+        "steps_per_epoch": state.steps_per_epoch,
+        "accumulate": state.accumulate,
+        "batch_size": getattr(state.train_dl, "batch_size", None),
+        "schedule": next((_in_words(callback) for callback in state.callbacks if "lr" in callback.owns), None),
+        "callbacks": [_in_words(callback) for callback in state.callbacks if not isinstance(callback, Recorder)],
+    }
+
+
+def now() -> str:
+    """The time in UTC, as ISO 8601 has it, in seconds."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _in_words(callback: Callback) -> str:
+    has_repr = type(callback).__repr__ is not object.__repr__  # else it is an address, which says nothing
+    return f"{callback!r:.1000}" if has_repr else type(callback).__name__

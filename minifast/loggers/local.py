@@ -13,17 +13,15 @@ from ..errors import check_flag, check_number, check_path
 from ..files.writing import replacing
 from ..record.runs import PathLike, record_file, scalar, to_line
 from ..show import tables
-from .base import Logger, opening
-from .settings import now, settings
+from .base import Logger, now, opening, settings
 
 
 @dataclass(eq=False)
 class CSVLogger(Logger):
     """Writes the epoch rows (epoch, train_loss, valid_loss, metrics, time in s) to a CSV file, as each epoch ends.
 
-    path: the file; its folder is made. append: go on after the rows that it holds, as in the second of two fits; else
-    the first epoch that ends replaces them. A column that appears later is added to the header: the file is then
-    written anew, in one move, and earlier rows have an empty cell there. A resumed fit goes on where its state was
+    path: the file; its folder is made. append: go on after the rows that it holds; else the first epoch that ends
+    replaces them. A column that appears later is empty in earlier rows. A resumed fit goes on where its state was
     saved. The steps are written by `learn.recorder.to_csv`. Raises OSError in `before_fit` if the file cannot be
     written; an error later is logged once, and what is missing is written when that is possible again.
 
@@ -62,8 +60,8 @@ class CSVLogger(Logger):
             _append(Path(self.path), _csv_lines(columns, [cells]))
         else:
             columns = list(dict.fromkeys([*columns, *tables.columns([*self._rows, cells])]))
-            header = {name: name for name in columns}
-            _replace(Path(self.path), _csv_lines(columns, [header, *self._rows, cells]))
+            with replacing(Path(self.path).resolve()) as file:  # a link stays a link
+                file.write(_csv_lines(columns, [dict(zip(columns, columns, strict=True)), *self._rows, cells]))
         self._columns = columns
         self._rows.append(cells)
 
@@ -73,10 +71,9 @@ class RunLog(Logger):
     """Records a run as it goes, in a file that is only ever appended to: settings, steps, epochs, and how it ended.
 
     path: a folder, in which it writes run.jsonl, or a file *.jsonl; folders are made. every_seconds: how often the
-    steps are written, >= 0; they are also written when an epoch or the fit ends. A kill loses at most the steps since
-    then: each record is one line, written by one call. More fits append to the same file, and a resumed one continues
-    its own record. `read_run` reads it, `plot_runs` draws several; minifast/record/runs.py describes the format. Errors
-    are those of `CSVLogger`.
+    steps are written, >= 0, besides the ends of epochs and the fit. A kill loses at most the steps since then. More
+    fits append to the same file, and a resumed one continues its own record. `read_run` reads it, `plot_runs` draws
+    several; minifast/record/runs.py describes the format. Errors are those of `CSVLogger`.
 
     >>> RunLog("runs/first")
     RunLog(path='runs/first', every_seconds=5.0)
@@ -113,28 +110,22 @@ class RunLog(Logger):
     def close(self, state: State) -> None:
         if self._has_begun and self._settings is None:
             n_epochs = len(state.record.epochs)
-            ended = _ended(state, n_epochs)
+            is_whole = n_epochs == state.n_epochs or (state.n_epochs is None and state.is_ending)
+            cut = "interrupted" if state.interrupt.pending else "stopped"  # an error and a CancelFit look the same
+            ended = "finished" if is_whole else cut
             self._add("end", {"time": now(), "ended": ended, "step": state.step, "epochs": n_epochs})
 
     def _add(self, kind: str, content: dict[str, Any]) -> None:
         _append(self._file, to_line({"kind": kind, "fit": self._id, **content}))
 
 
-def _ended(state: State, n_epochs: int) -> str:
-    """How the fit ended, as far as that can be seen: an error and a CancelFit look the same from here."""
-    if n_epochs == state.n_epochs or (state.n_epochs is None and state.is_ending):
-        return "finished"
-    return "interrupted" if state.interrupt.pending else "stopped"
-
-
 def _make_writable(path: Path) -> None:
-    """Make the folder and the file, if they are not there. Raises OSError if the file cannot be written."""
     path.parent.mkdir(parents=True, exist_ok=True)
     _append(path, b"")
 
 
 def _append(path: Path, lines: bytes) -> None:
-    """Add whole lines in one write, after a line break if the last line is torn. Raises OSError if not all fits."""
+    """Add whole lines in one write, after a line break if the last line is torn."""
     with open(path, "a+b", buffering=0) as file:
         if lines and file.seek(0, os.SEEK_END):
             file.seek(-1, os.SEEK_END)
@@ -142,12 +133,6 @@ def _append(path: Path, lines: bytes) -> None:
                 lines = b"\n" + lines
         if file.write(lines) != len(lines):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write the file anew: a kill leaves either the old one or the new one."""
-    with replacing(path.resolve()) as file:  # a link stays a link
-        file.write(content)
 
 
 def _csv_lines(columns: list[str], rows: list[dict[str, Any]]) -> bytes:

@@ -7,8 +7,7 @@ from typing import Any, ClassVar
 from ..core.state import State
 from ..errors import check_number, check_path
 from ..record.runs import PathLike, scalar, to_json
-from .base import Logger, load, opening
-from .settings import settings
+from .base import Logger, load, opening, settings
 
 
 class _Service(Logger):
@@ -22,26 +21,25 @@ class _Service(Logger):
 
     def by_step(self, first: int, columns: dict[str, list[float]]) -> Iterator[tuple[int, dict[str, float]]]:
         """(step, tag -> value) of each step; without what is nan because nobody logged it."""
-        names = [f"step/{name}" for name in columns]
-        for i, values in enumerate(zip(*columns.values(), strict=True)):
-            yield self._earlier + first + i, {name: value for name, value in zip(names, values, strict=True)
-                                              if value == value or name == "step/loss"}
+        for step, values in enumerate(zip(*columns.values(), strict=True), self._earlier + first):
+            yield step, {f"step/{name}": value for name, value in zip(columns, values, strict=True)
+                         if value == value or name == "loss"}
 
     def of_epoch(self, step: int, row: dict[str, Any]) -> tuple[int, dict[str, float]]:
         """(step, tag -> value) of an epoch that ended after `step` updates: at the last of them."""
         values = {f"epoch/{name}": scalar(value) for name, value in row.items() if name != "epoch"}
-        numbers = {tag: float(value) for tag, value in values.items() if isinstance(value, (int, float))}
-        return self._earlier + max(step - 1, 0), numbers
+        return self._earlier + max(step - 1, 0), {tag: float(value) for tag, value in values.items()
+                                                  if isinstance(value, (int, float))}
 
 
 @dataclass(eq=False)
 class TensorBoardLogger(_Service):
     """Writes steps (`step/loss`, `step/lr`, ...) and epoch rows (`epoch/valid_loss`, ...) for TensorBoard.
 
-    log_dir: a folder, which is made. every_seconds: how often, >= 0. All is drawn against the weight update; further
-    fits with this logger continue the same curves, those of a new logger replace them. Steps that a resumed fit
-    repeats replace the old ones. Values are float32 there. Needs `pip install 'minifast[tensorboard]'`: ImportError in
-    `before_fit` otherwise. Other errors are those of `CSVLogger`.
+    log_dir: a folder, which is made. every_seconds: how often, >= 0. All is drawn against the weight update, in
+    float32; further fits with this logger continue the same curves, those of a new logger replace them, as do steps
+    that a resumed fit repeats. Needs `pip install 'minifast[tensorboard]'`: ImportError in `before_fit` otherwise.
+    Other errors are those of `CSVLogger`.
 
     >>> TensorBoardLogger("runs/first")
     TensorBoardLogger(log_dir='runs/first', every_seconds=5.0)
@@ -87,8 +85,8 @@ class TensorBoardLogger(_Service):
     def _add(self, step: int, values: dict[str, float]) -> None:
         """One event with all the values: a third of what add_scalar costs for each."""
         summary = load("tensorboard.compat.proto.summary_pb2", "TensorBoardLogger", "tensorboard").Summary
-        self._writer.file_writer.add_summary(summary(value=[summary.Value(tag=tag, simple_value=value)
-                                                            for tag, value in values.items()]), step)
+        points = [summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
+        self._writer.file_writer.add_summary(summary(value=points), step)
 
 
 @dataclass(eq=False)
