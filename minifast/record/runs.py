@@ -46,7 +46,7 @@ class LoggedFit:
 
 @dataclass(eq=False, repr=False)
 class Run:
-    """A run that was read from `path`: its fits, oldest first. `skipped`: lines that were no whole record."""
+    """A run read from `path`: its fits, oldest first. `skipped`: how many lines were no whole record."""
 
     path: Path
     fits: list[LoggedFit]
@@ -60,14 +60,11 @@ class Run:
     @property
     def settings(self) -> dict[str, Any]:
         """What the newest fit began with: versions, device, model, optimizer, schedule, callbacks, ..."""
-        return self.fits[-1].starts[0] if self.fits and self.fits[-1].starts else {}
+        return next(iter(self.fits[-1].starts), {}) if self.fits else {}
 
     @property
     def steps(self) -> dict[str, Column]:
-        """The columns of all fits end to end, each (steps,); "step" counts on over them, "fit" is their number.
-
-        nan where a fit has no such column.
-        """
+        """The columns of all fits end to end, each (steps,), nan where a fit has none; "step" counts on over them."""
         blocks, first = [], 0
         for number, fit in enumerate(self.fits):
             if n := len(fit.steps.get("step", ())):
@@ -100,8 +97,7 @@ def read_run(path: PathLike) -> Run:
                                 "callbacks=[RunLog(path)].")
     run = _read(file)
     if not run.fits:
-        raise ValueError(f"{file} is no run record: none of its {run.skipped} lines can be read. Pass what "
-                         "RunLog wrote.")
+        raise ValueError(f"{file} is no run record: none of its {run.skipped} lines can be read. Pass one of RunLog.")
     return run
 
 
@@ -128,15 +124,16 @@ def plot_runs(runs: PathLike | Iterable[PathLike] = "runs/*", metric: str | None
         raise ValueError(f"no run has a column {metric!r}. Columns of the steps: {', '.join(of_steps) or 'none'}; of "
                          f"the epochs: {', '.join(of_epochs) or 'none'}.")
     is_loss = in_steps and metric == "loss"
-    ax = plots.axes(ax)
-    n_points = 0
-    for i, name in enumerate(_names(found)):
-        color = _color(i, len(found))
+    ax, names, n_points = plots.axes(ax), [run.name for run in found], 0
+    from matplotlib import colormaps
+    for i, (run, name) in enumerate(zip(found, names, strict=True)):
+        color = f"C{i}" if len(found) <= 10 else colormaps["viridis"](i / (len(found) - 1))
+        name = name if names.count(name) == 1 else str(run.path)
         if in_steps:
             x, y = (steps[i]["step"], steps[i][metric]) if metric in steps[i] else np.empty((2, 0))
         else:
             x, y = np.array([(row["epoch"], row[metric]) for row in rows[i] if metric in row], float).reshape(-1, 2).T
-        n_points = max(n_points, len(x))
+        n_points += len(x)
         if is_loss:
             ax.plot(x, y, color=color, alpha=0.3, linewidth=1)
             ema = Ema()
@@ -145,8 +142,7 @@ def plot_runs(runs: PathLike | Iterable[PathLike] = "runs/*", metric: str | None
                 marker="o" if len(x) == 1 or (not in_steps and len(x) <= 50) else None, markersize=4)
     plots.count_on_x(ax, plots.STEPS if in_steps else "epoch")
     ax.set_ylabel("loss (pale: each step, line: smoothed)" if is_loss else plots.LABELS.get(metric, metric))
-    ax.legend(loc="best" if n_points * len(found) < 10_000 else "upper right", fontsize="small",
-              ncols=1 if len(found) <= 12 else 2)
+    ax.legend(loc="best" if n_points < 10_000 else "upper right", fontsize="small", ncols=1 if len(found) <= 12 else 2)
     return ax
 
 
@@ -163,8 +159,8 @@ def record_file(path: PathLike) -> Path:
 def to_line(record: Mapping[str, Any]) -> bytes:
     r"""`record` as one line of JSON.
 
-    >>> to_line({"loss": [0.5, math.inf], "device": Path})
-    b'{"loss":[0.5,"Infinity"],"device":"<class \'pathlib.Path\'>"}\n'
+    >>> to_line({"loss": [0.5, math.inf]})
+    b'{"loss":[0.5,"Infinity"]}\n'
     """
     return json.dumps(to_json(record), allow_nan=False, separators=(",", ":")).encode() + b"\n"
 
@@ -192,9 +188,7 @@ def scalar(value: Any) -> Any:
 def _read(file: Path) -> Run:
     records: dict[str, list[dict[str, Any]]] = {}  # by fit, as the file has them
     skipped = 0
-    for line in file.read_bytes().split(b"\n"):
-        if not line.strip():
-            continue
+    for line in filter(bytes.strip, file.read_bytes().split(b"\n")):
         try:
             record = _parsed(json.loads(line))
             records.setdefault(record["fit"], []).append(record)
@@ -207,12 +201,9 @@ def _parsed(record: dict[str, Any]) -> dict[str, Any]:
     """`record` with columns and rows of numbers; an error of whatever kind if it is none."""
     kind = record["kind"]
     if kind == "steps":
-        columns = {name: np.array([float(value) for value in values]) for name, values in record["columns"].items()}
-        n = len(columns["loss"])
-        if any(len(column) != n for column in columns.values()):
-            raise ValueError("columns of different lengths")
-        steps = np.arange(n, dtype=np.float64) + float(record["first"])
-        return {**record, "columns": {"step": steps, **columns}}
+        table = np.array([[float(value) for value in values] for values in record["columns"].values()])  # one length
+        steps = np.arange(len(record["columns"]["loss"]), dtype=np.float64) + float(record["first"])
+        return {**record, "columns": {"step": steps, **dict(zip(record["columns"], table, strict=True))}}
     if kind == "epoch":
         row = {name: NON_FINITE.get(value, value) if isinstance(value, str) else value
                for name, value in record["row"].items()}
@@ -237,7 +228,6 @@ def _fit(records: list[dict[str, Any]]) -> LoggedFit:
 
 
 def _end_to_end(blocks: list[dict[str, Column]]) -> dict[str, Column]:
-    """Columns with the rows of all `blocks`; nan where one has no such column."""
     return {name: np.concatenate([block.get(name, np.full(len(block["step"]), np.nan)) for block in blocks])
             for name in tables.columns(blocks)}
 
@@ -246,8 +236,7 @@ def _find(runs: PathLike | Iterable[PathLike]) -> list[Run]:
     given = [runs] if isinstance(runs, (str, os.PathLike)) else check_items("runs", runs, "paths")
     found: dict[Path, Run] = {}
     for path in given:
-        check_path("runs", path)
-        matching = {file: run for file in _files(path) if (run := _read(file)).fits}
+        matching = {file: run for file in _files(check_path("runs", path)) if (run := _read(file)).fits}
         if not matching:
             raise FileNotFoundError(f"no run found for {os.fspath(path)!r}, seen from {os.getcwd()!r}. A run is a "
                                     "folder with a run.jsonl, or a file *.jsonl: record one with "
@@ -258,23 +247,10 @@ def _find(runs: PathLike | Iterable[PathLike]) -> list[Run]:
     return list(found.values())
 
 
-def _files(path: PathLike) -> Iterator[Path]:
+def _files(path: str) -> Iterator[Path]:
     """The record files that `path`, as it is or as a pattern, stands for."""
-    path = os.fspath(path)
     if os.path.isdir(path) and not record_file(path).is_file():
         path = os.path.join(glob.escape(path), "*")  # a folder of runs
     paths = [path] if os.path.exists(path) else [found for found in sorted(glob.glob(path, recursive=True))
                                                  if os.path.isdir(found) or found.endswith(".jsonl")]
     return (file for file in map(record_file, paths) if file.is_file())
-
-
-def _names(runs: list[Run]) -> list[str]:
-    names = [run.name for run in runs]
-    return [name if names.count(name) == 1 else str(run.path) for run, name in zip(runs, names, strict=True)]
-
-
-def _color(i: int, n: int) -> Any:
-    if n <= 10:
-        return f"C{i}"
-    from matplotlib import colormaps
-    return colormaps["viridis"](i / (n - 1))
