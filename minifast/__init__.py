@@ -46,15 +46,13 @@ __version__ = "0.1.0"
 _LATER = {
     "callbacks.activations": ("ActivationStats",),
     "callbacks.averaging": ("EMA", "SWA"),
-    "callbacks.channels_last": ("ChannelsLast",),
+    "callbacks.batches": ("CutMix", "MixUp", "ProgressiveResizing"),
     "callbacks.ensemble": ("SnapshotEnsemble",),
+    "callbacks.formats": ("ChannelsLast", "MixedPrecision"),
     "callbacks.gradients": ("GradientClip", "GradientNorm"),
     "callbacks.layer_stats": ("GradientStats",),
     "callbacks.microbatch": ("AutoMicrobatch",),
-    "callbacks.mixing": ("CutMix", "MixUp"),
     "callbacks.monitors": ("EarlyStopping", "ReduceLROnPlateau", "SaveBest"),
-    "callbacks.precision": ("MixedPrecision",),
-    "callbacks.resizing": ("ProgressiveResizing",),
     "callbacks.unfreeze": ("Unfreeze",),
     "base.hooks": ("Hook", "Hooks", "hook_outputs"),
     "inference.export": ("export_info", "load_exported"),
@@ -72,15 +70,13 @@ if _typing.TYPE_CHECKING:
     from .base.hooks import Hook, Hooks, hook_outputs
     from .callbacks.activations import ActivationStats
     from .callbacks.averaging import EMA, SWA
-    from .callbacks.channels_last import ChannelsLast
+    from .callbacks.batches import CutMix, MixUp, ProgressiveResizing
     from .callbacks.ensemble import SnapshotEnsemble
+    from .callbacks.formats import ChannelsLast, MixedPrecision
     from .callbacks.gradients import GradientClip, GradientNorm
     from .callbacks.layer_stats import GradientStats
     from .callbacks.microbatch import AutoMicrobatch
-    from .callbacks.mixing import CutMix, MixUp
     from .callbacks.monitors import EarlyStopping, ReduceLROnPlateau, SaveBest
-    from .callbacks.precision import MixedPrecision
-    from .callbacks.resizing import ProgressiveResizing
     from .callbacks.unfreeze import Unfreeze
     from .inference.export import export_info, load_exported
     from .loggers import CSVLogger, RunLog, TensorBoardLogger, WandbLogger

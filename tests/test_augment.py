@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from minifast import CircularLR, Learner, TensorLoader, accuracy
-from minifast.callbacks.mixing import CutMix, MixUp
-from minifast.callbacks.resizing import ProgressiveResizing
+from minifast.callbacks.batches import CutMix, MixUp, ProgressiveResizing
 from minifast.callbacks.unfreeze import Unfreeze
 from minifast.schedules.time_limit import TimeLimit
 

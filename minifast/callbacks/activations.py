@@ -14,7 +14,8 @@ from ..base.nest import tensors
 from ..core.state import State
 from ..errors import check_choice, check_int, quoted
 from ..show import plots
-from .step_stats import StepStats
+from ..show.tables import listed
+from .layer_stats import StepStats
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,12 +34,11 @@ class ActivationStats(StepStats):
     every: record each `every`-th weight update, an int >= 1. A recorded step may take twice the time.
     bins: of the histograms, an int >= 2: of |activation| on a log scale, 1e-4 .. 1e4; zeros are in the first bin.
 
-    A row is one weight update; of several micro-batches the first is looked at, of a layer that runs several times in
-    a batch its first run, and of an output of several tensors the first floating-point one. nan: the layer did not
-    run. Values that are not finite reach mean and std, but no histogram (inf: its last bin). Of more than 65,536
-    outputs every k-th is counted there. What is recorded is that of the newest fit, without validation, and readable
-    while it runs: 4 * (3 + bins) bytes a layer and row. A model that was compiled before has no hooks inside.
-    Raises ValueError for arguments out of range, and in `before_fit` for a glob that no module matches.
+    A row is one weight update; of several micro-batches the first is looked at, of a layer that runs several times its
+    first run, of several outputs the first floating-point one. nan: the layer did not run. Values that are not finite
+    reach mean and std, but no histogram (inf: its last bin). Of more than 65,536 outputs every k-th is counted there.
+    What is recorded is that of the newest fit, also while it runs: 4 * (3 + bins) bytes a layer and row. A model that
+    was compiled before has no hooks inside. Raises ValueError for arguments out of range or a glob without a match.
 
     >>> ActivationStats("*.relu", every=10)
     ActivationStats(layers='*.relu', every=10, bins=40)
@@ -52,9 +52,9 @@ class ActivationStats(StepStats):
 
     def __post_init__(self) -> None:
         globs = [self.layers] if isinstance(self.layers, str) else self.layers
-        if globs is not None and not (isinstance(globs, Sequence) and globs
-                                      and all(isinstance(glob, str) and glob for glob in globs)):
-            raise ValueError(f"layers must be a glob over module names, several of them, or None, got "
+        are_names = isinstance(globs, Sequence) and globs and all(isinstance(glob, str) and glob for glob in globs)
+        if globs is not None and not are_names:
+            raise ValueError("layers must be a glob over module names, several of them, or None, got "
                              f"{self.layers!r:.80}. Pass e.g. '*.conv1'.")
         self.every, self.bins = check_int("every", self.every), check_int("bins", self.bins, minimum=2)
         self._clear((), 0, len(STATS) + self.bins)
@@ -84,9 +84,8 @@ class ActivationStats(StepStats):
         if self._found is None:
             return
         if not self._found:
-            raise RuntimeError(f"none of the watched layers ran: {', '.join(self.names[:5])}"
-                               f"{', ...' if len(self.names) > 5 else ''}. A model that was compiled before runs "
-                               "without hooks: train with compile=False, or watch others, ActivationStats(layers=...).")
+            raise RuntimeError(f"none of the watched layers ran: {listed(self.names)}. One that was compiled before has "
+                               "no hooks: train with compile=False, or watch others, ActivationStats(layers=...).")
         self._add(state.step, torch.stack([self._found.get(module, self._nan) for module in self._modules]))
         self._found = None
 
@@ -98,8 +97,7 @@ class ActivationStats(StepStats):
     @property
     def stats(self) -> dict[str, NDArray[np.float32]]:
         """"mean", "std" (of the population) and "near_zero" (share of |activation| < 0.05), each (rows, layers)."""
-        rows = self._rows().numpy()
-        return {stat: rows[:, :, i] for i, stat in enumerate(STATS)}
+        return dict(zip(STATS, self._rows().numpy().transpose(2, 0, 1), strict=False))
 
     @property
     def hists(self) -> NDArray[np.float32]:
@@ -133,8 +131,7 @@ class ActivationStats(StepStats):
         if isinstance(layer, int) and not isinstance(layer, bool) and -n <= layer < n:
             layer = self.names[layer]
         if not isinstance(layer, str) or layer not in self.names:
-            raise ValueError(f"layer must be a watched one ({', '.join(self.names)}) or its number, got "
-                             f"{quoted(layer)}.")
+            raise ValueError(f"layer must be a watched one ({listed(self.names)}) or its number, got {quoted(layer)}.")
         ax = plots.axes(ax)
         steps, counts = self.steps, self.hists[:, self.names.index(layer)]
         half = self.every / 2  # the columns stand `every` steps apart
@@ -156,15 +153,14 @@ class ActivationStats(StepStats):
         if self.layers is None:
             leaves = {name: module for name, module in named.items()
                       if not list(module.children()) and list(module.parameters(recurse=False))}
-            if not leaves:
-                raise ValueError(f"the model ({type(model).__name__}) has no module that holds parameters and no "
-                                 "children: say which to watch, ActivationStats(layers=...).")
-            return leaves
+            if leaves:
+                return leaves
+            raise ValueError(f"the model ({type(model).__name__}) has no module that holds parameters and no children: "
+                             "say which to watch, ActivationStats(layers=...).")
         globs = [self.layers] if isinstance(self.layers, str) else self.layers
         for glob in globs:
             if not any(fnmatchcase(name, glob) for name in named):
-                raise ValueError(f"layers={glob!r} matches no module. Those of this model: "
-                                 f"{', '.join(list(named)[1:9])}{', ...' if len(named) > 9 else ''}.")
+                raise ValueError(f"layers={glob!r} matches no module. Those of this model: {listed([*named][1:], 8)}.")
         return {name: module for name, module in named.items() if any(fnmatchcase(name, glob) for glob in globs)}
 
     @torch.no_grad()

@@ -20,9 +20,8 @@ class WeightAverage(Callback):
     """What `EMA` and `SWA` have in common: a running average, used in validation and prediction.
 
     averages: name -> tensor, of parameters and persistent buffers by their names in the state dict; empty before the
-    first update. Tensors that are no floats, and buffers that are not finite at first (masks), are copied instead.
-    Averages of half precision are kept in float32, where small steps still count.
-    n_averaged: how many weights went into them.
+    first update. Tensors that are no floats, and buffers that are not finite at first (masks), are copied instead; half
+    precision is averaged in float32, where small steps still count. n_averaged: how many weights went into them.
     """
 
     order = Order.RECORD  # sees the weights as all others have left them
@@ -62,7 +61,7 @@ class WeightAverage(Callback):
 
     @torch.no_grad()
     def _add(self, share: float) -> None:
-        """Move the averages by `share`, 0..1, of the way to the weights of now. The first ones are the average."""
+        """Move the averages by `share`, 0..1, of the way to the weights of now."""
         if not self.averages:
             now = {name: holder[key] for name, (holder, key) in self._slots.items()}
             self.averages = {name: tensor.detach().to(HALF.get(tensor.dtype, tensor.dtype), copy=True)
@@ -84,16 +83,14 @@ class WeightAverage(Callback):
         for name, slot in self._slots.items():
             now, is_averaged = slot[0][slot[1]], name not in self._copied
             _, averages, followed = pairs.setdefault((now.device, now.dtype, is_averaged), (is_averaged, [], []))
-            averages.append(self.averages[name].to(now.device))
+            self.averages[name] = self.averages[name].to(now.device)
+            averages.append(self.averages[name])
             followed.append(slot)
-            self.averages[name] = averages[-1]
         return list(pairs.values())
 
     def evaluating(self, model: nn.Module) -> AbstractContextManager[Any]:
-        if not self.in_validation or not self.averages:
-            return nullcontext()
-        is_the_same = self._end is None or self._end == fingerprint(model)  # else they were loaded
-        return swapped(model, self.averages) if is_the_same else nullcontext()
+        is_used = self.in_validation and self.averages and self._end in (None, fingerprint(model))  # else: was loaded
+        return swapped(model, self.averages) if is_used else nullcontext()
 
     def swapped(self, model: nn.Module) -> AbstractContextManager[Any]:
         """A block in which `model` has the averaged weights; then its own again, bit for bit, however the block ends.
@@ -108,9 +105,8 @@ class WeightAverage(Callback):
 
     def _checked(self, model: Any) -> tuple[nn.Module, dict[str, Tensor]]:
         if not self.averages:
-            raise RuntimeError(f"{self!r} has no averaged weights: fit with it first, e.g. "
-                               f"learn.fit(0.01, callbacks=[{type(self).__name__.lower()}]). What a SWA(apply=True) "
-                               "has averaged is in the model at the end of its fit.")
+            raise RuntimeError(f"{self!r} has no averaged weights: fit with it first. What a SWA(apply=True) has "
+                               "averaged is in the model at the end of its fit.")
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch module, got a {type(model).__name__}. Pass learn.model.")
         return model, self.averages
@@ -129,14 +125,14 @@ class EMA(WeightAverage):
     The average begins with the weights after the first step, in each fit anew. It lags: for the first few half-lives
     it looks worse than the raw weights, so let one be some percent of the fit. Buffers (the statistics of BatchNorm)
     are averaged too; dropped steps, as at an fp16 overflow, do not count. It is that of torch's `AveragedModel` with
-    `get_ema_multi_avg_fn(decay)`. The model keeps its own, raw weights: they are trained, and `learn.save` writes them.
+    `get_ema_multi_avg_fn(decay)`. `learn.save` writes the raw weights, which are trained.
 
         with ema.swapped(learn.model):  # for the length of a block
             learn.save("averaged.pt")
         ema.copy_to(learn.model)        # for good
 
-    Costs one copy of the weights, and during validation a second one. Every swap copies all weights twice: to predict
-    often, use `copy_to`. Raises ValueError for values out of range.
+    Costs one copy of the weights, in validation two. Every swap copies all weights twice: to predict often, use
+    `copy_to`. Raises ValueError for values out of range.
 
     >>> ema = EMA(half_life=100)
     >>> round(ema.rate, 6)
@@ -150,8 +146,7 @@ class EMA(WeightAverage):
     def __post_init__(self) -> None:
         if (self.decay is None) == (self.half_life is None):
             given = "neither" if self.decay is None else f"decay={self.decay!r} and half_life={self.half_life!r}"
-            raise ValueError(f"EMA takes either decay or half_life, got {given}. Pass e.g. EMA(half_life=100), in "
-                             "steps.")
+            raise ValueError(f"EMA takes either decay or half_life, got {given}. Pass e.g. EMA(half_life=100): steps.")
         if self.decay is not None:
             self.decay = check_number("decay", self.decay, minimum=0, below=1, example="EMA(decay=0.999)")
         if self.half_life is not None:
@@ -177,13 +172,13 @@ class SWA(WeightAverage):
     every: average every so many steps instead, >= 1.
     apply: when the fit has gone to its end, the model gets the averaged weights for good, and its BatchNorm layers new
         statistics: one more pass over the training data, without gradients, random generators put back. The raw weights
-        are gone then, and so is the copy. A fit that is cut short (an error, Ctrl-C, CancelFit), or ends before
-        anything was averaged, keeps its raw weights and `averages`; so does apply=False.
+        and `averages` are gone then. A fit that is cut short (an error, Ctrl-C, CancelFit), or ends before anything was
+        averaged, keeps both; so does apply=False.
     in_validation: as in `EMA`, as are `swapped` and `copy_to`, with the mean of the BatchNorm statistics.
 
-    For a learning rate that stays high or comes in cycles: at the end of a one-cycle fit there is nothing left to
-    average out. Each fit starts anew. Costs memory as `EMA`. Raises ValueError for values out of range, and for a fit
-    that would need a second pass over an iterator. Source: Izmailov et al. 2018 (arXiv 1803.05407).
+    For a learning rate that stays high or comes in cycles: one cycle leaves nothing to average out. Each fit starts
+    anew. Raises ValueError for values out of range, and for a fit that would need a second pass over an iterator.
+    Source: Izmailov et al. 2018 (arXiv 1803.05407).
 
     >>> SWA(0.5)
     SWA(start=0.5, every=None, apply=True, in_validation=True)
@@ -209,8 +204,8 @@ class SWA(WeightAverage):
         self._is_complete = False
         if self.apply and is_one_shot(state.train_dl) and norms_to_update(state):
             raise ValueError("SWA computes the statistics of BatchNorm layers in one more pass over the training data, "
-                             f"but this is an iterator ({type(state.train_dl).__name__}), good for one. "
-                             "Pass SWA(apply=False), or data whose __iter__ starts a new pass.")
+                             f"but this is an iterator ({type(state.train_dl).__name__}), good for one. Pass "
+                             "SWA(apply=False), or data whose __iter__ starts a new pass.")
 
     def after_step(self, state: State) -> None:
         super().after_step(state)
@@ -220,11 +215,11 @@ class SWA(WeightAverage):
 
     def after_batch(self, state: State) -> None:
         if self.every is None and (state.is_ending or state.batch_index + 1 == state.n_batches):
-            self._add_if_late(state, state.step)  # now: validation comes next, and uses the average
+            self._add_if_late(state, state.step)  # validation comes next, and uses the average
 
     def after_epoch(self, state: State) -> None:
         if self.every is None:
-            self._add_if_late(state, state.step)  # if the epoch was cancelled, or shorter than announced
+            self._add_if_late(state, state.step)  # the epoch was cancelled, or shorter than announced
         self._is_complete = state.is_ending or state.epoch + 1 == state.n_epochs
 
     def after_fit(self, state: State) -> None:

@@ -47,14 +47,13 @@ class GradientClip(GradientNorm):
     """Clips the gradient of every weight update, and records its norm before that, as `GradientNorm` does.
 
     norm: > 0, the largest L2 norm of the gradient of all parameters together; a longer one is shortened to it.
-    value: > 0, the largest absolute value of each element. Exactly one of the two is given. The gradient is that of
-    the whole update: averaged over the accumulation window, and unscaled under `MixedPrecision("fp16")`.
+    value: > 0, the largest absolute value of each element. Exactly one of the two is given, else ValueError. The
+    gradient is that of the whole update: averaged over the accumulation window, and unscaled.
 
-    A gradient that is not finite (a NaN or infinite element, or a norm beyond the largest number) is refused before the
-    step, with `NonFiniteGradient`, which names epoch, step, learning rate and parameters: weights and optimizer are
-    those of the step before. On an accelerator nothing waits for that: no update is made any more, and the error comes
-    up to a second late, as `FiniteLoss` describes. There, an optimizer that is not one of torch's fused ones makes the
-    updates until then with a gradient of 0, by a small kernel per parameter. Inside `lr_find`, nothing is refused.
+    A gradient that is not finite (or whose norm is not) is refused before the step, with `NonFiniteGradient`, which
+    names epoch, step, learning rate and parameters: weights and optimizer are those of the step before. On an
+    accelerator the error comes up to a second late, as `FiniteLoss` describes; until then, an optimizer that is not one
+    of torch's fused ones makes updates with a gradient of 0. Inside `lr_find`, nothing is refused.
 
     >>> GradientClip(norm=1.0)
     GradientClip(norm=1.0, value=None)
@@ -86,7 +85,6 @@ class GradientClip(GradientNorm):
             nn.utils.clip_grads_with_norm_(self._params, self.norm, self._norm)
         elif self.value is not None:
             nn.utils.clip_grad_value_(self._params, self.value)
-        refused = None if self._check is None else self._check.to_zero
-        if refused is not None:
+        if self._check is not None and self._check.to_zero is not None:
             for grad in self._grads():
-                (grad._values() if grad.is_sparse else grad).masked_fill_(refused, 0.0)
+                (grad._values() if grad.is_sparse else grad).masked_fill_(self._check.to_zero, 0.0)

@@ -1,34 +1,82 @@
-"""How hard training pulls at each layer group: gradient norms and update ratios."""
+"""A row of numbers for every n-th weight update; of the layer groups, how hard training pulls at each of them."""
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..core.callback import Callback, Order
 from ..core.state import State
-from ..errors import check_int
+from ..errors import check_int, check_same_names
 from ..show import plots
-from .step_stats import StepStats
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+FLUSH_EVERY = 128  # rows that wait on the device, to come over in one copy
 GOOD_RATIO = 1e-3  # a rule of thumb of practitioners, no theorem
+
+
+class StepStats(Callback):
+    """The rows of the newest fit, which can be read while it runs. No step waits for the device."""
+
+    order = Order.RECORD  # last: what it looks at is as all others have left it
+    kind: ClassVar[str]  # what `names` are names of, for messages
+
+    def _clear(self, names: Sequence[str], *shape: int) -> None:
+        """Begin with no rows, which will have `shape`, about what is called `names`."""
+        self.names = tuple(names)
+        self._steps: list[int] = []
+        self._waiting: list[Tensor] = []
+        self._flushed = [torch.empty(0, *shape)]
+
+    def _add(self, step: int, row: Tensor) -> None:
+        self._steps.append(step)
+        self._waiting.append(row)
+        if len(self._waiting) >= FLUSH_EVERY:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._waiting:
+            self._flushed.append(torch.stack(self._waiting).cpu())
+            self._waiting.clear()
+
+    def _rows(self) -> Tensor:
+        self._flush()
+        return torch.cat(self._flushed)
+
+    def _check_any(self) -> None:
+        if not self._steps:
+            raise RuntimeError("no step was recorded. Train first, e.g. learn.fit(0.01, callbacks=[stats]).")
+
+    @property
+    def steps(self) -> NDArray[np.int64]:
+        """The recorded weight updates, by their 0-based number, (rows,)."""
+        return np.array(self._steps, dtype=np.int64)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"names": list(self.names), "steps": list(self._steps), "rows": self._rows()}
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        if self.names and saved["steps"]:  # else it is what was before the first fit
+            check_same_names(self.kind, saved["names"], self.names)
+        self.names, self._steps = tuple(saved["names"]), list(saved["steps"])
+        self._waiting, self._flushed = [], [saved["rows"].cpu().clone()]
 
 
 @dataclass(eq=False)
 class GradientStats(StepStats):
     """Records, at every `every`-th weight update, the gradient norm and the update ratio of each layer group.
 
-    every: an int >= 1. A recorded step holds a second copy of the trainable weights until it is done.
+    every: an int >= 1, else ValueError. A recorded step holds a second copy of the trainable weights until it is done.
 
     The gradient norm is the L2 norm of all gradients of the group as the step uses them: averaged over the accumulation
     window, unscaled and clipped. The update ratio is |weights after - weights before| / |weights before|, over the
     parameters that have a gradient. Both are nan for a group without a gradient (frozen, or not in this batch's forward
-    pass); the ratio of weights that are all zero is inf. What is recorded is that of the newest fit, and readable while
-    it runs. Raises ValueError for another `every`.
+    pass); the ratio of weights that are all zero is inf. What is recorded is that of the newest fit, as it goes.
 
     >>> GradientStats(every=10)
     GradientStats(every=10)

@@ -22,18 +22,15 @@ class AutoMicrobatch(Callback):
     """Runs training batches in parts that fit into memory; their gradients add up to the whole batch's.
 
     size: samples in a part at most, None for whole batches. min_size: what it may fall to, >= 1 and at most `size`.
-    Where memory runs out, the size is halved and the same batch is run again, from the same random numbers: what the
-    failed attempt added is dropped. The log "minifast" says once what it settled on; later fits begin with that,
-    `current_size`. At `min_size` the error is raised, with a note of what was tried.
+    Where memory runs out, the size is halved and the same batch is run again, from the same random numbers. The log
+    "minifast" says once what it settled on; later fits begin with that, `current_size`. At `min_size` the error is
+    raised, with a note of what was tried. Raises ValueError for sizes out of range.
 
-    Parts are of even size; batches may be nests, as `minifast.base.batch.parts` describes. Means are weighted as with
-    `accumulate`, so updates are those of the whole batch within rounding, but for what a batch does not do sample by
-    sample: BatchNorm takes its statistics over each part (and an attempt that failed has moved its running ones), and
-    dropout draws other numbers. Callbacks hear `after_pred`, `after_loss` and `after_backward` once per part, again if
-    the batch is run again. In `after_batch`, `batch`, `n_samples`, `loss` and `loss_weight` are those of the whole
-    batch, `pred` and `target` of its last part. Validation is not covered.
-
-    Raises ValueError for sizes that are no ints >= 1 or a `size` below `min_size`.
+    Batches may be nests, as `minifast.base.batch.parts` describes. Means are weighted as with `accumulate`, so updates
+    are those of the whole batch within rounding, but for BatchNorm, which takes its statistics over each part (a failed
+    attempt has moved its running ones), and dropout, which draws other numbers. Callbacks hear `after_pred`,
+    `after_loss` and `after_backward` once per part of each attempt; in `after_batch`, `batch`, `n_samples`, `loss` and
+    `loss_weight` are those of the whole batch, `pred` and `target` of its last part. Validation is not covered.
 
     >>> AutoMicrobatch(size=16)
     AutoMicrobatch(size=16, min_size=1)
@@ -51,15 +48,14 @@ class AutoMicrobatch(Callback):
         self.min_size = check_int("min_size", self.min_size)
         if self.size is not None:
             self.size = check_int("size", self.size, self.min_size, example="AutoMicrobatch(size=16)")
-        self.current_size = self.size  # samples in a part at most; None: whole batches
+        self.current_size = self.size
 
     def before_fit(self, state: State) -> None:
         state.gradient = partial(self._gradient, state.gradient)
 
     def _gradient(self, gradient: Any, state: State, emit: Any, window: Any) -> None:
         """What `State.gradient` is: the gradient of `state.batch`, in as many parts as it takes."""
-        restore_rng = snapshot.rng()
-        before = self.current_size
+        restore_rng, before = snapshot.rng(), self.current_size
         while not self._attempt(gradient, state, emit, window):
             for name in ("pred", "loss"):  # they hold the memory of the failed attempt
                 if hasattr(state, name):
@@ -91,14 +87,12 @@ class AutoMicrobatch(Callback):
         finally:
             state.batch = batch
         if len(small) > 1:
-            sizes, losses, weights = zip(*done, strict=True)
-            state.n_samples, state.loss_weight = sum(sizes), sum(weights)
-            weighted = [loss * weight for loss, weight in zip(losses, weights, strict=True)]
-            state.loss = torch.stack(weighted).sum() / nonzero(state.loss_weight)
+            state.n_samples, state.loss_weight = sum(n for n, _, _ in done), sum(weight for _, _, weight in done)
+            state.loss = torch.stack([loss * weight for _, loss, weight in done]).sum() / nonzero(state.loss_weight)
         return True
 
     def _halve(self, n: int, error: RuntimeError) -> None:
-        """Half the size of the parts that a batch of `n` samples was run in; raises `error` if they may not shrink."""
+        """Half the size of the parts that `n` samples were run in; raises `error` if they may not shrink."""
         size = n if self.current_size is None else -(-n // -(-n // self.current_size))
         if size <= self.min_size:
             error.add_note(f"AutoMicrobatch: no memory for {size} of the batch's {n} samples at a time, and "

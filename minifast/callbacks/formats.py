@@ -1,4 +1,4 @@
-"""The model in half precision where that is safe."""
+"""The formats that accelerators are fast with: half precision, and channels last."""
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..base.nest import map_tensors, tensors
 from ..core.callback import Callback, CancelBatch, Order
@@ -22,16 +22,14 @@ class MixedPrecision(Callback):
     """Runs the model in half precision where that is safe, by `torch.autocast`; weights and optimizer stay float32.
 
     precision: "bf16", or "fp16" for devices without bfloat16. The model's outputs are converted to float32, in fits,
-    validation and predictions alike: so the loss, metrics and what `get_preds` returns are computed in float32.
-    Outputs that are no nest of tensors (a plain object with attributes) are left as they are, as are tensors of
-    float64, also by autocast itself.
+    validation and predictions alike: so the loss, metrics and what `get_preds` returns are computed in float32. Left
+    as they are: outputs that are no nest of tensors (a plain object with attributes), and tensors of float64.
 
     bf16 needs no loss scaling and never waits for the device. fp16 multiplies the loss by the scale of a
     `torch.amp.GradScaler`, kept as `scaler` over all fits and in `state_dict`; recorded losses and the gradients that
     clipping sees are unscaled. An update whose gradients overflow is skipped like a cancelled batch (no step, no
-    `after_step`, schedules stand still) and the scale is halved: the host waits for the device once per update to know
-    that. Once the scale has fallen to 2**-16, the update is made, as it would be without `MixedPrecision`: gradients
-    that overflow there are not finite at any scale.
+    `after_step`, schedules stand still) and the scale is halved: to know that, the host waits for the device once per
+    update. At a scale of 2**-16 the update is made: gradients that overflow there are not finite at any scale.
 
     Given to the Learner, it holds for `validate`, `get_preds` and `predict`, too; there a model compiled by `compile=`
     is called in its own precision by `validate`. Raises ValueError for another precision, and before the fit for a
@@ -56,7 +54,7 @@ class MixedPrecision(Callback):
 
     def before_fit(self, state: State) -> None:
         forward, device = state.forward, state.device.type  # not the state itself, which would hold this function
-        self._check(device)  # raises now what would be raised in the first batch
+        self._check(device)
 
         def in_autocast(*args: Any, **kwargs: Any) -> Any:
             with self._autocast(device):
@@ -129,7 +127,6 @@ class MixedPrecision(Callback):
         return {"scaler": self._saved if self.scaler is None else self.scaler.state_dict()}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Take up what `state_dict` gave."""
         self._saved = saved["scaler"]
         if self._saved is None:
             self.scaler = None
@@ -142,8 +139,7 @@ class MixedPrecision(Callback):
         return torch.autocast(device, DTYPES[self.precision])
 
     def _check(self, device: str) -> None:
-        """Once for each device: a `catch_warnings` makes Python forget which warnings it has shown already."""
-        if device in self._checked:
+        if device in self._checked:  # a `catch_warnings` makes Python forget which warnings it has shown already
             return
         try:
             with warnings.catch_warnings():
@@ -161,6 +157,51 @@ def to_float32(output: Any) -> Any:
     >>> to_float32({"logits": torch.ones(1, dtype=torch.bfloat16)})
     {'logits': tensor([1.])}
     """
-    if not any(tensor.dtype in DTYPES.values() for tensor in tensors(output)):
-        return output
-    return map_tensors(lambda tensor: tensor.float() if tensor.dtype in DTYPES.values() else tensor, output)
+    if any(tensor.dtype in DTYPES.values() for tensor in tensors(output)):
+        return map_tensors(lambda tensor: tensor.float() if tensor.dtype in DTYPES.values() else tensor, output)
+    return output
+
+
+@dataclass(eq=False)
+class ChannelsLast(Callback):
+    """Keeps images and convolutions in `torch.channels_last` during the fit: the order that fast kernels work in.
+
+    Parameters and buffers with 4 dimensions, their optimizer state, and all tensors of a batch with 4 dimensions.
+    Results are equal within rounding; at the end of the fit, model and optimizer are put back, with the same values.
+
+    >>> ChannelsLast()
+    ChannelsLast()
+    """
+
+    order = Order.SETUP
+
+    def before_fit(self, state: State) -> None:
+        self._moved = [tensor for tensor in (*state.model.parameters(), *state.model.buffers())
+                       if _is_image(tensor) and tensor.is_contiguous()]
+        self._opt = state.opt
+        self._move(torch.channels_last)
+
+    def before_batch(self, state: State) -> None:
+        state.batch = map_tensors(_to_channels_last, state.batch)
+
+    before_valid_batch = before_batch
+
+    def after_fit(self, state: State) -> None:
+        self._move(torch.contiguous_format)
+        del self._moved, self._opt
+
+    def _move(self, memory_format: torch.memory_format) -> None:
+        for tensor in self._moved:
+            values = self._opt.state.get(tensor, {})
+            for name, value in values.items():
+                if isinstance(value, Tensor) and value.shape == tensor.shape:
+                    values[name] = value.contiguous(memory_format=memory_format)
+            tensor.data = tensor.data.contiguous(memory_format=memory_format)
+
+
+def _is_image(tensor: Tensor) -> bool:
+    return tensor.ndim == 4 and tensor.layout is torch.strided
+
+
+def _to_channels_last(tensor: Tensor) -> Tensor:
+    return tensor.contiguous(memory_format=torch.channels_last) if _is_image(tensor) else tensor
