@@ -84,8 +84,8 @@ class ActivationStats(StepStats):
         if self._found is None:
             return
         if not self._found:
-            raise RuntimeError(f"none of the watched layers ran: {listed(self.names)}. One that was compiled before has "
-                               "no hooks: train with compile=False, or watch others, ActivationStats(layers=...).")
+            raise RuntimeError(f"none of the watched layers ran: {listed(self.names)}. One compiled before has no "
+                               "hooks: train with compile=False, or watch others, ActivationStats(layers=...).")
         self._add(state.step, torch.stack([self._found.get(module, self._nan) for module in self._modules]))
         self._found = None
 

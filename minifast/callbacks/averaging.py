@@ -89,8 +89,9 @@ class WeightAverage(Callback):
         return list(pairs.values())
 
     def evaluating(self, model: nn.Module) -> AbstractContextManager[Any]:
-        is_used = self.in_validation and self.averages and self._end in (None, fingerprint(model))  # else: was loaded
-        return swapped(model, self.averages) if is_used else nullcontext()
+        if self.in_validation and self.averages and (self._end is None or self._end == fingerprint(model)):
+            return swapped(model, self.averages)
+        return nullcontext()  # also if other weights were loaded since
 
     def swapped(self, model: nn.Module) -> AbstractContextManager[Any]:
         """A block in which `model` has the averaged weights; then its own again, bit for bit, however the block ends.
@@ -155,7 +156,7 @@ class EMA(WeightAverage):
 
     @property
     def rate(self) -> float:
-        """The decay per step, 0..1, also where half_life was given."""
+        """The decay per step, 0..1."""
         return self.decay if self.decay is not None else 0.5 ** (1 / self.half_life)  # type: ignore[operator]
 
     def after_step(self, state: State) -> None:

@@ -37,12 +37,11 @@ class SnapshotEnsemble(Callback):
     """Keeps the weights at the end of every cycle, where the learning rate is lowest, to predict with all of them.
 
     keep: how many at most, the newest; >= 1, None for all. `snapshots`: a list of (step, weights), oldest first, on the
-    CPU: in memory they cost `keep` copies of the weights there.
+    CPU.
 
     The ends are those that the schedule of the fit names (`Scheduler.cycle_ends`); where steps are skipped, the first
-    step at or past one. A schedule without cycles has one, the last step; the end of the last epoch counts as such,
-    even if dropped steps keep the schedule from its end. Each fit starts anew. Source: Huang et al. 2017 (arXiv
-    1704.00109).
+    step past one. A schedule without cycles has one, the last step, or the end of the last epoch if steps were dropped.
+    Each fit starts anew. Source: Huang et al. 2017 (arXiv 1704.00109).
 
         ensemble = SnapshotEnsemble()
         learn.fit(lr, 3, cycle_len=1, use_clr=(32, 5), callbacks=[ensemble])
@@ -65,7 +64,6 @@ class SnapshotEnsemble(Callback):
     def _start_anew(self) -> None:
         self.snapshots: list[Snapshot] = []
         self._n_passed = 0  # cycle ends that are behind
-        self._n_steps = 0  # steps done
 
     def before_fit(self, state: State) -> None:
         self._start_anew()
@@ -73,43 +71,36 @@ class SnapshotEnsemble(Callback):
         self._ends = schedule.cycle_ends(state.n_steps) if isinstance(schedule, Scheduler) else (state.n_steps - 1,)
 
     def after_step(self, state: State) -> None:
-        self._n_steps = state.step + 1
         passed = sum(end <= state.schedule_step for end in self._ends[self._n_passed:])
         if passed:
             self._n_passed += passed
-            self._take(state)
+            self._take(state, state.step)
 
     def after_epoch(self, state: State) -> None:
         if state.epoch + 1 == state.n_epochs and self._n_passed < len(self._ends):
             self._n_passed = len(self._ends)
-            self._take(state)
+            self._take(state, state.step - 1)
 
-    def _take(self, state: State) -> None:
-        step = self._n_steps - 1
+    def _take(self, state: State, step: int) -> None:
         if step >= 0 and (not self.snapshots or self.snapshots[-1].step < step):
-            on_cpu = {name: tensor.to("cpu", copy=True) for name, tensor in weights(state.model).items()}
-            self.snapshots.append(Snapshot(step, on_cpu))
+            self.snapshots.append(Snapshot(step, _on_cpu(weights(state.model))))
             del self.snapshots[:0 if self.keep is None else -self.keep]
 
     def state_dict(self) -> dict[str, Any]:
-        return {"snapshots": clone([[step, kept] for step, kept in self.snapshots]),
-                "n_passed": self._n_passed, "n_steps": self._n_steps}
+        return {"snapshots": clone([[step, kept] for step, kept in self.snapshots]), "n_passed": self._n_passed}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        self.snapshots = [Snapshot(step, {name: tensor.to("cpu", copy=True) for name, tensor in kept.items()})
-                          for step, kept in saved["snapshots"]]
-        self._n_passed, self._n_steps = saved["n_passed"], saved["n_steps"]
+        self.snapshots = [Snapshot(step, _on_cpu(kept)) for step, kept in saved["snapshots"]]
+        self._n_passed = saved["n_passed"]
 
     def get_preds(self, learn: "Trainer", dl: Iterable[Batch] | str | None = None, *,
                   activation: Callable[[Any], Any] | None = None) -> tuple[Any, Any]:
         """(predictions, targets) as `learn.get_preds(dl)` gives them, from all snapshots together.
 
         The outputs are averaged; with cross entropy as the loss the probabilities, given as the logarithms of their
-        mean: metrics, loss and softmax read them as they read the model's own logits. activation: averages
-        activation(outputs) instead, e.g. of `torch.sigmoid`, and gives that mean.
-
-        One pass over the data for each snapshot; the learner's model is left as it was. Raises RuntimeError before the
-        first snapshot, TypeError for outputs that are not floats.
+        mean, which metrics, loss and softmax read as the model's own logits. activation: averages activation(outputs)
+        instead, e.g. of `torch.sigmoid`. One pass over the data for each snapshot; the model is left as it was.
+        Raises RuntimeError before the first snapshot, TypeError for outputs that are not floats.
         """
         self._check_any(learn)
         if activation is not None and not callable(activation):
@@ -131,14 +122,13 @@ class SnapshotEnsemble(Callback):
     def averaged(self, learn: "Trainer", *, norms: bool = True) -> Iterator[None]:
         """A block in which the learner's model has the mean of the snapshots' weights; then its own again.
 
-        norms: compute the statistics of its BatchNorm layers anew, in one pass over the training data; otherwise they
-        are the mean of the snapshots'. Tensors that are no floats are those of the newest. Raises RuntimeError before
-        the first snapshot.
+        norms: compute the statistics of its BatchNorm layers anew, in one pass over the training data; else they are
+        averaged, too. Tensors that are no floats are the newest. Raises RuntimeError before the first snapshot.
         """
         self._check_any(learn)
         norms = check_flag("norms", norms)
-        columns = {name: [snapshot.weights[name] for snapshot in self.snapshots] for name in self.snapshots[0].weights}
-        with _only(learn, {name: _mean_weight(column) for name, column in columns.items()}):
+        names = self.snapshots[0].weights
+        with _only(learn, {name: _mean([snapshot.weights[name] for snapshot in self.snapshots]) for name in names}):
             if norms:
                 update_norms(fitting.new_state(learn))
             yield
@@ -147,8 +137,7 @@ class SnapshotEnsemble(Callback):
         if not hasattr(learn, "model"):
             raise TypeError(f"learn must be the Learner, got a {type(learn).__name__}: pass learn, not learn.model.")
         if not self.snapshots:
-            raise RuntimeError(f"{self!r} has no snapshots: fit with it first, e.g. "
-                               "learn.fit(0.01, 3, cycle_len=1, callbacks=[ensemble]).")
+            raise RuntimeError(f"{self!r} has no snapshots: fit with it first, learn.fit(0.01, callbacks=[ensemble]).")
 
 
 @contextmanager
@@ -163,7 +152,11 @@ def _only(learn: "Trainer", values: dict[str, Tensor]) -> Iterator[None]:
         learn.callbacks = callbacks
 
 
-def _mean_weight(column: list[Tensor]) -> Tensor:
+def _on_cpu(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.to("cpu", copy=True) for name, tensor in values.items()}
+
+
+def _mean(column: list[Tensor]) -> Tensor:
     newest = column[-1]
     if not newest.is_floating_point() and not newest.is_complex():
         return newest
@@ -173,6 +166,5 @@ def _mean_weight(column: list[Tensor]) -> Tensor:
 
 def _checked(tensor: Tensor) -> Tensor:
     if not tensor.is_floating_point():
-        raise TypeError(f"an ensemble averages outputs that are floats, got {describe(tensor)}. Let the model give its "
-                        "scores.")
+        raise TypeError(f"an ensemble averages outputs that are floats, got {describe(tensor)}. Give the scores.")
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor

@@ -14,7 +14,7 @@ from ..base.snapshot import clone
 from ..core.callback import Callback
 from ..core.emitter import evaluating
 from ..core.state import State
-from ..errors import check_flag, check_int, check_number, check_path
+from ..errors import check_flag, check_int, check_number, check_path, quoted
 from ..files.weights import load_weights, save_weights
 from ..record.record import Best
 from ..show.tables import shown
@@ -36,8 +36,7 @@ class Monitor(Callback):
     """What callbacks that watch a column have in common: whether an epoch was better than all before it.
 
     monitor, mode, min_delta: as `SaveBest` says. `best`, `best_epoch`: the best value of this fit and its epoch
-    (0-based), None before the first. A value that is not finite is never better. An epoch without the value (it was
-    cancelled) does not count.
+    (0-based), None before the first. A value that is not finite is never better; a cancelled epoch does not count.
     """
 
     monitor: str = "valid_loss"
@@ -49,8 +48,8 @@ class Monitor(Callback):
 
     def __post_init__(self) -> None:
         if not isinstance(self.monitor, str):
-            raise TypeError(f"monitor must be the name of a column of the epoch table, e.g. \"valid_loss\", got "
-                            f"{self.monitor!r:.80} ({type(self.monitor).__name__}).")
+            raise TypeError("monitor must be the name of a column of the epoch table, e.g. \"valid_loss\", got "
+                            f"{quoted(self.monitor)}.")
         if not (self.mode is None or (isinstance(self.mode, str) and self.mode in ("min", "max"))):
             raise ValueError(f"mode must be \"min\", \"max\" or None, got {self.mode!r}.")
         self.min_delta = check_number("min_delta", self.min_delta, minimum=0)
@@ -62,7 +61,7 @@ class Monitor(Callback):
 
     def before_fit(self, state: State) -> None:
         self._check_name(state)
-        self._sign = 1 if self._resolved_mode(state) == "max" else -1
+        self._sign = 1 if (self.mode or self._mode_by_name(state)) == "max" else -1
         self._forget()
 
     def after_epoch(self, state: State) -> None:
@@ -76,7 +75,7 @@ class Monitor(Callback):
                              "object that computes a dict tells its keys by an attribute `names`.")
 
     def judge(self, state: State, value: float, is_better: bool) -> None:
-        """An epoch has ended with `value`: do what is to be done, and `keep_best` if it is better."""
+        """What to do when an epoch has ended with `value`; `keep_best` is to be called if it is better."""
         raise NotImplementedError(f"{type(self).__name__} is to define judge(state, value, is_better).")
 
     def keep_best(self, state: State, value: float) -> None:
@@ -89,18 +88,17 @@ class Monitor(Callback):
         names = [name for name in state.record.row_names if name != "epoch"]
         if self.monitor in names:
             return
-        watches = f"{type(self).__name__} watches {self.monitor!r}"
-        columns = f"the columns of this fit are {', '.join(names)}."
-        if not state.valid_sets:
-            raise ValueError(f"{watches}, but there is no validation data: {columns} Make the Learner with "
-                             "DataLoaders(train, valid), or pass monitor=\"train_loss\".")
-        near = get_close_matches(self.monitor, names, 1) or [name for name in names if name.endswith(self.monitor)]
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"{watches}, which is not in the epoch table: {columns}{hint}")
+        if state.valid_sets:
+            why = "which is not in the epoch table"
+            near = get_close_matches(self.monitor, names, 1) or [name for name in names if name.endswith(self.monitor)]
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+        else:
+            why = "but there is no validation data"
+            hint = " Make the Learner with DataLoaders(train, valid), or pass monitor=\"train_loss\"."
+        raise ValueError(f"{type(self).__name__} watches {self.monitor!r}, {why}: the columns of this fit are "
+                         f"{', '.join(names)}.{hint}")
 
-    def _resolved_mode(self, state: State) -> str:
-        if self.mode is not None:
-            return self.mode
+    def _mode_by_name(self, state: State) -> str:
         prefixes = [*(f"{valid_set}_" for valid_set, _ in state.valid_sets if valid_set), "train_"]
         prefix = next((prefix for prefix in prefixes if self.monitor.startswith(prefix)), "")
         words = set(snake_case(self.monitor.removeprefix(prefix)).split("_"))
@@ -114,11 +112,9 @@ class Monitor(Callback):
 class EarlyStopping(Monitor):
     """Ends the fit after `patience` epochs in a row that were no better than the best one before them.
 
-    monitor, mode, min_delta: as in `SaveBest`. patience: an int >= 1. The epoch ends as always, so that all other
-    callbacks hear of it; the weights are the newest ones: see `SaveBest(restore=True)` for the best.
-
-    `stopped_epoch`: the epoch (0-based) after which it ended the fit; `reason`: why, in a sentence, which is also
-    printed where the fit is verbose; both None if it did not.
+    monitor, mode, min_delta: as in `SaveBest`. patience: an int >= 1. The epoch ends as always; the weights are the
+    newest ones: see `SaveBest(restore=True)` for the best. `stopped_epoch`: the epoch (0-based) after which it ended
+    the fit; `reason`: why, in a sentence, which is also printed where the fit is verbose; both None if it did not.
 
     >>> EarlyStopping("accuracy", patience=5)
     EarlyStopping(monitor='accuracy', mode=None, min_delta=0.0, patience=5)
@@ -144,8 +140,7 @@ class EarlyStopping(Monitor):
             self.keep_best(state, value)
         is_over = state.is_ending or state.epoch + 1 == state.n_epochs
         if self._waited >= self.patience and not is_over:
-            self.stopped_epoch, self.reason = state.epoch, self._why(state.epoch)
-            state.is_ending = True
+            self.stopped_epoch, self.reason, state.is_ending = state.epoch, self._why(state.epoch), True
 
     def after_fit(self, state: State) -> None:
         if self.reason is not None:
@@ -178,8 +173,7 @@ class SaveBest(Monitor):
     file of an earlier fit. The weights are those that were validated: where an `EMA` or `SWA` is swapped in for
     validation, its average (for a column of the training data, the model's own). If the file cannot be written, the
     older one and `best` stay as they are, a warning is logged, and training goes on. Raises ValueError or TypeError for
-    values out of range and, when the fit begins, for a column that is not in the epoch table or a path that cannot be
-    a file.
+    values out of range and, when the fit begins, a column that is not in the epoch table; OSError for no such folder.
 
     >>> SaveBest("accuracy", "best.pt", restore=True)
     SaveBest(monitor='accuracy', mode=None, min_delta=0.0, path='best.pt', restore=True)
@@ -205,12 +199,11 @@ class SaveBest(Monitor):
 
     def before_fit(self, state: State) -> None:
         super().before_fit(state)
-        if self.path is not None:
-            path = Path(self.path)
-            if path.is_dir():
-                raise IsADirectoryError(f"cannot save to {path}: it is a folder. Pass the name of a file in it.")
-            if not path.parent.is_dir():
-                raise FileNotFoundError(f"cannot save to {path}: there is no folder {path.parent}. Make it first.")
+        path = None if self.path is None else Path(self.path)
+        if path is not None and path.is_dir():
+            raise IsADirectoryError(f"cannot save to {path}: it is a folder. Pass the name of a file in it.")
+        if path is not None and not path.parent.is_dir():
+            raise FileNotFoundError(f"cannot save to {path}: there is no folder {path.parent}. Make it first.")
 
     def judge(self, state: State, value: float, is_better: bool) -> None:
         if not is_better:
@@ -246,11 +239,10 @@ class ReduceLROnPlateau(Monitor):
     """Multiplies the learning rate by `factor` after `patience` epochs that were no better than the best before them.
 
     monitor, mode, min_delta: as in `SaveBest`. factor: 0 < factor < 1. patience: an int >= 1.
-    min_scale: the product of its factors never falls below that, 0..1.
+    min_scale: the product of its factors, `scale`, never falls below that, 0..1.
     cooldown: epochs after each reduction that do not count as waiting, an int >= 0.
 
-    It scales whatever the schedule says, by `state.lr_scale`, for the rest of the fit: every schedule can be used, and
-    several of these multiply. `scale`: the product so far.
+    It scales whatever the schedule says, by `state.lr_scale`, for the rest of the fit; several of these multiply.
 
     >>> ReduceLROnPlateau("valid_loss", 0.5, patience=2)
     ReduceLROnPlateau(monitor='valid_loss', mode=None, min_delta=0.0,

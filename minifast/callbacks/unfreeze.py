@@ -24,13 +24,10 @@ class Unfreeze(Callback):
     train_bn: norm layers of frozen parts are left as they are, which is training unless `freeze` made them still, as
         with the Learner's `train_bn`; False: they are frozen, in eval mode, with the rest.
 
-    A frozen parameter has no gradient: the optimizer neither moves nor decays it, and leaves its state alone. Learning
-    rates are scheduled all the time: a part that is thawed late joins in at the rate of that moment. What is frozen is
-    a function of the step alone, so a resumed fit needs no more. After the fit, however it ended, what was thawed
-    stays so, and what was still frozen is as it was before. It does not run in `lr_find`.
-
-    Raises ValueError or TypeError for other arguments, names that are not found, a parameter that two of them mean,
-    and if nothing were left to train.
+    The optimizer neither moves nor decays a frozen parameter, and leaves its state alone. A part that is thawed late
+    joins in at the learning rate of that moment. After the fit, however it ended, what was thawed stays so, and what
+    was still frozen is as it was before. It does not run in `lr_find`. Raises ValueError or TypeError for other
+    arguments, names that are not found, a parameter that two of them mean, and if nothing were left to train.
 
     Source: Howard and Ruder 2018 (arXiv 1801.06146), section 3.3, there an epoch per layer.
 
@@ -47,8 +44,8 @@ class Unfreeze(Callback):
     def __post_init__(self) -> None:
         example = 'Unfreeze({"layer4": 0.3})'
         if not isinstance(self.parts, Mapping) or not all(isinstance(name, str) for name in self.parts):
-            raise TypeError(f"parts must be a dict of name -> share of the fit, got {self.parts!r:.80}. "
-                            f"Pass e.g. {example}.")
+            raise TypeError("parts must be a dict of name -> share of the fit, got "
+                            f"{self.parts!r:.80}. Pass e.g. {example}.")
         if not self.parts:
             raise ValueError(f"parts must name at least one part of the model, got none. Pass e.g. {example}.")
         self.parts = {name: check_number(f"parts[{name!r}]", share, minimum=0, maximum=1, example=example)
@@ -56,9 +53,7 @@ class Unfreeze(Callback):
         self.train_bn = check_flag("train_bn", self.train_bn)
 
     def steps(self, n_steps: int) -> dict[str, int]:
-        """The first update (0-based) of `n_steps` that trains each part; `n_steps` for a part that none does.
-
-        Raises ValueError for n_steps < 1.
+        """The first update (0-based) of `n_steps`, >= 1, that trains each part; `n_steps` for a part that none does.
 
         >>> Unfreeze({"body": 0.07}).steps(100)  # although 0.07 * 100 > 7 in floating point
         {'body': 7}
@@ -82,9 +77,7 @@ class Unfreeze(Callback):
         self._frozen = sorted(parts, key=lambda part: part.first)
 
     def before_batch(self, state: State) -> None:
-        if not self._frozen or state.schedule_step < self._frozen[0].first:
-            return
-        if state.batch_index % state.accumulate:
+        if not self._frozen or state.schedule_step < self._frozen[0].first or state.batch_index % state.accumulate:
             return  # with a time limit the step moves on within a window, whose gradients are to be of all parts
         while self._frozen and state.schedule_step >= self._frozen[0].first:
             part = self._frozen.pop(0)
@@ -111,7 +104,7 @@ class _Part:
 
 
 def _find(steps: Mapping[str, int], state: State) -> list[_Part]:
-    """The parts of the model that are named in `steps`. Raises ValueError for none, and a parameter in two of them."""
+    """The parts of the model that are named in `steps`."""
     owner: dict[int, str] = {}
     parts: dict[str, _Part] = {}
     for name, first in steps.items():

@@ -1,7 +1,6 @@
 """What all loggers have in common: they read the Recorder's new rows now and then, and an error ends no training."""
 import logging
 import math
-import os
 import platform
 import sys
 import time
@@ -24,20 +23,16 @@ log = logging.getLogger("minifast")
 class Logger(Callback):
     """Writes the new steps and epochs of the Recorder: about every `every_seconds`, and when an epoch or fit ends.
 
-    A subclass defines `target`, and of the methods that write those that it needs. No step waits for the device.
+    A subclass defines of `open`, `close` and the methods that write those that it needs. No step waits for the device.
     """
 
     order = Order.RECORD
     in_sandbox = False
     saves: ClassVar[tuple[str, ...]] = ("_n_steps", "_n_epochs")
     every_seconds: float = math.inf
+    target = ""  # where it writes, for messages
     _is_open = False
     _settings: dict[str, Any] | None = None  # what `write_settings` is still to write
-
-    @property
-    def target(self) -> str:
-        """Where it writes, for messages."""
-        raise NotImplementedError(f"{type(self).__name__} is to define target.")
 
     def open(self, state: State) -> None: """Begin. An error here ends the fit before it has begun."""
     def write_settings(self, settings: dict[str, Any]) -> None: """Before all else, what `open` put into `_settings`."""
@@ -119,12 +114,12 @@ def _step_columns(record: FitRecord, first: int) -> dict[str, list[float]]:
 
 
 @contextmanager
-def opening(owner: str, path: str | os.PathLike[str]) -> Iterator[None]:
-    """An OSError inside names the logger and the path."""
+def opening(logger: Logger) -> Iterator[None]:
+    """An OSError inside names the logger and its target, a path."""
     try:
         yield
     except OSError as error:
-        raise type(error)(f"{owner} cannot write to {os.fspath(path)!r}: {error.strerror or error}. "
+        raise type(error)(f"{type(logger).__name__} cannot write to {logger.target!r}: {error.strerror or error}. "
                           "Pass a path that can be written.") from error
 
 

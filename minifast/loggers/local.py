@@ -37,14 +37,11 @@ class CSVLogger(Logger):
         self.path = check_path("path", self.path)
         check_flag("append", self.append)
 
-    @property
-    def target(self) -> str:
-        return os.fspath(self.path)
-
     def open(self, state: State) -> None:
+        self.target = os.fspath(self.path)
         self._columns: list[str] = []  # of the header; empty: the file is to be written anew
         self._rows: list[dict[str, Any]] = []  # all that the file should hold
-        with opening("CSVLogger", self.path):
+        with opening(self):
             _make_writable(Path(self.path))
             if self.append:
                 self._columns, self._rows = _read_csv(Path(self.path))
@@ -87,15 +84,11 @@ class RunLog(Logger):
         self.path = check_path("path", self.path)
         self.every_seconds = check_number("every_seconds", self.every_seconds, minimum=0)
 
-    @property
-    def target(self) -> str:
-        return str(self._file)
-
     def open(self, state: State) -> None:
         self._id = uuid.uuid4().hex[:12]  # made by the system: no generator that is seeded moves
         self._file = record_file(self.path)
-        self._settings = settings(state)
-        with opening("RunLog", self._file):
+        self.target, self._settings = str(self._file), settings(state)
+        with opening(self):
             _make_writable(self._file)
 
     def write_settings(self, settings: dict[str, Any]) -> None:
@@ -125,7 +118,7 @@ def _make_writable(path: Path) -> None:
 
 
 def _append(path: Path, lines: bytes) -> None:
-    """Add whole lines in one write, after a line break if the last line is torn."""
+    """In one write, after a line break if the last line is torn."""
     with open(path, "a+b", buffering=0) as file:
         if lines and file.seek(0, os.SEEK_END):
             file.seek(-1, os.SEEK_END)

@@ -11,7 +11,7 @@ from .base import Logger, load, opening, settings
 
 
 class _Service(Logger):
-    """Steps are counted on over the fits of one logger, so that a later fit does not go back in time."""
+    """Steps are counted on over the fits of one logger."""
 
     saves: ClassVar[tuple[str, ...]] = (*Logger.saves, "_earlier")
     _earlier = 0  # steps of earlier fits
@@ -52,13 +52,10 @@ class TensorBoardLogger(_Service):
         self.log_dir = check_path("log_dir", self.log_dir)
         self.every_seconds = check_number("every_seconds", self.every_seconds, minimum=0)
 
-    @property
-    def target(self) -> str:
-        return str(self.log_dir)
-
     def open(self, state: State) -> None:
         writer_class = load("torch.utils.tensorboard", "TensorBoardLogger", "tensorboard").SummaryWriter
-        with opening("TensorBoardLogger", self.log_dir):
+        self.target = str(self.log_dir)
+        with opening(self):
             self._writer = writer_class(self.target, max_queue=1000)
         self._settings = to_json(settings(state))
 
@@ -108,6 +105,8 @@ class WandbLogger(_Service):
     id: str | None = None
     every_seconds: float = 5.0
 
+    target = "Weights & Biases"
+
     def __post_init__(self) -> None:
         for key in ("project", "name", "id"):
             if not isinstance(getattr(self, key), (str, type(None))):
@@ -115,10 +114,6 @@ class WandbLogger(_Service):
         if not isinstance(self.config, (Mapping, type(None))):
             raise TypeError(f"config must be a dict or None, got {self.config!r:.80}. Pass e.g. config={{'size': 32}}.")
         self.every_seconds = check_number("every_seconds", self.every_seconds, minimum=0)
-
-    @property
-    def target(self) -> str:
-        return "Weights & Biases"
 
     def open(self, state: State) -> None:
         wandb = load("wandb", "WandbLogger", "wandb")
