@@ -49,8 +49,7 @@ _LATER = {
     "callbacks.batches": ("CutMix", "MixUp", "ProgressiveResizing"),
     "callbacks.ensemble": ("SnapshotEnsemble",),
     "callbacks.formats": ("ChannelsLast", "MixedPrecision"),
-    "callbacks.gradients": ("GradientClip", "GradientNorm"),
-    "callbacks.layer_stats": ("GradientStats",),
+    "callbacks.gradients": ("GradientClip", "GradientNorm", "GradientStats"),
     "callbacks.microbatch": ("AutoMicrobatch",),
     "callbacks.monitors": ("EarlyStopping", "ReduceLROnPlateau", "SaveBest"),
     "callbacks.unfreeze": ("Unfreeze",),
@@ -73,8 +72,7 @@ if _typing.TYPE_CHECKING:
     from .callbacks.batches import CutMix, MixUp, ProgressiveResizing
     from .callbacks.ensemble import SnapshotEnsemble
     from .callbacks.formats import ChannelsLast, MixedPrecision
-    from .callbacks.gradients import GradientClip, GradientNorm
-    from .callbacks.layer_stats import GradientStats
+    from .callbacks.gradients import GradientClip, GradientNorm, GradientStats
     from .callbacks.microbatch import AutoMicrobatch
     from .callbacks.monitors import EarlyStopping, ReduceLROnPlateau, SaveBest
     from .callbacks.unfreeze import Unfreeze

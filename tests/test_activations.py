@@ -12,7 +12,7 @@ from torch import nn
 
 from minifast import CancelBatch
 from minifast.callbacks.activations import ActivationStats, histogram
-from minifast.callbacks.layer_stats import FLUSH_EVERY
+from minifast.callbacks.gradients import FLUSH_EVERY
 from minifast.standard import finite
 
 

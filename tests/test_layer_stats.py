@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from minifast import CancelBatch, CancelEpoch, Learner
-from minifast.callbacks.layer_stats import GradientStats
+from minifast.callbacks.gradients import GradientStats
 
 GROUPS = {"body": "0.*", "neck": "1.*", "head": "2.*"}
 

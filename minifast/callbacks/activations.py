@@ -15,7 +15,7 @@ from ..core.state import State
 from ..errors import check_choice, check_int, quoted
 from ..show import plots
 from ..show.tables import listed
-from .layer_stats import StepStats
+from .gradients import StepStats
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -77,8 +77,7 @@ class ActivationStats(StepStats):
     def after_pred(self, state: State) -> None:
         self._listening = False
 
-    def after_batch(self, state: State) -> None:
-        self._listening = False  # the batch may have been cancelled before its forward pass
+    after_batch = after_pred  # the batch may have been cancelled before its forward pass
 
     def after_step(self, state: State) -> None:
         if self._found is None:
@@ -110,10 +109,7 @@ class ActivationStats(StepStats):
         return np.logspace(*DECADES, self.bins + 1)
 
     def plot(self, stat: str = "mean", *, ax: "Axes | None" = None) -> "Axes":
-        """Draw "mean", "std" or "near_zero" of every layer that ran against the step.
-
-        Raises ValueError for another name, RuntimeError if nothing was recorded.
-        """
+        """Draw one of `stats` of every layer that ran. Raises ValueError for another, RuntimeError if there are none."""
         check_choice("stat", stat, STATS)
         self._check_any()
         label = f"share of |activation| < {NEAR_ZERO}" if stat == "near_zero" else f"{stat} of the activations"
@@ -122,9 +118,8 @@ class ActivationStats(StepStats):
     def plot_hist(self, layer: str | int = -1, *, ax: "Axes | None" = None) -> "Axes":
         """Draw the colour plot of one layer: a column per step, the brighter the larger the share of its outputs there.
 
-        layer: its name, or its number in `names`. Healthy training has a bright band that moves little; a bright
-        first bin is a layer of zeros; waves that climb and collapse are a learning rate that is too high. Raises
-        ValueError for a layer that is not watched, RuntimeError if nothing was recorded.
+        layer: its name, or its number in `names`. Healthy training has a bright band that moves little; a bright first
+        bin is a layer of zeros; waves that climb and collapse: the learning rate is too high. Raises as `plot` does.
         """
         self._check_any()
         n = len(self.names)

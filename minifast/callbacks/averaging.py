@@ -168,8 +168,7 @@ class EMA(WeightAverage):
 class SWA(WeightAverage):
     """Stochastic weight averaging: the plain mean of the weights at the end of each epoch, late in the fit.
 
-    start: the share of the fit, 0..1, that is over when averaging begins: with 0.75 the ends of epochs 3 and 4 of 4
-        count.
+    start: the share of the fit, 0..1, that is over when averaging begins: 0.75 takes the ends of epochs 3 and 4 of 4.
     every: average every so many steps instead, >= 1.
     apply: when the fit has gone to its end, the model gets the averaged weights for good, and its BatchNorm layers new
         statistics: one more pass over the training data, without gradients, random generators put back. The raw weights

@@ -36,8 +36,7 @@ class Snapshot(NamedTuple):
 class SnapshotEnsemble(Callback):
     """Keeps the weights at the end of every cycle, where the learning rate is lowest, to predict with all of them.
 
-    keep: how many at most, the newest; >= 1, None for all. `snapshots`: a list of (step, weights), oldest first, on the
-    CPU.
+    keep: how many at most, the newest; >= 1, None for all. `snapshots`: (step, weights), oldest first, on the CPU.
 
     The ends are those that the schedule of the fit names (`Scheduler.cycle_ends`); where steps are skipped, the first
     step past one. A schedule without cycles has one, the last step, or the end of the last epoch if steps were dropped.
@@ -59,14 +58,10 @@ class SnapshotEnsemble(Callback):
 
     def __post_init__(self) -> None:
         self.keep = None if self.keep is None else check_int("keep", self.keep, example="SnapshotEnsemble(keep=5)")
-        self._start_anew()
-
-    def _start_anew(self) -> None:
         self.snapshots: list[Snapshot] = []
-        self._n_passed = 0  # cycle ends that are behind
 
     def before_fit(self, state: State) -> None:
-        self._start_anew()
+        self.snapshots, self._n_passed = [], 0  # ends of cycles that are behind
         schedule = owner_of("lr", state.callbacks)
         self._ends = schedule.cycle_ends(state.n_steps) if isinstance(schedule, Scheduler) else (state.n_steps - 1,)
 

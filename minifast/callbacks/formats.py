@@ -25,11 +25,10 @@ class MixedPrecision(Callback):
     validation and predictions alike: so the loss, metrics and what `get_preds` returns are computed in float32. Left
     as they are: outputs that are no nest of tensors (a plain object with attributes), and tensors of float64.
 
-    bf16 needs no loss scaling and never waits for the device. fp16 multiplies the loss by the scale of a
-    `torch.amp.GradScaler`, kept as `scaler` over all fits and in `state_dict`; recorded losses and the gradients that
-    clipping sees are unscaled. An update whose gradients overflow is skipped like a cancelled batch (no step, no
-    `after_step`, schedules stand still) and the scale is halved: to know that, the host waits for the device once per
-    update. At a scale of 2**-16 the update is made: gradients that overflow there are not finite at any scale.
+    bf16 needs no loss scaling. fp16 multiplies the loss by the scale of a `torch.amp.GradScaler`, kept as `scaler` over
+    all fits and in `state_dict`; recorded losses and the gradients that clipping sees are unscaled. An update whose
+    gradients overflow is skipped like a cancelled batch and the scale is halved: to know that, the host waits for the
+    device once per update. At a scale of 2**-16 the update is made: what overflows there is finite at no scale.
 
     Given to the Learner, it holds for `validate`, `get_preds` and `predict`, too; there a model compiled by `compile=`
     is called in its own precision by `validate`. Raises ValueError for another precision, and before the fit for a
@@ -123,7 +122,6 @@ class MixedPrecision(Callback):
                 autocast.__exit__(None, None, None)
 
     def state_dict(self) -> dict[str, Any]:
-        """The loss scale and what it grows by; None before the first fit, and with bf16."""
         return {"scaler": self._saved if self.scaler is None else self.scaler.state_dict()}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:

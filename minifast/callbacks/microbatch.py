@@ -68,10 +68,7 @@ class AutoMicrobatch(Callback):
                         self.current_size)
 
     def _attempt(self, gradient: Any, state: State, emit: Any, window: Any) -> bool:
-        """Run all parts; False, with a smaller size for the next attempt, if memory ran out.
-
-        A function of its own: when it has returned, nothing holds on to the error and the tensors in its traceback.
-        """
+        """Run all parts; False if memory ran out. Once it has returned, nothing holds the tensors in the traceback."""
         batch, done = state.batch, []
         small = [batch] if self.current_size is None else parts(batch, _n_samples(state, batch), self.current_size)
         try:

@@ -35,8 +35,7 @@ HIGHER = {"accuracy", "acc", "top", "auc", "auroc", "roc", "f1", "fbeta", "preci
 class Monitor(Callback):
     """What callbacks that watch a column have in common: whether an epoch was better than all before it.
 
-    monitor, mode, min_delta: as `SaveBest` says. `best`, `best_epoch`: the best value of this fit and its epoch
-    (0-based), None before the first. A value that is not finite is never better; a cancelled epoch does not count.
+    A value that is not finite is never better; a cancelled epoch does not count.
     """
 
     monitor: str = "valid_loss"
@@ -75,7 +74,7 @@ class Monitor(Callback):
                              "object that computes a dict tells its keys by an attribute `names`.")
 
     def judge(self, state: State, value: float, is_better: bool) -> None:
-        """What to do when an epoch has ended with `value`; `keep_best` is to be called if it is better."""
+        """An epoch has ended with `value`: to call `keep_best` if it is better is part of it."""
         raise NotImplementedError(f"{type(self).__name__} is to define judge(state, value, is_better).")
 
     def keep_best(self, state: State, value: float) -> None:
@@ -140,7 +139,8 @@ class EarlyStopping(Monitor):
             self.keep_best(state, value)
         is_over = state.is_ending or state.epoch + 1 == state.n_epochs
         if self._waited >= self.patience and not is_over:
-            self.stopped_epoch, self.reason, state.is_ending = state.epoch, self._why(state.epoch), True
+            self.stopped_epoch, self.reason = state.epoch, self._why(state.epoch)
+            state.is_ending = True
 
     def after_fit(self, state: State) -> None:
         if self.reason is not None:

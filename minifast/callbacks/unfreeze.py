@@ -3,6 +3,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import NamedTuple
 
 from torch import nn
 
@@ -28,7 +29,6 @@ class Unfreeze(Callback):
     joins in at the learning rate of that moment. After the fit, however it ended, what was thawed stays so, and what
     was still frozen is as it was before. It does not run in `lr_find`. Raises ValueError or TypeError for other
     arguments, names that are not found, a parameter that two of them mean, and if nothing were left to train.
-
     Source: Howard and Ruder 2018 (arXiv 1801.06146), section 3.3, there an epoch per layer.
 
     >>> Unfreeze({"layer4": 0.3, "layer3": 0.5}).steps(n_steps=10)
@@ -95,8 +95,7 @@ class Unfreeze(Callback):
         self._frozen = []  # no hold on the model
 
 
-@dataclass(frozen=True, eq=False)
-class _Part:
+class _Part(NamedTuple):
     first: int  # the first update that trains it
     params: list[nn.Parameter]
     were_trained: list[bool]  # each of them, before the fit

@@ -2,7 +2,6 @@
 
 They know the state of a fit and records; nothing of a Learner.
 """
-from .local import CSVLogger, RunLog
-from .services import TensorBoardLogger, WandbLogger
+from .targets import CSVLogger, RunLog, TensorBoardLogger, WandbLogger
 
 __all__ = ["CSVLogger", "RunLog", "TensorBoardLogger", "WandbLogger"]

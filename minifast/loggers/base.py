@@ -4,7 +4,7 @@ import math
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib import import_module
@@ -54,7 +54,8 @@ class Logger(Callback):
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         # a sandbox gives back the state from before it, but what is written stays written
-        if self._is_open or _n_written(saved) > _n_written(vars(self)):
+        n_saved, n_written = (of.get("_earlier", 0) + of.get("_n_steps", 0) for of in (saved, vars(self)))
+        if self._is_open or n_saved > n_written:
             super().load_state_dict(saved)
             self._has_begun = True
 
@@ -100,10 +101,6 @@ class Logger(Callback):
                             type(self).__name__, self.target, error.strerror or error)
 
 
-def _n_written(attributes: Mapping[str, Any]) -> int:
-    return int(attributes.get("_earlier", 0) + attributes.get("_n_steps", 0))  # steps, in all fits of the logger
-
-
 def _step_columns(record: FitRecord, first: int) -> dict[str, list[float]]:
     """The steps from `first` on: lr of each layer group, momentum, loss, and what callbacks have logged."""
     lrs = ["lr"] if len(record.group_names) == 1 else [f"lr_{name}" for name in record.group_names]
@@ -144,20 +141,16 @@ def settings(state: State) -> dict[str, Any]:
         "model": {"class": type(state.model).__name__, "parameters": sum(n for n, _ in sizes),
                   "trainable": sum(n for n, is_trained in sizes if is_trained)},
         "optimizer": {"class": type(state.opt).__name__, "defaults": dict(state.opt.defaults)},
-        "group_names": list(state.group_names),
-        "lrs": list(state.lrs),
-        "n_epochs": state.n_epochs,
-        "n_steps": state.n_steps,
-        "steps_per_epoch": state.steps_per_epoch,
-        "accumulate": state.accumulate,
-        "batch_size": getattr(state.train_dl, "batch_size", None),
+        "group_names": list(state.group_names), "lrs": list(state.lrs),
+        "n_epochs": state.n_epochs, "n_steps": state.n_steps, "steps_per_epoch": state.steps_per_epoch,
+        "accumulate": state.accumulate, "batch_size": getattr(state.train_dl, "batch_size", None),
         "schedule": next((_in_words(callback) for callback in state.callbacks if "lr" in callback.owns), None),
         "callbacks": [_in_words(callback) for callback in state.callbacks if not isinstance(callback, Recorder)],
     }
 
 
 def now() -> str:
-    """The time in UTC, as ISO 8601 has it, in seconds."""
+    """UTC, in seconds."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 

@@ -36,9 +36,9 @@ NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 @dataclass(eq=False, repr=False)
 class LoggedFit:
-    """One fit of a run. `starts`: its settings, first when it began, then one for each time it was resumed."""
+    """One fit of a run."""
 
-    starts: list[dict[str, Any]] = field(default_factory=list)
+    starts: list[dict[str, Any]] = field(default_factory=list)  # its settings, then again each time it was resumed
     steps: dict[str, Column] = field(default_factory=dict)  # step, lr, momentum, loss, ...: each (steps,)
     epochs: list[dict[str, Any]] = field(default_factory=list)
     end: dict[str, Any] | None = None  # None: it was killed, or still runs
@@ -106,9 +106,8 @@ def plot_runs(runs: PathLike | Iterable[PathLike] = "runs/*", metric: str | None
     """Draw one column of several runs over one another, named after their folders.
 
     runs: a glob pattern, a folder, a file, or several of them; what a pattern finds besides runs is left out.
-    metric: a column of the epochs (train_loss, a metric), drawn against the epoch, or of the steps (loss, lr, ...),
-        drawn against the step; "loss" is drawn pale with its smoothed form on top. None: valid_loss, or train_loss if
-        no run has one. A run without such a column says so in the legend.
+    metric: a column of the epochs (train_loss, a metric) or of the steps (loss, lr, ...), drawn against them; "loss" is
+        drawn pale with its smoothed form on top. None: valid_loss, or train_loss if no run has one.
 
     Raises FileNotFoundError if no run is found, ValueError with the columns there are if no run has `metric`.
     """
@@ -170,8 +169,7 @@ def to_json(value: Any) -> Any:
     if value is None or isinstance(value, (bool, str, int)):
         return value
     if isinstance(value, float):
-        number = float(value)
-        return number if math.isfinite(number) else "NaN" if number != number else f"{'-' * (number < 0)}Infinity"
+        return float(value) if math.isfinite(value) else "NaN" if value != value else f"{'-' * (value < 0)}Infinity"
     if isinstance(value, Mapping):
         return {str(key): to_json(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
@@ -198,10 +196,10 @@ def _read(file: Path) -> Run:
 
 
 def _parsed(record: dict[str, Any]) -> dict[str, Any]:
-    """`record` with columns and rows of numbers; an error of whatever kind if it is none."""
+    """With columns and rows of numbers; an error of whatever kind if it is no record."""
     kind = record["kind"]
     if kind == "steps":
-        table = np.array([[float(value) for value in values] for values in record["columns"].values()])  # one length
+        table = np.array([[float(value) for value in values] for values in record["columns"].values()])  # of one length
         steps = np.arange(len(record["columns"]["loss"]), dtype=np.float64) + float(record["first"])
         return {**record, "columns": {"step": steps, **dict(zip(record["columns"], table, strict=True))}}
     if kind == "epoch":
@@ -214,7 +212,7 @@ def _parsed(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _fit(records: list[dict[str, Any]]) -> LoggedFit:
-    """What the records of one fit say, the newest of each step and each epoch."""
+    """The newest of each step and each epoch."""
     def of_kind(*kinds: str) -> list[dict[str, Any]]:
         return [record for record in records if record["kind"] in kinds]
     columns = _end_to_end([record["columns"] for record in of_kind("steps")])
