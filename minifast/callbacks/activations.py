@@ -109,7 +109,7 @@ class ActivationStats(StepStats):
         return np.logspace(*DECADES, self.bins + 1)
 
     def plot(self, stat: str = "mean", *, ax: "Axes | None" = None) -> "Axes":
-        """Draw one of `stats` of every layer that ran. Raises ValueError for another, RuntimeError if there are none."""
+        """Draw one of `stats` of every layer that ran. Raises ValueError for another, RuntimeError without rows."""
         check_choice("stat", stat, STATS)
         self._check_any()
         label = f"share of |activation| < {NEAR_ZERO}" if stat == "near_zero" else f"{stat} of the activations"

@@ -203,9 +203,8 @@ class SWA(WeightAverage):
         self._is_newest = True  # whether there was no step since the last average
         self._is_complete = False
         if self.apply and is_one_shot(state.train_dl) and norms_to_update(state):
-            raise ValueError("SWA computes the statistics of BatchNorm layers in one more pass over the training data, "
-                             f"but this is an iterator ({type(state.train_dl).__name__}), good for one. Pass "
-                             "SWA(apply=False), or data whose __iter__ starts a new pass.")
+            raise ValueError("for BatchNorm, SWA makes one more pass over the training data, but this is an iterator "
+                             f"({type(state.train_dl).__name__}), good for one. Pass SWA(apply=False), or a DataLoader.")
 
     def after_step(self, state: State) -> None:
         super().after_step(state)

@@ -59,9 +59,10 @@ class SnapshotEnsemble(Callback):
     def __post_init__(self) -> None:
         self.keep = None if self.keep is None else check_int("keep", self.keep, example="SnapshotEnsemble(keep=5)")
         self.snapshots: list[Snapshot] = []
+        self._n_passed = 0  # ends of cycles that are behind
 
     def before_fit(self, state: State) -> None:
-        self.snapshots, self._n_passed = [], 0  # ends of cycles that are behind
+        self.snapshots, self._n_passed = [], 0
         schedule = owner_of("lr", state.callbacks)
         self._ends = schedule.cycle_ends(state.n_steps) if isinstance(schedule, Scheduler) else (state.n_steps - 1,)
 

@@ -57,8 +57,7 @@ class MixedPrecision(Callback):
 
         def in_autocast(*args: Any, **kwargs: Any) -> Any:
             with self._autocast(device):
-                output = forward(*args, **kwargs)
-            return to_float32(output)
+                return to_float32(forward(*args, **kwargs))
         state.forward = in_autocast
         if self.precision == "fp16":
             half = next((name for name, p in state.model.named_parameters() if p.dtype is torch.float16), None)

@@ -153,7 +153,6 @@ class GradientStats(StepStats):
     """Records, at every `every`-th weight update, the gradient norm and the update ratio of each layer group.
 
     every: an int >= 1, else ValueError. A recorded step holds a second copy of the trainable weights until it is done.
-
     The gradient norm is the L2 norm of all gradients of the group as the step uses them: averaged over the accumulation
     window, unscaled and clipped. The update ratio is |weights after - weights before| / |weights before|, over the
     parameters that have a gradient. Both are nan for a group without a gradient (frozen, or not in this batch's forward
@@ -181,7 +180,9 @@ class GradientStats(StepStats):
     def before_step(self, state: State) -> None:
         if state.step % self.every == 0:
             trained = [[p for p in params if p.grad is not None] for params in self._params]
-            self._norms = [self._norm([_values(p.grad) for p in params if p.grad is not None]) for params in trained]
+            grads = [[p.grad for p in params if p.grad is not None] for params in trained]
+            self._norms = [self._norm([grad.coalesce().values() if grad.is_sparse else grad for grad in of_group])
+                           for of_group in grads]
             self._before = [(params, [p.detach().clone() for p in params]) for params in trained]
 
     def after_step(self, state: State) -> None:
@@ -239,8 +240,3 @@ class GradientStats(StepStats):
         if (columns > 0).any():
             ax.set_yscale("log", nonpositive="mask")
         return ax
-
-
-def _values(grad: Tensor) -> Tensor:
-    """The gradient; of a sparse one, the values that are not zero."""
-    return grad.coalesce().values() if grad.is_sparse else grad

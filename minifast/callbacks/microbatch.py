@@ -77,7 +77,7 @@ class AutoMicrobatch(Callback):
                     gradient(state, emit, window)
                     done.append((state.n_samples, state.loss.detach(), state.loss_weight))
         except RuntimeError as error:
-            if not _is_out_of_memory(error):
+            if not (isinstance(error, torch.OutOfMemoryError) or any(text in str(error).lower() for text in NO_MEMORY)):
                 raise
             self._halve(_n_samples(state, batch), error)
             return False
@@ -101,7 +101,3 @@ class AutoMicrobatch(Callback):
 def _n_samples(state: State, batch: Any) -> int:
     inputs, target = state.unpack(batch)
     return n_samples(target, inputs)
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error).lower() for text in NO_MEMORY)

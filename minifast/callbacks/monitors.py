@@ -159,15 +159,13 @@ class EarlyStopping(Monitor):
 class SaveBest(Monitor):
     """Keeps the weights of the best epoch, in memory or in a file.
 
-    monitor: a key of the epoch row: "valid_loss", "accuracy", "train_loss", "noisy_accuracy" (of the validation set
-        "noisy"), ...
+    monitor: a key of the epoch row: "valid_loss", "accuracy", "noisy_accuracy" (of the validation set "noisy"), ...
     path: the file, written as by `learn.save` and read by `learn.load`, replaced at each better epoch; None: a copy in
         host memory, `weights`.
     mode: "min" or "max", whether smaller or larger is better; None: by the name (loss, error, rmse, perplexity, ...:
         "min"; accuracy, auc, f1, iou, ...: "max").
     min_delta: by how much a value must be better, >= 0; less is no improvement.
-    restore: load the best weights into the model when the fit ends, however it ends. The optimizer's state stays that
-        of the last step.
+    restore: load the best weights into the model when the fit ends, however it ends, but no state of the optimizer.
 
     `best`, `best_epoch`: the value and its epoch (0-based); each fit begins anew, and its first epoch replaces the
     file of an earlier fit. The weights are those that were validated: where an `EMA` or `SWA` is swapped in for

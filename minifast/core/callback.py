@@ -96,18 +96,14 @@ class Callback:
     def after_fit(self, state: State) -> None: """However the fit ended, last callback first: undo `before_fit`."""
 
     def evaluating(self, model: nn.Module) -> AbstractContextManager[Any]:
-        """Entered around every validation and, for callbacks of the Learner, every prediction: e.g. other weights.
-
-        In a fit it lasts from before `before_validate` to the last `after_valid_batch`.
-        """
+        """Entered around every validation, with its `before_validate`, and every prediction if it is the Learner's."""
         return nullcontext()
 
     def state_dict(self) -> dict[str, Any]:
-        """Copies of the attributes named in `saves`, as far as they exist.
+        """Copies of the attributes named in `saves`: tensors, numbers, text, None, and lists and dicts of them.
 
-        Plain values only: tensors, numbers, text, None, and lists and dicts of them. To go on where a fit was killed,
-        a callback that is made with the same arguments hears `before_fit`, with `state.step` and `state.epoch` where
-        the fit goes on, and then `load_state_dict`.
+        To go on where a fit was killed, a callback that is made with the same arguments hears `before_fit`, with
+        `state.step` and `state.epoch` where the fit goes on, and then `load_state_dict`.
         """
         return {name: snapshot.clone(getattr(self, name)) for name in self.saves if hasattr(self, name)}
 

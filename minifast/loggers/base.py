@@ -63,9 +63,6 @@ class Logger(Callback):
         if time.perf_counter() >= self._next_time:
             self._write_new(state)
 
-    def after_epoch(self, state: State) -> None:
-        self._write_new(state)
-
     def after_fit(self, state: State) -> None:
         try:
             if self._has_begun:
@@ -77,6 +74,8 @@ class Logger(Callback):
     def _write_new(self, state: State) -> None:
         self._try(self._write, state.record)
         self._next_time = time.perf_counter() + self.every_seconds
+
+    after_epoch = _write_new
 
     def _write(self, record: FitRecord) -> None:
         """All that is new: what an OSError keeps from being written is new the next time, too."""
@@ -133,6 +132,8 @@ def settings(state: State) -> dict[str, Any]:
     """Versions, device, model, optimizer, layer groups, lengths, schedule and callbacks of a fit, in `before_fit`."""
     sizes = [(p.numel(), p.requires_grad) for p in state.model.parameters()]
     name = f" ({torch.cuda.get_device_name(state.device)})" if state.device.type == "cuda" else ""
+    texts = [(cb, type(cb).__name__ if type(cb).__repr__ is object.__repr__ else f"{cb!r:.1000}")  # no address
+             for cb in state.callbacks]
     return {
         "time": now(),
         "versions": {"minifast": sys.modules["minifast"].__version__, "torch": str(torch.__version__),
@@ -144,16 +145,11 @@ def settings(state: State) -> dict[str, Any]:
         "group_names": list(state.group_names), "lrs": list(state.lrs),
         "n_epochs": state.n_epochs, "n_steps": state.n_steps, "steps_per_epoch": state.steps_per_epoch,
         "accumulate": state.accumulate, "batch_size": getattr(state.train_dl, "batch_size", None),
-        "schedule": next((_in_words(callback) for callback in state.callbacks if "lr" in callback.owns), None),
-        "callbacks": [_in_words(callback) for callback in state.callbacks if not isinstance(callback, Recorder)],
+        "schedule": next((text for callback, text in texts if "lr" in callback.owns), None),
+        "callbacks": [text for callback, text in texts if not isinstance(callback, Recorder)],
     }
 
 
 def now() -> str:
     """UTC, in seconds."""
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _in_words(callback: Callback) -> str:
-    has_repr = type(callback).__repr__ is not object.__repr__  # else it is an address, which says nothing
-    return f"{callback!r:.1000}" if has_repr else type(callback).__name__

@@ -1,7 +1,4 @@
-"""Loggers of what is written to: a CSV of the epochs, the record of a run, TensorBoard, Weights & Biases.
-
-What the last two need are extras, imported when a fit begins.
-"""
+"""Loggers by what they write to: a CSV of the epochs, the record of a run, TensorBoard, Weights & Biases."""
 import csv
 import errno
 import io

@@ -87,7 +87,7 @@ class Run:
 
 
 def read_run(path: PathLike) -> Run:
-    """The run in a folder's run.jsonl, or in the file `path`. A line that is no whole record is skipped and counted.
+    """The run in a folder's run.jsonl, or in the file `path`. Lines that are no whole record are skipped and counted.
 
     Raises FileNotFoundError if there is no such file, ValueError if no line is a record.
     """
@@ -108,7 +108,6 @@ def plot_runs(runs: PathLike | Iterable[PathLike] = "runs/*", metric: str | None
     runs: a glob pattern, a folder, a file, or several of them; what a pattern finds besides runs is left out.
     metric: a column of the epochs (train_loss, a metric) or of the steps (loss, lr, ...), drawn against them; "loss" is
         drawn pale with its smoothed form on top. None: valid_loss, or train_loss if no run has one.
-
     Raises FileNotFoundError if no run is found, ValueError with the columns there are if no run has `metric`.
     """
     if metric is not None:
