@@ -1,7 +1,6 @@
 """The weights of a model in a file."""
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -103,26 +102,18 @@ def put_weights(model: nn.Module, loaded: Any, path: str | os.PathLike[str]) -> 
     if problems:
         raise ValueError(f"{path} does not fit the model ({type(model).__name__}): {'; '.join(problems)}. "
                          "Nothing was loaded.")
-    with _all_or_nothing(model):
-        try:
-            model.load_state_dict(loaded)
-        except RuntimeError as error:  # of torch, which goes on after a part that does not fit
-            raise ValueError(f"{path} does not fit the model ({type(model).__name__}): {str(error).strip():.500} "
-                             "Nothing was changed.") from error
-
-
-@contextmanager
-def _all_or_nothing(model: nn.Module) -> Iterator[None]:
-    """After an error in its block, the parameters and buffers of `model` are what they were."""
     before = [(tensor, tensor.detach().to("cpu", copy=True)) for tensor in (*model.parameters(), *model.buffers())
               if not tensor.is_meta]
     try:
-        yield
-    except BaseException:
+        model.load_state_dict(loaded)
+    except BaseException as error:
         with torch.no_grad():
             for tensor, value in before:
                 if not torch.equal(tensor.detach().cpu(), value):
                     tensor.copy_(value)
+        if isinstance(error, RuntimeError):  # of torch, which goes on after a part that does not fit
+            raise ValueError(f"{path} does not fit the model ({type(model).__name__}): {str(error).strip():.500} "
+                             "Nothing was changed.") from error
         raise
 
 
