@@ -15,8 +15,8 @@ from ..core.state import State
 from ..data.loader import generators
 from ..show.tables import listed
 from ..standard.recorder import Recorder
-from .identity import OWN_CHOICE
 
+OWN_CHOICE = ("fused", "foreach", "capturable", "differentiable")  # how an optimizer computes, not what
 # in an optimizer's state, of the shape of the weights: torch's fused kernels do not check it
 PER_WEIGHT = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg")
 

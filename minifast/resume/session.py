@@ -1,7 +1,9 @@
-"""One fit that is saved, resumed, or both."""
+"""One fit that is saved, resumed, or both: where its checkpoints are, what `resume=` means, and how it is run."""
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,14 +19,66 @@ from ..standard.recorder import Recorder
 from . import saved_state
 from .checkpoint import Checkpoint
 from .folder import FitFolder, locked, newest
-from .identity import Facts, facts
-from .replay import leave
-from .rewind import Rewind, taking_up
-from .verify import check
-from .where import Resume, Where
+from .identity import Facts, check, facts
+from .replay import Rewind, leave, taking_up
 
+Resume = bool | str | os.PathLike[str]
 log = logging.getLogger("minifast")
 _ended_here: set[tuple[str, int]] = set()  # (run, number) of the fits that have ended in this process
+
+
+@dataclass(frozen=True)
+class Where:
+    """Where a fit keeps its checkpoints, and which ones it may go on from."""
+
+    saver: Checkpoint | None
+    run: str  # the absolute path of the run's folder
+    real_run: str  # and without links: by whatever name it is reached, its fits are counted together
+    number: int  # of the fit in it, from 1
+    resume: Resume
+
+    @classmethod
+    def of(cls, callbacks: Iterable[Callback], fits_ended: Mapping[str, int], resume: Resume) -> "Where":
+        """fits_ended: how many fits of the Learner have ended in each run's folder."""
+        saver = next((cb for cb in callbacks if isinstance(cb, Checkpoint)), None)
+        run = "" if saver is None else os.path.abspath(saver.path)  # wherever a callback changes the directory to
+        real_run = os.path.realpath(run)
+        return cls(saver, run, real_run, fits_ended.get(real_run, 0) + 1, resume)
+
+    @property
+    def folder(self) -> FitFolder | None:
+        """Where the fit's own checkpoints are; None if it keeps none."""
+        return None if self.saver is None else FitFolder(Path(self.run) / f"fit-{self.number}")
+
+    def candidates(self) -> list[Path]:
+        """The checkpoints to go on from, newest first; none to start afresh.
+
+        Raises FileNotFoundError where there has to be one, FileExistsError for a run that would be overwritten.
+        """
+        folder, resume = self.folder, self.resume
+        if folder is None and (resume is True or resume == "auto"):
+            raise ValueError(f"resume={resume!r} has to know where the checkpoints are: pass "
+                             'callbacks=[Checkpoint("runs/a")], or the path of a checkpoint.')
+        own = [] if folder is None else folder.checkpoints()
+        if resume is False and own:
+            raise FileExistsError(f"{own[0].parent} holds a run already, up to {own[0].name}. To go on with it pass "
+                                  'resume="auto"; to start afresh pass another folder, or remove this one.')
+        if resume is True and folder is not None and not own:
+            raise FileNotFoundError(f"there is no checkpoint in {folder.path}. Pass resume=\"auto\" to start afresh "
+                                    "where there is none.")
+        if isinstance(resume, bool) or resume == "auto":
+            return own
+        path = Path(resume)
+        if path.is_dir():
+            named = FitFolder(path).checkpoints() or FitFolder(path / f"fit-{self.number}").checkpoints()
+        else:
+            named = [path] if path.exists() else []
+        if not named:
+            raise FileNotFoundError(f"there is no checkpoint {'in ' * path.is_dir()}{path} to resume.")
+        if folder is not None and own and named[0].resolve().parent != folder.path.resolve():
+            raise FileExistsError(f"{own[0].parent} holds another run already, up to {own[0].name}, which this one "
+                                  "would overwrite. Give Checkpoint another folder.")
+        return named
 
 
 def run(state: State, fits_ended: Mapping[str, int], resume: Resume) -> dict[str, int]:
