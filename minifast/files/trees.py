@@ -29,7 +29,6 @@ def check_plain(tree: Any, name: str = "", *, ordered: bool = False) -> None:
     tuple, and dict with str or int as keys; Tensor and Parameter, dense and with values. At most 64 levels deep.
     ordered: an OrderedDict, as in files of others, is plain too.
 
-    >>> check_plain({"best": {"epoch": 3, "values": [0.5, None]}})
     >>> check_plain({"best": [0.5, {1, 2}]}, "callbacks.SaveBest")
     Traceback (most recent call last):
         ...

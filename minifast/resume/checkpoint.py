@@ -77,7 +77,7 @@ class Checkpoint(Callback):
         if self._folder is None:
             raise RuntimeError(f"{self!r} works only in a fit of a Learner: learn.fit(..., callbacks=[...]).")
         self._n_failures, self._is_saved = 0, True  # nothing to lose before the first step
-        self.before_epoch(state)  # which an epoch in the middle of which a fit goes on has heard before
+        self.before_epoch(state)  # a fit that goes on in the middle of an epoch does not hear it again
         self._before_validation: dict[str, Any] | None = None
         self._is_epoch_end = self._is_validating = self._is_in_batch = False
         self._seconds = 0.0  # that the last one took

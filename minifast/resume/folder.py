@@ -96,19 +96,15 @@ def newest(paths: list[Path]) -> tuple[Path, Any]:
             saved = load_tree(path, checked=True)
         except (ValueError, OSError) as error:
             skipped.append(str(error) if str(path) in str(error) else f"{path}: {error}")
-        else:
-            for reason in skipped:
-                log.warning("skipped: %s", reason)
-            return path, saved
-    raise ValueError(f"no checkpoint can be read: {' '.join(skipped)} To start afresh, remove their folder "
-                     "or pass another one.")
+            continue
+        for reason in skipped:
+            log.warning("skipped: %s", reason)
+        return path, saved
+    raise ValueError(f"no checkpoint can be read: {' '.join(skipped)} To start afresh, remove or change their folder.")
 
 
 def load_best(model: nn.Module, path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Load the best weights of a run into `model`; gives {"monitor", "value", "epoch"} of them.
-
-    As `Learner.load_best` says; and a best.ckpt of another run than the checkpoints beside it is a ValueError.
-    """
+    """What `Learner.load_best` does; gives {"monitor", "value", "epoch"} of the best weights."""
     file = _best_file(Path(path))
     saved = load_tree(file, checked=True)
     best = saved.get("best") if isinstance(saved, dict) else None

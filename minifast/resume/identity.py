@@ -75,19 +75,15 @@ def _check_form(saved: Mapping[str, Any], state: State) -> None:
     """Raise ValueError or KeyError unless what a fit relies on is there, in its type and range."""
     position, loader = saved["position"], saved["loader"]
     types = {
-        dict: [saved[name] for name in ("environment", "rng", "loss", "texts")] + [position["metrics"]],
+        dict: [*(saved[name] for name in ("environment", "rng", "epoch_rng", "loss", "texts")), position["metrics"],
+               *saved["callbacks"].values(), *([] if saved["window"] is None else [saved["window"]])],
         bool: [saved["finished"], position["is_epoch_end"], position["is_ending"], loader["is_first_pass"]],
         int: [position[name] for name in ("epoch", "step", "n_done")],
         str: [saved["run"], *(loader[name] for name in ("first", "last") if loader[name] is not None)],
         list: [loader["validating"]], float: [position["lr_scale"]]}
-    is_right = (
-        all(type(value) is kind for kind, values in types.items() for value in values)
-        and all(isinstance(kept, dict) for kept in saved["callbacks"].values())
-        and all(0 <= count < MOST for count in types[int]) and 0 < position["lr_scale"] < math.inf
-        and (state.n_epochs is None or position["epoch"] < state.n_epochs)
-        and (isinstance(saved["epoch_rng"], dict) or saved["finished"])
-        and isinstance(saved["window"], (dict, type(None))))
-    if not is_right:
+    if not (all(type(value) is kind for kind, values in types.items() for value in values)
+            and all(0 <= count < MOST for count in types[int]) and 0 < position["lr_scale"] < math.inf
+            and (state.n_epochs is None or position["epoch"] < state.n_epochs)):
         raise ValueError("what says where the fit was is not in its form")
 
 

@@ -6,8 +6,7 @@
 
     state    the loader has `state_dict` and `load_state_dict`: it does it by itself
     skip     a TensorLoader or a sequence of batches: it begins at the batch that is wanted
-    indices  a DataLoader of torch's without workers, whose sampler draws all that it needs when the pass begins: the
-             indices are drawn, no sample is read
+    indices  a DataLoader without workers whose sampler draws all that it needs at once: no sample is read
     draw     anything else: batches are drawn and dropped. Whether they are the same is seen by the last one of them.
 
 3. The random generators get the state that they had at the checkpoint.
@@ -77,9 +76,8 @@ def remembers(loader: Iterable[Batch]) -> bool:
     if getattr(loader, "persistent_workers", False) or type(loader).__iter__ is not DataLoader.__iter__:
         return True
     assert isinstance(loader, DataLoader)
-    if isinstance(loader.dataset, IterableDataset):
-        return loader.num_workers == 0  # worker processes get a new copy in each pass
-    return not _draws_at_once(loader)
+    is_iterable = isinstance(loader.dataset, IterableDataset)  # of which workers get a new copy in each pass
+    return loader.num_workers == 0 if is_iterable else not _draws_at_once(loader)
 
 
 def digest(batch: Batch) -> str | None:
@@ -132,16 +130,12 @@ def forward(loader: Any, n_done: int, interrupt: DeferredInterrupt) -> Pass:
 def leave(loader: Iterable[Batch], iterator: Iterator[Batch]) -> None:
     """End a pass in the middle."""
     end_workers(loader, iterator)
-    close = getattr(iterator, "close", None)  # of a generator
-    if close is not None:
-        close()
+    if hasattr(iterator, "close"):  # a generator
+        iterator.close()
 
 
 class Rewind:
-    """Brings loader and random generators to where they were when `saved`, read from `path`, was made.
-
-    Where a loader cannot be brought there, it warns of what happens instead.
-    """
+    """Brings the data to where they were when `saved`, read from `path`, was made, or warns of what happens instead."""
 
     def __init__(self, state: State, saved: Mapping[str, Any], path: Path) -> None:
         self._state, self._path, self._loader = state, path, state.train_dl
@@ -152,19 +146,15 @@ class Rewind:
         self._is_whole = self._n_done == state.n_batches  # of its pass nothing is left
 
     def go(self) -> str:
-        """Gives what is to be said. Sets `state.source.entry` if the fit goes on in the middle of an epoch.
-
-        Raises ValueError for what cannot be taken up, before any batch is drawn.
-        """
+        """Gives what is to be said; raises ValueError for what cannot be taken up, before any batch is drawn."""
         state, n_done = self._state, self._n_done
         with taking_up(self._path):
             self._check()
         drawn, entry = "", None
-        if self._is_epoch_end or state.is_ending or n_done == state.source.limit:
-            if not state.is_ending and not (self._is_epoch_end and state.epoch + 1 == state.n_epochs):
-                self._end_pass()
-        else:
+        if not (self._is_epoch_end or state.is_ending or n_done == state.source.limit):
             entry, drawn = self._enter_pass()
+        elif not state.is_ending and not (self._is_epoch_end and state.epoch + 1 == state.n_epochs):
+            self._end_pass()
         if not self._is_epoch_end:
             entry = entry or Entry(n_done, limit=n_done)
             entry.window = None if entry.is_cut else self._window
@@ -203,8 +193,8 @@ class Rewind:
             return self._new_pass(), ""
         self._may_differ()
         said = (f"; these batches were drawn again and dropped, as the training data ({type(loader).__name__}) can be "
-                "brought there in no other way") if is_drawn else ""
-        return Entry(self._n_done, again.iterator, self._state.source.limit), said
+                "brought there in no other way")
+        return Entry(self._n_done, again.iterator, self._state.source.limit), said * is_drawn
 
     def _end_pass(self) -> None:
         """Have the loader be where it was when the epoch had drawn all its batches; a new pass comes next."""
@@ -245,7 +235,7 @@ class Rewind:
         if self._is_whole:
             self._warn_of_others()
             return Entry(n_done, limit=n_done)
-        if state.n_epochs is not None and state.epoch + 1 == state.n_epochs:
+        if state.epoch + 1 == state.n_epochs:
             self._warn_of_others(f"the rest of this last epoch, behind batch {n_done - 1}, comes from a new pass")
             return Entry(n_done, limit=state.n_batches)
         self._warn_of_others(f"the rest of epoch {state.epoch}, behind batch {n_done - 1}, is left out, and training "

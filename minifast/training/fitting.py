@@ -173,7 +173,7 @@ def _check_resume(parts: Parts, callbacks: Sequence[Callback], resume: "Resume")
     """Raise what a fit with `resume` would raise, as far as the names of files tell."""
     if is_kept(callbacks, resume):
         from ..resume.session import Where  # here, so that `import minifast` takes no longer for it
-        Where.of(callbacks, parts.fits_ended, resume).candidates()
+        Where(callbacks, parts.fits_ended, resume).candidates()
 
 
 def _check(parts: Parts, *, wd: float | None = None, callbacks: Iterable[Callback] = (),
