@@ -33,10 +33,8 @@ def load_tree(path: PathLike, *, checked: bool = False) -> Any:
 
     The check sums of all its parts are compared first: torch itself takes a flipped bit for a weight. Memory is in
     proportion to the file. checked: refuse what other programs write and `save_tree` does not: an OrderedDict, and rows
-    that repeat in memory.
-
-    Raises ValueError for a file that is damaged, asks to run code, holds more than tensors and plain values, or is of
-    torch before 1.6; OSError for one that cannot be read, a folder or a device.
+    that repeat in memory. Raises ValueError for a file that is damaged, asks to run code, holds more than tensors and
+    plain values, or is of torch before 1.6; OSError for one that cannot be read, a folder or a device.
     """
     path = Path(path)
     with opened(path) as file:
@@ -75,11 +73,7 @@ def opened(path: Path) -> Iterator[BinaryIO]:
 
 
 def _check_archive(file: BinaryIO, size: int) -> set[int]:
-    """The sizes of the storages in an archive.
-
-    Raises ValueError unless it is as torch writes it: not packed, each entry with its check sum, nothing but tensors
-    and plain values named in it.
-    """
+    """The sizes of the storages in an archive; ValueError unless torch writes such ones of plain trees."""
     if file.read(4) != b"PK\3\4":
         raise ValueError("it is no archive as torch writes it since 1.6; load an older file by torch.load(path, "
                          "weights_only=True) and save that")

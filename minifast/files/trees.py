@@ -29,7 +29,6 @@ def check_plain(tree: Any, name: str = "", *, ordered: bool = False) -> None:
     tuple, and dict with str or int as keys; Tensor and Parameter, dense and with values. At most 64 levels deep.
     ordered: an OrderedDict, as in files of others, is plain too.
 
-    >>> check_plain({"best": {"epoch": 3, "values": [0.5, None]}})
     >>> check_plain({"best": [0.5, {1, 2}]}, "callbacks.SaveBest")
     Traceback (most recent call last):
         ...
@@ -66,7 +65,8 @@ def size_of(tree: Any) -> int:
     >>> size_of({"row": torch.zeros(1000, 10)[0], "tied": [torch.zeros(3)] * 2})
     52
     """
-    return sum(storage.size for storage in _storages(tree).values())
+    return sum(sum(view.nbytes for view in views) if _is_copied(views) else views[0].untyped_storage().nbytes()
+               for views in _by_storage(tree))
 
 
 def to_save(tree: Any) -> Any:
@@ -75,60 +75,38 @@ def to_save(tree: Any) -> Any:
     A storage is written whole where its tensors in the tree cover it, else they are copied: so no view drags along
     what it is a part of. Tensors that share a storage share one, and tied ones are one, either way.
     """
-    storages = _storages(tree)
     saved: dict[Any, Tensor] = {}
-
-    def one(tensor: Tensor) -> Tensor:
-        storage, view = storages[_storage_of(tensor)], view_of(tensor)
-        if view not in saved:
-            plain = tensor.detach()
-            if storage.is_copied:
+    for views in _by_storage(tree):
+        is_copied = _is_copied(views)
+        is_moved = not is_copied and views[0].device.type != "cpu"
+        host: Any = views[0].untyped_storage().cpu() if is_moved else None  # all views of it into one copy
+        for view in views:
+            plain = view.detach()
+            if is_copied:
                 plain = plain.to("cpu", copy=True)
-            elif tensor.device.type != "cpu":  # all views of it into one copy of the storage
-                storage.host = storage.host if storage.host is not None else tensor.untyped_storage().cpu()
-                plain = torch.empty(0, dtype=tensor.dtype).set_(storage.host, tensor.storage_offset(), tensor.shape,
-                                                                tensor.stride())
-            saved[view] = plain.cpu().resolve_conj().resolve_neg()
-        return saved[view]
-
-    return map_tensors(one, tree)
+            elif is_moved:
+                plain = torch.empty(0, dtype=view.dtype).set_(host, view.storage_offset(), view.shape, view.stride())
+            saved[view_of(view)] = plain.resolve_conj().resolve_neg()
+    return map_tensors(lambda tensor: saved[view_of(tensor)], tree)
 
 
-class _Storage:
-    """How one storage is to be written: whole, or as copies of the views of it."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.n_bytes, self.dtype = tensor.untyped_storage().nbytes(), tensor.dtype
-        self.views: dict[Any, int] = {}
-        self.has_to_copy = False
-        self.host: Any = None
-
-    def add(self, tensor: Tensor) -> None:
-        n_bytes = tensor.numel() * tensor.element_size()
-        self.views[view_of(tensor)] = n_bytes
-        # rows that repeat are written out, and torch refuses two dtypes of the same bytes
-        self.has_to_copy |= n_bytes > self.n_bytes or tensor.dtype != self.dtype
-
-    @property
-    def is_copied(self) -> bool:
-        return self.has_to_copy or sum(self.views.values()) < self.n_bytes
-
-    @property
-    def size(self) -> int:
-        return sum(self.views.values()) if self.is_copied else self.n_bytes
-
-
-def _storages(tree: Any) -> dict[Any, _Storage]:
-    found: dict[Any, _Storage] = {}
+def _by_storage(tree: Any) -> list[list[Tensor]]:
+    """The tensors in `tree`, those of one storage together; tied ones once."""
+    found: dict[Any, dict[Any, Tensor]] = {}
     for tensor in tensors(tree):
-        found.setdefault(_storage_of(tensor), _Storage(tensor)).add(tensor)
-    return found
+        storage, view = tensor.untyped_storage(), view_of(tensor)
+        key = (tensor.device, storage.data_ptr()) if storage.nbytes() else view  # an empty one has no address
+        found.setdefault(key, {}).setdefault(view, tensor)
+    return [list(views.values()) for views in found.values()]
 
 
-def _storage_of(tensor: Tensor) -> Any:
-    """What tells the storage of `tensor` from others; an empty one has no address."""
-    storage = tensor.untyped_storage()
-    return (tensor.device, storage.data_ptr()) if storage.nbytes() else ("empty", view_of(tensor))
+def _is_copied(views: list[Tensor]) -> bool:
+    """Whether the views of one storage are written each by itself: they do not cover it, or cannot share it.
+
+    Rows that repeat are written out, and torch refuses two dtypes of the same bytes.
+    """
+    n_bytes, sizes = views[0].untyped_storage().nbytes(), [view.nbytes for view in views]
+    return sum(sizes) < n_bytes or max(sizes) > n_bytes or len({view.dtype for view in views}) > 1
 
 
 def view_of(tensor: Tensor) -> Any:
@@ -165,21 +143,16 @@ def _problem(value: Any) -> str:
     if is_lazy(value):
         return f"is a {_name(kind)}, which has no values yet: run a batch through the model first"
     if kind in (Tensor, nn.Parameter):
-        return _tensor_problem(value)
+        if value.is_meta:
+            return "is a tensor on the meta device, without values: load or initialise it first"
+        is_odd = value.is_nested or value.is_quantized or value.layout is not torch.strided
+        return "is a nested, sparse or quantized tensor: use x.to_dense(), or a list of dense ones" * is_odd
     if kind not in _VALUES:
         advice = next((text for kinds, text in _ADVICE if isinstance(value, kinds)), "")
         return f"is a {_name(kind)}{': use ' * bool(advice)}{advice}"
     if kind is int and abs(value) >= LARGEST_INT:
         return "is an int of 2000 bits or more: use str(x)"
     return "is empty bytes, which torch cannot read back: use None" if value == b"" else ""
-
-
-def _tensor_problem(tensor: Tensor) -> str:
-    if tensor.is_meta:
-        return "is a tensor on the meta device, without values: load or initialise it first"
-    if tensor.is_nested or tensor.is_quantized or tensor.layout is not torch.strided:
-        return "is a nested, sparse or quantized tensor: use x.to_dense(), or a list of dense ones"
-    return ""
 
 
 def _name(kind: type) -> str:

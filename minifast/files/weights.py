@@ -1,7 +1,6 @@
 """The weights of a model in a file."""
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,7 @@ SAFETENSORS = ".safetensors"
 
 
 def save_weights(model: nn.Module, path: str | os.PathLike[str]) -> Path:
-    """Write the state dict of `model`, plain tensors, to `path`: whole, or not at all.
-
-    A path that ends with .safetensors gets a file of that kind, for other programs.
-    """
+    """Write the state dict of `model` to `path`, whole or not at all; to a .safetensors as other programs read it."""
     path = Path(path)
     if path.suffix == SAFETENSORS:
         _save_safetensors(model.state_dict(), path)
@@ -33,9 +29,8 @@ def save_weights(model: nn.Module, path: str | os.PathLike[str]) -> Path:
 def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Load what `save_weights` wrote, or the weights in a checkpoint: all of it fits, or nothing is changed.
 
-    Values of another precision (float16 for float32) become those of the model; whole numbers for real ones, or any
-    other kind, do not fit. Raises ValueError that names what does not fit, and for a damaged file (a flipped bit in a
-    .safetensors is not seen: it has no check sums).
+    Values of another precision become those of the model; of another kind they do not fit. Raises ValueError that
+    names what does not fit, and for a damaged file (a flipped bit in a .safetensors is not seen: it has no check sums).
     """
     path = Path(path)
     loaded: Any = _load_safetensors(model, path) if path.suffix == SAFETENSORS else load_tree(path)
@@ -81,8 +76,7 @@ def _safetensors() -> Any:
     try:
         import safetensors.torch
     except ImportError as error:
-        raise ImportError('files that end with .safetensors need a package: pip install "minifast[safetensors]"'
-                          ) from error
+        raise ImportError('.safetensors files need a package: pip install "minifast[safetensors]"') from error
     return safetensors.torch
 
 
@@ -103,26 +97,18 @@ def put_weights(model: nn.Module, loaded: Any, path: str | os.PathLike[str]) -> 
     if problems:
         raise ValueError(f"{path} does not fit the model ({type(model).__name__}): {'; '.join(problems)}. "
                          "Nothing was loaded.")
-    with _all_or_nothing(model):
-        try:
-            model.load_state_dict(loaded)
-        except RuntimeError as error:  # of torch, which goes on after a part that does not fit
-            raise ValueError(f"{path} does not fit the model ({type(model).__name__}): {str(error).strip():.500} "
-                             "Nothing was changed.") from error
-
-
-@contextmanager
-def _all_or_nothing(model: nn.Module) -> Iterator[None]:
-    """After an error in its block, the parameters and buffers of `model` are what they were."""
     before = [(tensor, tensor.detach().to("cpu", copy=True)) for tensor in (*model.parameters(), *model.buffers())
               if not tensor.is_meta]
     try:
-        yield
-    except BaseException:
+        model.load_state_dict(loaded)
+    except BaseException as error:
         with torch.no_grad():
             for tensor, value in before:
                 if not torch.equal(tensor.detach().cpu(), value):
                     tensor.copy_(value)
+        if isinstance(error, RuntimeError):  # of torch, which goes on after a part that does not fit
+            raise ValueError(f"{path} does not fit the model ({type(model).__name__}): {str(error).strip():.500} "
+                             "Nothing was changed.") from error
         raise
 
 
@@ -130,9 +116,6 @@ def _shape(value: Any) -> Any:
     return tuple(value.shape) if isinstance(value, Tensor) else describe(value)
 
 
-def _kind(value: Any) -> str:
-    if not isinstance(value, Tensor):
-        return ""
-    if value.dtype is torch.bool:
-        return "truth"
-    return "complex" if value.is_complex() else "real" if value.is_floating_point() else "whole"
+def _kind(value: Any) -> Any:
+    """Whether it is complex, real, a truth value or a whole number."""
+    return isinstance(value, Tensor) and (value.is_complex(), value.is_floating_point(), value.dtype is torch.bool)

@@ -151,7 +151,12 @@ def temporary(path: Path) -> Iterator[Path]:
 @contextmanager
 def _new_file(path: Path) -> Iterator[tuple[int, BinaryIO]]:
     """A new file and its handle; on the disk and closed if the block ends well."""
-    handle = _create(path)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+    try:
+        handle = os.open(path, flags, 0o666)  # less what the umask takes away
+    except FileExistsError:  # of a dead process that had our number, or put there: never written to, nor followed
+        os.unlink(path)
+        handle = os.open(path, flags, 0o666)
     raw = _Raw(handle, "wb", closefd=False)
     try:
         file = io.BufferedWriter(raw, BUFFER)
@@ -161,16 +166,6 @@ def _new_file(path: Path) -> Iterator[tuple[int, BinaryIO]]:
     finally:
         raw.close()  # else what is left in the buffer would go to whoever gets the number of the handle next
         os.close(handle)
-
-
-def _create(path: Path) -> int:
-    """A handle of a new file: one that is there is never written to, nor what a link there points to."""
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
-    try:
-        return os.open(path, flags, 0o666)  # less what the umask takes away
-    except FileExistsError:  # of a process that is dead, since its number is ours; or put there
-        os.unlink(path)
-        return os.open(path, flags, 0o666)
 
 
 def _is_alive(process: int) -> bool:

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from ..base import rng
+from ..base.nest import map_tensors
 from ..core.callback import Callback
 from ..core.emitter import evaluating
 from ..core.ownership import CHECKPOINTS, finite_check
@@ -17,10 +18,9 @@ from ..errors import check_int, check_number, check_path
 from ..files.trees import check_plain
 from . import saved_state
 from .folder import FitFolder
-from .identity import environment, texts
+from .identity import FORMAT, environment, texts
 from .replay import digest, remembers, way
 
-FORMAT = 1  # of the file; a newer one is refused
 MOST_FAILURES = 3  # in a row, before a fit ends because it cannot be saved
 log = logging.getLogger("minifast")
 
@@ -29,22 +29,20 @@ log = logging.getLogger("minifast")
 class Checkpoint(Callback):
     """Writes the whole state of the fit to `path`, so that `resume="auto"` goes on where it was killed, bit for bit.
 
-    path: the folder of the run, made if need be. Of a Learner's k-th fit in it (k from 1), the checkpoints are in
-    `path/fit-<k>/step-<updates>.ckpt`. every_steps: after every so many weight updates, an int >= 1 or None.
-    every_seconds: after so much time, > 0, or None; "auto": after a minute, or later where a checkpoint takes so long
-    to write that this would be more than 1 % of the time. What is due first counts. keep: how many of them stay, the
-    newest; an int >= 1.
+    path: the folder of the run, made if need be; one process at a time trains in it. Of a Learner's k-th fit in it
+    (k from 1), the checkpoints are in `path/fit-<k>/step-<updates>.ckpt`. every_steps: after every so many weight
+    updates, an int >= 1 or None. every_seconds: after so much time, > 0, or None; "auto": after a minute, or later
+    where writing would take more than 1 % of the time. What is due first counts. keep: how many stay, the newest; an
+    int >= 1.
 
-    One is written, too, when SIGINT or SIGTERM ends the fit, when an epoch was the best one for a `SaveBest`
-    (`best.ckpt` is that one, for `learn.load_best`), and when the fit has ended.
+    One is written, too, when SIGINT or SIGTERM ends the fit, when the fit has ended, and when an epoch was the best one
+    for a `SaveBest` (`best.ckpt` is that one, for `learn.load_best`). It is whole or not there, and holds the model
+    with its buffers, the optimizer, what callbacks keep (`state_dict`), the Recorder's rows and all random generators:
+    about three times the weights with Adam, and what averages and the best weights take.
 
-    A checkpoint holds the model with its buffers, the optimizer, what callbacks keep (`state_dict`), the Recorder's
-    rows and all random generators: about three times the weights with Adam, and what averages and the best weights
-    take. It is whole or not there; older ones go after that. One process at a time trains in a folder.
-
-    If a checkpoint cannot be written, a warning is logged, older ones stay, and training goes on; the third failure
-    in a row, and one at the end of the fit, is an error. Raises ValueError or TypeError for values out of range, and
-    OSError before the fit for a folder that cannot be written.
+    If one cannot be written, a warning is logged and training goes on; the third failure in a row, and one at the end
+    of the fit, is an error. Raises ValueError or TypeError for values out of range, and OSError before the fit for a
+    folder that cannot be written.
 
     >>> Checkpoint("runs/a", every_steps=200)
     Checkpoint(path='runs/a', every_steps=200, every_seconds='auto', keep=2)
@@ -63,15 +61,15 @@ class Checkpoint(Callback):
         self.path = check_path("path", self.path)
         if self.every_steps is not None:
             self.every_steps = check_int("every_steps", self.every_steps)
-        is_auto = isinstance(self.every_seconds, str) and self.every_seconds == "auto"
-        if self.every_seconds is not None and not is_auto:
-            self.every_seconds = check_number("every_seconds", self.every_seconds, above=0,
+        seconds = self.every_seconds
+        if seconds is not None and (not isinstance(seconds, str) or seconds != "auto"):
+            self.every_seconds = check_number("every_seconds", seconds, above=0,
                                               example='every_seconds=60, "auto" or None')
         self.keep = check_int("keep", self.keep)
         self._folder: FitFolder | None = None
 
     def begin(self, folder: FitFolder, run_id: str, state: State, facts: dict[str, Any]) -> None:
-        """A fit is about to begin that keeps its checkpoints in `folder`; called by the fit."""
+        """A fit is about to begin that keeps its checkpoints in `folder`."""
         self._folder, self._run_id, self._facts = folder, run_id, facts
         self._loss, self._texts = state.loss_func, texts(state)  # before any callback wraps it
 
@@ -79,10 +77,7 @@ class Checkpoint(Callback):
         if self._folder is None:
             raise RuntimeError(f"{self!r} works only in a fit of a Learner: learn.fit(..., callbacks=[...]).")
         self._n_failures, self._is_saved = 0, True  # nothing to lose before the first step
-        self._at_epoch_start = rng.capture(saved_state.loader_generators(state))
-        self._is_first_pass = True
-        self._n_done = 0  # batches of the epoch that are behind
-        self._first_batch: str | None = None  # the `digest` of its first one
+        self.before_epoch(state)  # a fit that goes on in the middle of an epoch does not hear it again
         self._before_validation: dict[str, Any] | None = None
         self._is_epoch_end = self._is_validating = self._is_in_batch = False
         self._seconds = 0.0  # that the last one took
@@ -99,7 +94,8 @@ class Checkpoint(Callback):
     def before_epoch(self, state: State) -> None:
         self._at_epoch_start = rng.capture(saved_state.loader_generators(state))  # the pass over the data begins now
         self._is_first_pass = getattr(state.train_dl, "_iterator", None) is None
-        self._n_done, self._first_batch = 0, None
+        self._n_done = 0  # batches of the epoch that are behind
+        self._first_batch = None  # the `digest` of its first one
         self._is_in_batch = True  # what comes before the first batch cannot be told from a part of it
 
     def after_batch(self, state: State) -> None:
@@ -127,10 +123,9 @@ class Checkpoint(Callback):
     def after_fit(self, state: State) -> None:
         try:
             if state.interrupt.was_raised and not self._is_in_batch:  # a signal has ended it between two batches
-                if not self._is_saved and not self._is_validating:
-                    self._save(state)
-                elif not self._is_saved and self._before_validation is not None:
-                    self._save(state, moment=self._before_validation)
+                moment = self._before_validation if self._is_validating else None
+                if not self._is_saved and (moment is not None or not self._is_validating):
+                    self._save(state, moment=moment)
                 if self._is_saved and state.step and self._folder is not None:
                     state.say(f"interrupted: the state after {state.step} updates is in {self._folder.path}. The same "
                               'call with resume="auto" goes on from there.')
@@ -161,9 +156,9 @@ class Checkpoint(Callback):
         if not saved_state.has_finite_weights(state.model):
             log.warning("no checkpoint after update %d: the weights are not finite. Older ones stay.", state.step)
             return self._plan_next(state)
-        tree = self._moment(state) if moment is None else moment
+        moment = self._moment(state) if moment is None else moment
         try:
-            self._write(state, tree, is_best)
+            self._write(state, moment, is_best)
             self._n_failures, self._is_saved = 0, True
         except OSError as error:
             self._n_failures += 1
@@ -205,9 +200,8 @@ class Checkpoint(Callback):
 
     def _validated(self, state: State, monitor: str) -> dict[str, Any] | None:
         """The weights that were validated, if a callback puts others in the model's place for that."""
-        swaps = any(type(cb).evaluating is not Callback.evaluating for cb in state.callbacks)
-        if not swaps or monitor.startswith("train_"):
+        if monitor.startswith("train_") or all(type(cb).evaluating is Callback.evaluating for cb in state.callbacks):
             return None
         with evaluating(state.callbacks, state.model):
-            return {name: value.detach().to("cpu", copy=True) if hasattr(value, "detach") else value
+            return {name: map_tensors(lambda tensor: tensor.detach().to("cpu", copy=True), value)
                     for name, value in state.model.state_dict().items()}

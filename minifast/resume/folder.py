@@ -25,7 +25,7 @@ from ..files.writing import replacing, save_tree, sweep, sync_folder, temporary
 
 BEST = "best.ckpt"
 log = logging.getLogger("minifast")
-_held: set[Path] = set()  # the runs that this process trains: its own lock would not keep it out
+_held: set[str] = set()  # the runs that this process trains: its own lock would not keep it out
 
 
 class FitFolder:
@@ -73,25 +73,15 @@ class FitFolder:
     def set_aside(self, step: int) -> list[Path]:
         """Rename what is newer than `step`, for a fit that goes on from there: else it would pass for the newest."""
         newer = [path for path in self.checkpoints() if _step_of(path) > step]
-        if self.best.exists() and not self._has_best_up_to(step):
+        try:
+            is_best_newer = self.best.exists() and load_tree(self.best, checked=True)["position"]["step"] > step
+        except (OSError, ValueError, TypeError, KeyError):
+            is_best_newer = True  # or cannot be read
+        if is_best_newer:
             newer.append(self.best)
         for path in newer:
             os.replace(path, path.with_suffix(".superseded"))
         return newer
-
-    def _has_best_up_to(self, step: int) -> bool:
-        """Whether the best checkpoint can be read, and is of `step` or before."""
-        try:
-            return bool(load_tree(self.best, checked=True)["position"]["step"] <= step)
-        except (OSError, ValueError, TypeError, KeyError):
-            return False
-
-
-def fits_of(run: Path) -> list[FitFolder]:
-    """The folders of the fits of a run that hold anything, in their order."""
-    found = [path for path in run.glob("fit-*") if re.fullmatch(r"fit-[1-9]\d*", path.name)]
-    folders = map(FitFolder, sorted(found, key=lambda path: int(path.name.removeprefix("fit-"))))
-    return [folder for folder in folders if folder.checkpoints() or folder.best.exists()]
 
 
 def _step_of(path: Path) -> int:
@@ -106,19 +96,15 @@ def newest(paths: list[Path]) -> tuple[Path, Any]:
             saved = load_tree(path, checked=True)
         except (ValueError, OSError) as error:
             skipped.append(str(error) if str(path) in str(error) else f"{path}: {error}")
-        else:
-            for reason in skipped:
-                log.warning("skipped: %s", reason)
-            return path, saved
-    raise ValueError(f"no checkpoint can be read: {' '.join(skipped)} To start afresh, remove their folder "
-                     "or pass another one.")
+            continue
+        for reason in skipped:
+            log.warning("skipped: %s", reason)
+        return path, saved
+    raise ValueError(f"no checkpoint can be read: {' '.join(skipped)} To start afresh, remove or change their folder.")
 
 
 def load_best(model: nn.Module, path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Load the best weights of a run into `model`; gives {"monitor", "value", "epoch"} of them.
-
-    As `Learner.load_best` says; and a best.ckpt of another run than the checkpoints beside it is a ValueError.
-    """
+    """What `Learner.load_best` does; gives {"monitor", "value", "epoch"} of the best weights."""
     file = _best_file(Path(path))
     saved = load_tree(file, checked=True)
     best = saved.get("best") if isinstance(saved, dict) else None
@@ -134,7 +120,9 @@ def load_best(model: nn.Module, path: str | os.PathLike[str]) -> dict[str, Any]:
 def _best_file(path: Path) -> Path:
     if path.is_file():
         return path
-    fits = fits_of(path) or [FitFolder(path)]
+    numbered = {int(fit.name[4:]): FitFolder(fit) for fit in path.glob("fit-*")
+                if re.fullmatch(r"fit-[1-9]\d*", fit.name)}
+    fits = [fit for _, fit in sorted(numbered.items()) if fit.checkpoints() or fit.best.exists()] or [FitFolder(path)]
     folder = fits[-1]
     if folder.best.is_file():
         return folder.best
@@ -146,19 +134,17 @@ def _best_file(path: Path) -> Path:
 
 @contextmanager
 def locked(run: Path) -> Iterator[None]:
-    """A block in which no other process, and no other fit of this one, writes to the folder `run`.
+    """A block in which no other process, and no other fit of this one, writes to the folder `run`, made if need be.
 
-    Raises RuntimeError that says who does. The lock ends with the process. Where the file system has no locks, there
-    is none.
+    Raises RuntimeError that says who does. The lock ends with the process. Some file systems have none.
     """
-    with _explaining(run):
-        run.mkdir(parents=True, exist_ok=True)
-    key = run.resolve()
+    key = os.path.realpath(run)
     if key in _held:
         raise RuntimeError(f"{run} is in use by another fit of this process. Give each Learner a folder of its own.")
     _held.add(key)
     try:
         with _explaining(run):
+            run.mkdir(parents=True, exist_ok=True)
             handle = os.open(run / ".lock", os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
         try:
             _lock(handle, run)

@@ -1,7 +1,10 @@
-"""What a fit is: its plan, data, model and optimizer in words, compared with those that a checkpoint was made for."""
+"""What a fit is: its plan, data, model and optimizer in words, and whether a checkpoint is one of this fit."""
 import hashlib
+import math
 import re
+import warnings
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,19 +12,79 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
 
 from ..base.batch import Batch
+from ..core.callback import Callback
 from ..core.checks import n_items
 from ..core.state import State
 from ..data.loader import n_batches
 from ..data.tensor_loader import TensorLoader
 from ..schedules.scheduler import Scheduler
 from ..schedules.time_limit import TimeLimit
+from . import saved_state
 from .replay import digest
 
+FORMAT = 1  # of a checkpoint; a newer one is refused
+MOST = 2**53  # of anything that is counted
 SAMPLES = 100  # at each end of the data
 Facts = dict[str, dict[str, Any]]
-OWN_CHOICE = ("fused", "foreach", "capturable", "differentiable")  # how an optimizer computes, not what
 # of a param_group: what is no setting, is compared by another name, or is what a fit sets
-OWN_TOPICS = ("params", "param_names", "layer_group", "lr", "initial_lr", "weight_decay", *OWN_CHOICE)
+OWN_TOPICS = ("params", "param_names", "layer_group", "lr", "initial_lr", "weight_decay", *saved_state.OWN_CHOICE)
+
+
+def check(path: Path, saved: Any, state: State, own: Facts) -> None:
+    """Raise ValueError unless `saved`, read from `path`, is a checkpoint of this fit, whose `facts` are `own`.
+
+    Warns of what may change bits.
+    """
+    if not isinstance(saved, dict) or not isinstance(saved.get("format"), int):
+        raise ValueError(f"{path} is not a checkpoint of a fit. Weights are loaded by learn.load(path).")
+    if saved["format"] > FORMAT:
+        raise ValueError(f"{path} has format {saved['format']}, and this version of minifast reads up to {FORMAT}. "
+                         "Upgrade minifast.")
+    mine = saved_state.keyed(state.callbacks)
+    try:
+        problems = [*differences(saved["facts"], own), *saved_state.model_misfits(state.model, saved["model"]),
+                    *saved_state.optimizer_misfits(state.model, state.opt, saved["optimizer"])]
+        if not problems:
+            _check_form(saved, state)
+        changed = [f"{name} {saved['environment'].get(name)} then, {value} now"
+                   for name, value in environment(state).items() if saved["environment"].get(name) != value]
+        gone = [name for name, kept in saved["callbacks"].items() if kept and name not in mine]
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{path} is not a checkpoint that minifast has written ({error!r}).") from error
+    if problems:
+        lines = "\n  ".join(problems)
+        raise ValueError(f"{path} was made by another fit:\n  {lines}\nTo go on with it, call the fit with the same "
+                         "arguments (computed ones, such as a learning rate, from a script that is seeded).\nTo train "
+                         "on from its weights, load them by learn.load(path) and give Checkpoint another folder.")
+    new = [name for name, cb in mine.items() if name not in saved["callbacks"]
+           and (cb.saves or type(cb).state_dict is not Callback.state_dict)]
+    then, now = saved["texts"], texts(state)
+    others = [f"{name} {'is gone' if name not in now else 'is new' if name not in then else 'is another'}"
+              for name in dict.fromkeys([*then, *now]) if then.get(name) != now.get(name) and name not in (*gone, *new)]
+    warned = [
+        *(f": there is no {name} in this fit: what it has kept is left out" for name in gone),
+        *(f": there is no {name} in the checkpoint: it begins in the middle of the fit" for name in new),
+        *([f": {'; '.join(others)} in this fit, so it will not end as it would have"] if others else []),
+        *([f" was made elsewhere ({'; '.join(changed)}): training goes on, but maybe not with the same bits"]
+          if changed else [])]
+    for text in warned:
+        warnings.warn(f"{path}{text}.", stacklevel=2)
+
+
+def _check_form(saved: Mapping[str, Any], state: State) -> None:
+    """Raise ValueError or KeyError unless what a fit relies on is there, in its type and range."""
+    position, loader = saved["position"], saved["loader"]
+    types = {
+        dict: [*(saved[name] for name in ("environment", "rng", "epoch_rng", "loss", "texts")), position["metrics"],
+               *saved["callbacks"].values(), *([] if saved["window"] is None else [saved["window"]])],
+        bool: [saved["finished"], position["is_epoch_end"], position["is_ending"], loader["is_first_pass"]],
+        int: [position[name] for name in ("epoch", "step", "n_done")],
+        str: [saved["run"], *(loader[name] for name in ("first", "last") if loader[name] is not None)],
+        list: [loader["validating"]], float: [position["lr_scale"]]}
+    if not (all(type(value) is kind for kind, values in types.items() for value in values)
+            and all(0 <= count < MOST for count in types[int]) and 0 < position["lr_scale"] < math.inf
+            and (state.n_epochs is None or position["epoch"] < state.n_epochs)):
+        raise ValueError("what says where the fit was is not in its form")
 
 
 def facts(state: State) -> Facts:
@@ -37,18 +100,16 @@ def facts(state: State) -> Facts:
         "model": {"class": type(state.model).__name__},
         "optimizer": {"class": type(opt).__name__, "layer groups": list(state.group_names),
                       "parameters in each": [len(group["params"]) for group in opt.param_groups],
-                      "frozen layer groups": [name for name, n in zip(state.group_names, trained, strict=True)
-                                              if not n],
-                      "parameters that are trained": trained, **_settings(state)},
+                      "frozen layer groups": [name for name, n in trained.items() if not n],
+                      "parameters that are trained": list(trained.values()), **_settings(state)},
     }
 
 
 def environment(state: State) -> dict[str, str]:
     """What changes bits, but no meaning, as text."""
-    device = state.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    device = torch.cuda.get_device_name(state.device) if state.device.type == "cuda" else state.device.type
     initialized = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return {"torch": str(torch.__version__), "numpy": np.__version__, "device": name,
+    return {"torch": str(torch.__version__), "numpy": np.__version__, "device": device,
             "threads": str(torch.get_num_threads()),
             "worker processes": str(getattr(state.train_dl, "num_workers", 0)),
             "world size": str(torch.distributed.get_world_size() if initialized else 1),
@@ -73,29 +134,15 @@ def texts(state: State) -> dict[str, str]:
     return {name: hashlib.blake2b(_text(thing).encode(), digest_size=8).hexdigest() for name, thing in written.items()}
 
 
-def changes(saved: Mapping[str, Any], own: Mapping[str, str]) -> list[str]:
-    """What of the `texts` is another, or there only once.
-
-    >>> changes({"the loss": "a", "EMA": "b"}, {"the loss": "c", "MixUp": "d"})
-    ['the loss is another', 'EMA is gone', 'MixUp is new']
-    """
-    return [f"{name} {'is gone' if name not in own else 'is new' if name not in saved else 'is another'}"
-            for name in dict.fromkeys([*saved, *own]) if saved.get(name) != own.get(name)]
-
-
 def differences(saved: Mapping[str, Any], own: Facts) -> list[str]:
     """What of the `facts` in a checkpoint is another thing in this fit, a line each.
 
     >>> differences({"plan": {"epochs": 3}}, {"plan": {"epochs": 5}})
     ['plan: epochs 3 in the checkpoint, 5 in this fit']
-    >>> differences({"data": {"training": {"samples": 3, "order": "shuffled"}}},
-    ...             {"data": {"training": {"samples": 5, "order": "shuffled"}}})
-    ['data: training: samples 3 in the checkpoint, 5 in this fit']
     """
     lines = []
     for topic, mine in own.items():
-        theirs = saved.get(topic)
-        theirs = theirs if isinstance(theirs, Mapping) else {}
+        theirs = saved.get(topic) or {}
         for name in dict.fromkeys([*theirs, *mine]):
             then, now = theirs.get(name), mine.get(name)
             if isinstance(then, Mapping) and isinstance(now, Mapping):
@@ -128,11 +175,11 @@ def _order(loader: Any) -> str:
     return "shuffled" if getattr(loader, "shuffle", False) else "as it comes"
 
 
-def _n_trained(state: State) -> list[int]:
+def _n_trained(state: State) -> dict[str, int]:
     """How many parameters of each layer group are trained, as the fit began: norm layers may be, others not."""
-    counts = [0] * len(state.group_names)
+    counts = dict.fromkeys(state.group_names, 0)
     for group in state.opt.param_groups:
-        counts[group["layer_group"]] += sum(p.requires_grad for p in group["params"])
+        counts[state.group_names[group["layer_group"]]] += sum(p.requires_grad for p in group["params"])
     return counts
 
 

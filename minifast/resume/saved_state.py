@@ -15,8 +15,8 @@ from ..core.state import State
 from ..data.loader import generators
 from ..show.tables import listed
 from ..standard.recorder import Recorder
-from .identity import OWN_CHOICE
 
+OWN_CHOICE = ("fused", "foreach", "capturable", "differentiable")  # how an optimizer computes, not what
 # in an optimizer's state, of the shape of the weights: torch's fused kernels do not check it
 PER_WEIGHT = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg")
 
@@ -29,12 +29,10 @@ def capture_model(model: nn.Module) -> dict[str, Any]:
 
 
 def capture_trained(state: State, loss_func: Any) -> dict[str, Any]:
-    """Model, optimizer and a loss that is a module. Holds no copies.
-
-    The optimizer's state has the names of its parameters with it: torch itself would take them in any order.
-    """
+    """Model, optimizer and a loss that is a module. Holds no copies."""
     return {"model": capture_model(state.model),
-            "optimizer": {"names": _names(state.model, state.opt), "state": state.opt.state_dict()},
+            "optimizer": {"names": _names(state.model, state.opt),  # torch itself takes parameters in any order
+                          "state": state.opt.state_dict()},
             "loss": dict(loss_func.state_dict()) if isinstance(loss_func, nn.Module) else {}}
 
 
@@ -155,7 +153,7 @@ def _transient(model: nn.Module) -> dict[str, tuple[dict[str, Tensor | None], st
 
 
 def _as(value: Any, buffer: Tensor | None, model: nn.Module) -> Tensor | None:
-    """`value` in `buffer` itself, where that has its form. What was not made yet will be made as it was before."""
+    """`value` in `buffer` itself, where that has its shape. What was not made yet will be made as it was before."""
     if value is None:
         return buffer
     if not isinstance(value, Tensor) or (buffer is not None and buffer.dtype != value.dtype):

@@ -1,6 +1,7 @@
-"""One fit that is saved, resumed, or both."""
+"""One fit that is saved, resumed, or both: where its checkpoints are, what `resume=` means, and how it is run."""
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -17,14 +18,51 @@ from ..standard.recorder import Recorder
 from . import saved_state
 from .checkpoint import Checkpoint
 from .folder import FitFolder, locked, newest
-from .identity import Facts, facts
-from .replay import leave
-from .rewind import Rewind, taking_up
-from .verify import check
-from .where import Resume, Where
+from .identity import Facts, check, facts
+from .replay import Rewind, leave, taking_up
 
+Resume = bool | str | os.PathLike[str]
 log = logging.getLogger("minifast")
 _ended_here: set[tuple[str, int]] = set()  # (run, number) of the fits that have ended in this process
+
+
+class Where:
+    """Where a fit keeps its checkpoints, and which ones it may go on from; `fits_ended` is what `run` gives."""
+
+    def __init__(self, callbacks: Iterable[Callback], fits_ended: Mapping[str, int], resume: Resume) -> None:
+        self.resume, self.saver = resume, next((cb for cb in callbacks if isinstance(cb, Checkpoint)), None)
+        self.run = "" if self.saver is None else os.path.abspath(self.saver.path)  # a callback may change the directory
+        self.real_run = os.path.realpath(self.run)  # by whatever name it is reached, its fits are counted together
+        self.number = fits_ended.get(self.real_run, 0) + 1  # of the fit in it
+        self.folder = None if self.saver is None else FitFolder(Path(self.run) / f"fit-{self.number}")
+
+    def candidates(self) -> list[Path]:
+        """The checkpoints to go on from, newest first; none to start afresh.
+
+        Raises FileNotFoundError where there has to be one, FileExistsError for a run that would be overwritten.
+        """
+        folder, resume = self.folder, self.resume
+        if folder is None and (resume is True or resume == "auto"):
+            raise ValueError(f"resume={resume!r} has to know where the checkpoints are: pass "
+                             'callbacks=[Checkpoint("runs/a")], or the path of a checkpoint.')
+        own = [] if folder is None else folder.checkpoints()
+        if resume is False and own:
+            raise FileExistsError(f"{own[0].parent} holds a run already, up to {own[0].name}. To go on with it pass "
+                                  'resume="auto"; to start afresh pass another folder, or remove this one.')
+        if resume is True and folder is not None and not own:
+            raise FileNotFoundError(f'there is no checkpoint in {folder.path}. Pass resume="auto" to start afresh.')
+        if isinstance(resume, bool) or resume == "auto":
+            return own
+        path = Path(resume)
+        named = [path] if path.exists() else []
+        if path.is_dir():
+            named = FitFolder(path).checkpoints() or FitFolder(path / f"fit-{self.number}").checkpoints()
+        if not named:
+            raise FileNotFoundError(f"there is no checkpoint {'in ' * path.is_dir()}{path} to resume.")
+        if folder is not None and own and named[0].resolve().parent != folder.path.resolve():
+            raise FileExistsError(f"{own[0].parent} holds another run already, up to {own[0].name}, which this one "
+                                  "would overwrite. Give Checkpoint another folder.")
+        return named
 
 
 def run(state: State, fits_ended: Mapping[str, int], resume: Resume) -> dict[str, int]:
@@ -33,9 +71,13 @@ def run(state: State, fits_ended: Mapping[str, int], resume: Resume) -> dict[str
     Raises what `Where.candidates` does, ValueError for a checkpoint of another fit, OSError for a folder that cannot
     be written, RuntimeError for one that is in use: all before anything is changed.
     """
-    where = Where.of(state.callbacks, fits_ended, resume)
+    where = Where(state.callbacks, fits_ended, resume)
     saver, folder, key = where.saver, where.folder, (where.real_run, where.number)
-    with nullcontext() if folder is None else _made_ready(folder):
+    with nullcontext() if folder is None else locked(folder.path.parent):
+        if folder is not None:
+            folder.make()
+            probe(folder.path)
+            sweep(folder.path)
         own = facts(state)
         resumed = _found(state, where, own)
         try:
@@ -44,8 +86,7 @@ def run(state: State, fits_ended: Mapping[str, int], resume: Resume) -> dict[str
             if resumed is not None and resumed.is_finished:
                 if saver is not None and key in _ended_here:
                     log.warning("fit %d in %s was ended by another Learner of this process: this one is not trained, "
-                                "but gets its final state. Give each Learner a folder of its own.", where.number,
-                                where.run)
+                                "it gets its final state. Give each Learner its own folder.", where.number, where.run)
                 resumed.restore_final()
             else:
                 if resumed is not None:
@@ -61,15 +102,6 @@ def run(state: State, fits_ended: Mapping[str, int], resume: Resume) -> dict[str
                 leave(state.train_dl, entry.iterator)
     _ended_here.add(key)
     return {**fits_ended, where.real_run: where.number}
-
-
-@contextmanager
-def _made_ready(folder: FitFolder) -> Iterator[None]:
-    with locked(folder.path.parent):
-        folder.make()
-        probe(folder.path)
-        sweep(folder.path)
-        yield
 
 
 def _found(state: State, where: Where, own: Facts) -> "Resumed | None":
@@ -112,7 +144,8 @@ class Resumed:
                     cb.before_fit(state)  # it is to have a record of its own for this fit, as for one that runs
             saved_state.load(state, self._loss, saved)
             rng.restore(rng.from_plain(saved["rng"]), saved_state.loader_generators(state))
-        self._say(f"this fit has ended before, after {saved['position']['step']} updates: its final state is restored")
+        state.say(f"{self._path}: this fit has ended before, after {saved['position']['step']} updates: its final "
+                  "state is restored")
 
     def take_up(self) -> None:
         """Make everything what it was, once all callbacks have heard `before_fit`."""
@@ -125,7 +158,7 @@ class Resumed:
             if self._saver is not None:
                 self._saver.take_up(saved)
             text = Rewind(state, saved, self._path).go()
-        self._say(text)
+        state.say(f"{self._path}: {text}")
         self._saved = {}  # it takes as much memory as all that it was taken up into
         if state.source.entry is not None:
             for cb in new:  # they come into an epoch that has begun
@@ -135,15 +168,9 @@ class Resumed:
         else:
             state.epoch += 1
 
-    def _say(self, text: str) -> None:
-        self._state.say(f"{self._path}: {text}")
-
 
 class _TakingUp(Emitter):
-    """The events of a fit that goes on: what it was is taken up behind `before_fit`.
-
-    If it goes on in the middle of an epoch, `before_epoch` was heard before, and is passed over once.
-    """
+    """The events of a fit that goes on: what it was is taken up behind `before_fit`."""
 
     def __init__(self, resumed: Resumed, callbacks: Sequence[Callback], state: State) -> None:
         super().__init__(callbacks, state)
@@ -153,7 +180,7 @@ class _TakingUp(Emitter):
     def fit(self) -> Iterator[None]:
         with super().fit():
             self._resumed.take_up()
-            if self.state.source.entry is not None:
+            if self.state.source.entry is not None:  # in an epoch, whose `before_epoch` was heard before
                 event, heard = Callback.before_epoch, self.hooks[Callback.before_epoch]
                 self.hooks[event] = (lambda state: self.hooks.update({event: heard}),)
             yield

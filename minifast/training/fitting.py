@@ -39,7 +39,7 @@ from .parts import Parts
 from .sandbox import sandbox
 
 if TYPE_CHECKING:
-    from ..resume.where import Resume
+    from ..resume.session import Resume
 
 log = logging.getLogger("minifast")
 
@@ -172,8 +172,8 @@ def _is_verbose(parts: Parts, options: FitOptions) -> bool:
 def _check_resume(parts: Parts, callbacks: Sequence[Callback], resume: "Resume") -> None:
     """Raise what a fit with `resume` would raise, as far as the names of files tell."""
     if is_kept(callbacks, resume):
-        from ..resume.where import Where  # here, so that `import minifast` takes no longer for it
-        Where.of(callbacks, parts.fits_ended, resume).candidates()
+        from ..resume.session import Where  # here, so that `import minifast` takes no longer for it
+        Where(callbacks, parts.fits_ended, resume).candidates()
 
 
 def _check(parts: Parts, *, wd: float | None = None, callbacks: Iterable[Callback] = (),

@@ -34,7 +34,7 @@ from .predict import predict_all
 from .sandbox import sandbox
 
 if TYPE_CHECKING:
-    from ..resume.where import Resume
+    from ..resume.session import Resume
 
 
 class Trainer(Parts):
