@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-LARGEST = 3.4e38  # a float32 holds no more, and hyper-parameters meet float32 tensors
-MOST = sys.maxsize  # of anything that is counted: beyond it neither Python's len() nor torch can count
+LARGEST = 3.4e38  # a float32 holds no more
+MOST = sys.maxsize  # Python's len() and torch count no further
 
 
 class NonFiniteLoss(ValueError):
@@ -23,12 +23,8 @@ class NonFiniteGradient(ValueError):
 
 
 def check_int(name: str, value: Any, minimum: int = 1, maximum: int = MOST, *, example: str = "") -> int:
-    """`value` as an int >= `minimum` and <= `maximum`.
+    """`value` as an int within the bounds. Raises ValueError otherwise, for a bool and a float (even 2.0) too.
 
-    Raises ValueError for a bool, a float (even 2.0), text or a number out of range.
-
-    >>> check_int("n_cycle", 3)
-    3
     >>> check_int("n_cycle", 1.5, example="fit(0.1, 2)")
     Traceback (most recent call last):
     ValueError: n_cycle must be an int >= 1, got 1.5 (float). Pass e.g. fit(0.1, 2).
@@ -43,8 +39,6 @@ def check_int(name: str, value: Any, minimum: int = 1, maximum: int = MOST, *, e
 def check_number(name: str, value: Any, *, above: float | None = None, minimum: float | None = None,
                  maximum: float | None = None, below: float | None = None, example: str = "") -> float:
     """`value` as a finite float within the bounds; 0-dimensional arrays and tensors without gradient count as numbers.
-
-    Raises ValueError otherwise.
 
     >>> check_number("lr", 1, above=0)
     1.0
@@ -70,40 +64,26 @@ def check_number(name: str, value: Any, *, above: float | None = None, minimum: 
 
 
 def check_flag(name: str, value: Any) -> bool:
-    """`value` if it is True or False; raises TypeError otherwise."""
     if isinstance(value, bool):
         return value
     raise TypeError(f"{name} must be True or False, got {quoted(value)}.")
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str | None]) -> Any:
-    """`value` if it is one of `choices`, texts or None; raises ValueError that lists them otherwise.
-
-    >>> check_choice("mode", "mni", ("min", "max"))
-    Traceback (most recent call last):
-    ValueError: mode must be one of 'min', 'max', got 'mni' (str).
-    """
+    """`value` if it is one of `choices`, texts or None; raises ValueError that lists them otherwise."""
     if (value is None or isinstance(value, str)) and value in choices:
         return value
     raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {quoted(value)}.")
 
 
 def check_text(name: str, value: Any) -> str:
-    """`value` if it is text; raises TypeError otherwise."""
     if isinstance(value, str):
         return value
     raise TypeError(f"{name} must be text, got {quoted(value)}.")
 
 
 def check_path(name: str, path: Any) -> str:
-    """`path` as text. Raises TypeError for what is no path, ValueError for an empty one.
-
-    Without it `open` takes True for the file number 1, which is the output of the program, and closes it.
-
-    >>> check_path("path", 3)
-    Traceback (most recent call last):
-    TypeError: path must be a path, got 3 (int).
-    """
+    """`path` as text: `open` would take True for the file number 1, the output of the program, and close it."""
     text = os.fspath(path) if isinstance(path, (str, os.PathLike)) else None
     if not isinstance(text, str):
         raise TypeError(f"{name} must be a path, got {quoted(path)}.")
@@ -113,24 +93,14 @@ def check_path(name: str, path: Any) -> str:
 
 
 def check_callable(name: str, value: Any, form: str, example: str = "") -> Callable[..., Any]:
-    """`value` if it can be called; raises TypeError that says in which `form` it is to be otherwise.
-
-    >>> check_callable("transform", 3, "a function batch -> batch")
-    Traceback (most recent call last):
-    TypeError: transform must be a function batch -> batch, got 3 (int).
-    """
+    """`value` if it can be called; `form`: what it is to be, for the TypeError."""
     if callable(value):
         return value  # type: ignore[no-any-return]
     raise TypeError(f"{name} must be {form}, got {quoted(value)}.{_hint(example)}")
 
 
 def check_items(name: str, values: Any, form: str, example: str = "") -> list[Any]:
-    """What `values` holds, as a new list. Raises TypeError for text and for what cannot be iterated.
-
-    >>> check_items("lrs", 0.1, "a list of learning rates")
-    Traceback (most recent call last):
-    TypeError: lrs must be a list of learning rates, got 0.1 (float).
-    """
+    """What `values` holds, as a new list. Raises TypeError for text and for what cannot be iterated."""
     if isinstance(values, Iterable) and not isinstance(values, (str, bytes, bytearray, type)):
         try:
             return list(values)
@@ -158,10 +128,8 @@ def check_same_names(what: str, saved: Sequence[str], own: Sequence[str]) -> Non
 
 
 def quoted(value: Any) -> str:
-    """`value` and its type, for messages, on one line, in 200 characters at most.
+    """`value` and its type, for messages, on one line.
 
-    >>> quoted(0.5)
-    '0.5 (float)'
     >>> quoted(torch.zeros(2, 2))
     'tensor([[0., 0.], [0., 0.]]) (Tensor)'
     """

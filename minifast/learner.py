@@ -188,10 +188,27 @@ class Learner(Trainer):
 
     def tta(self, dl: Iterable[Batch] | str | None = None, *, transform: Callable[[Any], Any] | None = None, n: int = 4,
             beta: float = 0.25, use_max: bool = False) -> tuple[Any, Any]:
-        """(predictions, targets) as of `get_preds`, from `n` augmented passes and, with weight `beta`, a plain one.
+        """(predictions, targets) as `get_preds` gives them, from `n` augmented passes and one as it is.
 
-        transform: called on the inputs of each batch; None: the training loader's own. Raw outputs are averaged. More
-        in `minifast.inference.tta.tta`.
+        dl: as in `get_preds`.
+        transform: called n times on the inputs of each batch, a copy, on the device; gives the inputs of one pass.
+            None: the training loader's own, its `batch_transform` or that of a `TensorLoader`, called with the whole
+            batch; the pass as it is and the targets are then those of the batch without augmentation.
+        n: augmented passes, >= 1.
+        beta: predictions = (1 - beta) * mean(augmented) + beta * as_it_is, 0..1.
+        use_max: the largest of the n + 1 outputs instead: for outputs that can be compared between passes
+            (probabilities, sigmoid logits), not for softmax logits.
+
+        Raw outputs are averaged, so that metrics and losses read the mean as they read an output. The samples are in
+        the order of the data set, and all random generators are put back. Raises ValueError for arguments out of range
+        or no transform, TypeError for outputs that are not floats. Source: fastai 2's tta.
+
+        >>> import torch
+        >>> x = torch.arange(3.0).reshape(3, 1)
+        >>> learn = Learner(torch.nn.Linear(1, 1), ([(x, x)], [(x, x)]), torch.nn.MSELoss(), verbose=False)
+        >>> preds, targets = learn.tta(transform=lambda x: x + 8)
+        >>> (preds - learn.get_preds()[0]) / learn.model.weight.item()
+        tensor([[6.], [6.], [6.]])
         """
         from .inference.tta import tta
         return tta(self, dl, transform=transform, n=n, beta=beta, use_max=use_max)
@@ -209,10 +226,20 @@ class Learner(Trainer):
 
     def export(self, path: str | os.PathLike[str], *, inputs: Any = None, labels: Sequence[str] | None = None,
                metadata: Mapping[str, Any] | None = None) -> Path:
-        """Write the model for inference, without pickle: a program (`*.pt2`), or a folder of weights and a description.
+        """Write the model to `path`, for the CPU and in eval mode, to predict what `predict` gives; gives the path.
 
-        A program runs without the model's class. `load_exported` reads both. labels: names of the classes; metadata:
-        plain values. More in `minifast.inference.export.export`.
+        path: one that ends in .pt2 is a program made by `torch.export`, which runs without the model's class. The
+            first dimension of the inputs, the samples, may vary; the others are fixed. A model that branches on its
+            data or on the number of samples, or takes len(x) for x.shape[0], cannot be one. Any other path is a folder
+            of weights.pt and model.json, which describes the model; it is made if need be.
+        inputs: a batch as `predict` takes it, traced and described, not written; None: the inputs of the first
+            validation batch, or training batch, without the target.
+        labels: names of the classes.
+        metadata: text, numbers, True, False and None, in lists and in dicts with text as keys.
+
+        `load_exported` and `export_info` read both. Loading a program runs what is in it, so `load_exported` takes one
+        only with `trusted=True`. Each file is replaced whole or not at all. Raises ValueError, with torch's words, for
+        a model that cannot be a program, and OSError where the file or the folder cannot be.
         """
         from .inference.export import export
         return export(self, path, inputs=inputs, labels=labels, metadata=metadata)

@@ -48,9 +48,8 @@ def loaders(train: Any, valid: Any, *, transform: Transform | None, valid_transf
 
 
 def _transform(first: Any, transform: Transform | None) -> Transform | None:
-    """`first`: a sample. A flat tuple of tensors is what a TensorLoader gives by itself."""
     if type(first) is tuple and all(isinstance(part, Tensor) for part in first):
-        return transform
+        return transform  # a flat tuple of tensors is what a TensorLoader gives by itself
     return samples.Nested(map_tensors(lambda tensor: tensor.new_empty(0), first), transform)
 
 

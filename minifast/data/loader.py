@@ -15,15 +15,11 @@ from ..base.batch import Batch, n_samples
 from ..errors import check_int
 from .tensor_loader import TensorLoader
 
-MOST_LEVELS, MOST_OBJECTS, MOST_PARTS = 6, 500, 100  # of the objects in which generators are looked for
+MOST_LEVELS, MOST_OBJECTS, MOST_PARTS = 5, 500, 100  # of the objects in which generators are looked for
 
 
 def valid_sets(valid: Any) -> tuple[tuple[str, Any], ...]:
-    """The validation data as (name, loader) pairs; a single loader has the name "".
-
-    >>> valid_sets(None), valid_sets([1]), valid_sets({"clean": [1], "noisy": [2]})
-    ((), (('', [1]),), (('clean', [1]), ('noisy', [2])))
-    """
+    """The validation data as (name, loader) pairs; a single loader has the name ""."""
     if isinstance(valid, Mapping):
         return tuple(valid.items())
     return () if valid is None else (("", valid),)
@@ -39,11 +35,7 @@ def named_sets(train: Any, valid: Any) -> dict[str, Any]:
 
 
 def n_batches(loader: Iterable[Batch]) -> int | None:
-    """How many batches one pass yields, or None if the loader does not know.
-
-    >>> n_batches([1, 2, 3]), n_batches(iter([1, 2, 3]))
-    (3, None)
-    """
+    """How many batches one pass yields, or None if the loader does not know."""
     try:
         return len(loader)  # type: ignore[arg-type]
     except (TypeError, NotImplementedError):  # no len(), or a base class's that says so, as Sampler's once did
@@ -100,14 +92,13 @@ def micro_batches(loader: Iterable[Batch], accumulate: int, effective_batch_size
                          f"data ({type(loader).__name__}) has no batch_size. Pass accumulate= instead.")
     if wanted % size:
         below, above = wanted // size * size, -(-wanted // size) * size
-        near = f"{below} or {above}" if below else str(above)
-        raise ValueError(f"effective_batch_size={wanted} is no multiple of the {size} samples in a batch. "
-                         f"Pass e.g. {near}.")
+        raise ValueError(f"effective_batch_size={wanted} is no multiple of the {size} samples in a batch. Pass e.g. "
+                         f"{f'{below} or ' if below else ''}{above}.")
     return wanted // size
 
 
 def is_one_shot(loader: Iterable[Batch]) -> bool:
-    """Whether `loader` is an iterator, which a second pass would find empty."""
+    """Whether a second pass would find it empty."""
     return isinstance(loader, Iterator)
 
 
@@ -125,19 +116,12 @@ def smallest_batch(loader: Iterable[Batch]) -> int | None:
 
 
 def in_order(loader: Iterable[Batch]) -> Iterable[Batch]:
-    """The same samples in the order of the data set, all of them: without torch's shuffling, without drop_last.
-
-    Without random augmentation too, where the loader's `batch_transform` does that. A loader with a sampler of its own
-    gives its own order.
-    """
+    """All samples in the order of the data set, `plain`; a loader with a sampler of its own gives its own order."""
     return plain(_ordered(loader))
 
 
 def plain(loader: Iterable[Batch]) -> Iterable[Batch]:
-    """A loader whose `batch_transform`, if it has one, augments nothing: the same transform's `plain`.
-
-    A `batch_transform` without that attribute stays as it is.
-    """
+    """A loader whose `batch_transform` augments nothing: the same transform's `plain`, if it has that."""
     transform = getattr(loader, "batch_transform", None)
     without = getattr(transform, "plain", transform)
     return loader if without is transform else with_transform(loader, without)
@@ -156,8 +140,8 @@ def _ordered(loader: Iterable[Batch]) -> Iterable[Batch]:
         ordered.shuffle = ordered.drop_last = False
         return ordered
     if isinstance(loader, DataLoader) and type(loader).__iter__ is DataLoader.__iter__ and loader.batch_size:
-        shuffles, sequential = type(loader.sampler) is RandomSampler, type(loader.sampler) is SequentialSampler
-        if shuffles or (sequential and loader.drop_last):
+        sampler = type(loader.sampler)
+        if sampler is RandomSampler or (sampler is SequentialSampler and loader.drop_last):
             return _unshuffled(loader)
     return loader
 
@@ -197,24 +181,15 @@ def generators(loader: Any) -> list[Any]:
     1
     """
     kinds = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
-    found: list[Any] = []
-    seen, level = {id(loader)}, [loader]
+    seen, level = {id(loader): loader}, [loader]
     for _ in range(MOST_LEVELS):
-        below: list[Any] = []
-        for owner in level:
-            if isinstance(owner, kinds):
-                found.append(owner)
-                continue
-            for part in _parts(owner):
-                if id(part) not in seen:
-                    seen.add(id(part))
-                    below.append(part)
-        level = below[:MOST_OBJECTS]
-    return found
+        below = {id(part): part for owner in level for part in _parts(owner)}
+        level = [part for key, part in below.items() if key not in seen][:MOST_OBJECTS]
+        seen |= {id(part): part for part in level}
+    return [owner for owner in seen.values() if isinstance(owner, kinds)]
 
 
 def _parts(owner: Any) -> Iterable[Any]:
-    """What `owner` consists of, as far as generators may be in it."""
     if type(owner) in (list, tuple, dict):  # of no other type: who knows what an iteration does
         parts = owner.values() if isinstance(owner, dict) else owner
         return [] if len(owner) > MOST_PARTS else parts

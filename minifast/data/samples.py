@@ -16,10 +16,7 @@ PROBES, READS = 4, 4  # samples that are read several times, and how often, to s
 
 
 def check_data_set(name: str, data: Any, *, streams: bool = False) -> int:
-    """How many samples the map-style data set `data` has; 0 for an IterableDataset, which `streams` allows.
-
-    Raises TypeError for anything else, ValueError for no sample.
-    """
+    """How many samples the map-style data set `data` has; 0 for an IterableDataset, which `streams` allows."""
     kind = type(data).__name__
     if isinstance(data, IterableDataset):
         if not streams:
@@ -61,7 +58,6 @@ class Samples(Dataset[Any]):
 
 
 def read(name: str, data: Any, i: int) -> Any:
-    """Sample `i` as a nest of tensors."""
     try:
         return map_leaves(as_tensor, data[i])
     except Exception as error:
@@ -103,11 +99,7 @@ def _of_image(image: Any) -> Tensor:
 
 
 def difference(name: str, i: int, first: Any, sample: Any) -> str:
-    """How sample `i` differs in form from sample 0, as text; "" if it does not.
-
-    >>> difference("train", 7, (torch.zeros(3), torch.tensor(1)), (torch.zeros(4), torch.tensor(1)))
-    'train: sample 7 is (float32 (4,), int64 ()), sample 0 is (float32 (3,), int64 ())'
-    """
+    """How sample `i` differs in form from sample 0, as text; "" if it does not."""
     own, theirs = describe(sample), describe(first)
     return "" if own == theirs else f"{name}: sample {i} is {own}, sample 0 is {theirs}"
 

@@ -34,22 +34,7 @@ EQUAL_SIZES = re.compile(r"L[\w'\[\]]+\.size\(\)\[\d+\] == L[\w'\[\]]+\.size\(\)
 
 def export(learn: "Trainer", path: str | os.PathLike[str], *, inputs: Any = None, labels: Sequence[str] | None = None,
            metadata: Mapping[str, Any] | None = None) -> Path:
-    """Write the model to `path`, for the CPU and in eval mode; gives the path.
-
-    A path that ends in .pt2: a program made by `torch.export`, which runs without the model's class and gives what
-    `predict` gives. The first dimension of the inputs, the samples, may vary; the others are fixed. A model that
-    branches on its data or on the number of samples, or takes len(x) for x.shape[0], cannot be one. Any other path: a
-    folder of weights.pt, those that `predict` uses, and model.json, which describes the model; it is made if need be.
-    Both are read by `load_exported` and `export_info`.
-
-    inputs: a batch as `predict` takes it, traced and described, not written; None: the inputs of the first validation
-        batch, or training batch, without the target.
-    labels: names of the classes.
-    metadata: text, numbers, True, False and None, in lists and in dicts with text as keys.
-
-    Each file is replaced whole or not at all; the learner is left as it was. Raises ValueError, with torch's words, for
-    a model that cannot be a program, and OSError where the file or the folder cannot be.
-    """
+    """See `Learner.export`."""
     path = Path(check_path("path", path))
     is_program = _check_place(path)
     labels, metadata = _check_labels(labels), _check_metadata(metadata)
@@ -76,14 +61,12 @@ def export(learn: "Trainer", path: str | os.PathLike[str], *, inputs: Any = None
 
 
 def load_exported(path: str | os.PathLike[str], model: nn.Module | None = None, *, trusted: bool = False) -> nn.Module:
-    """What `export` wrote, as a module for inference on the CPU: called like the model, it gives what `predict` gives.
+    """What `Learner.export` wrote, as a module for inference on the CPU that gives what `predict` gives.
 
-    A folder of weights needs `model`, of the class that was exported: it is filled, put in eval mode and returned; all
-    of the weights fit, or nothing is changed. Nothing in the folder is run: it may come from strangers.
-
-    A program comes as a module of its own; torch lets nobody call train() or eval() on it. It is loaded only with
-    `trusted=True`, because `torch.export.load` runs what is in it: it unpickles objects, loads native code and
-    evaluates text.
+    model: for a folder of weights, one of the class that was exported: it is filled, put in eval mode and returned; all
+        of the weights fit, or nothing is changed. Nothing in the folder is run: it may come from strangers.
+    trusted: True for a program, because `torch.export.load` runs what is in it: it unpickles objects, loads native code
+        and evaluates text. It comes as a module of its own; torch lets nobody call train() or eval() on it.
 
     Raises ValueError for a program that is not `trusted`, and with what is wrong with the file or does not fit the
     model; FileNotFoundError without it.
@@ -95,8 +78,8 @@ def load_exported(path: str | os.PathLike[str], model: nn.Module | None = None, 
     if path.is_dir():
         described = export_info(path)
         if model is None:
-            raise ValueError(f"{path} holds weights, which need a model ({described.get('model')}). Pass "
-                             "one of that class as model=.")
+            raise ValueError(f"{path} holds weights, which need a model ({described.get('model')}). Pass one of that "
+                             "class as model=.")
         if described.get("sha256") != _sha256(path / WEIGHTS):
             raise ValueError(f"{path / WEIGHTS} is damaged, or not the file that {DESCRIPTION} describes. Nothing was "
                              "loaded. Export again.")
@@ -106,10 +89,8 @@ def load_exported(path: str | os.PathLike[str], model: nn.Module | None = None, 
         raise ValueError(f"{path} is a program, which needs no model. Leave out model=.")
     with opened(path) as file:
         if not trusted:
-            raise ValueError(f"{path} is a program: whoever loads it runs what is in it, as torch unpickles objects, "
-                             "loads native code and evaluates text. If you know who made it, pass trusted=True. From "
-                             "strangers take weights with their description (a path that does not end in .pt2), which "
-                             "run nothing.")
+            raise ValueError(f"{path} is a program: whoever loads it runs what is in it. If you know who made it, pass "
+                             "trusted=True. From strangers take weights with their description, which run nothing.")
         try:
             with zipfile.ZipFile(file) as archive:  # torch checks no check sums here
                 damaged = archive.testzip()
@@ -140,15 +121,11 @@ def export_info(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _description(path: Path) -> bytes:
-    """That of a program: no other part of the file is read."""
     with opened(path) as file, zipfile.ZipFile(file) as archive:
         found = [entry for entry in archive.infolist() if entry.filename.endswith("/extra/minifast.json")]
         if len(found) != 1 or found[0].compress_type != zipfile.ZIP_STORED:  # packed, it could unpack to any size
             raise ValueError("it holds no description")
         return archive.read(found[0])
-
-
-# ---- what goes into the files
 
 
 def _check_place(path: Path) -> bool:
@@ -188,7 +165,6 @@ def _check_metadata(metadata: Any) -> dict[str, Any]:
 
 
 def _first_inputs(learn: "Trainer") -> Any:
-    """The inputs of the first batch, on the CPU, without what is also the target; no loader is disturbed."""
     fits = [loader for _, loader in valid_sets(learn.dls.valid)]
     data = fits[0] if fits else learn.dls.train
     if is_one_shot(data):
@@ -224,9 +200,6 @@ def _sha256(path: Path) -> str:
 def _write(path: Path, content: bytes) -> None:
     with replacing(path) as file:
         file.write(content)
-
-
-# ---- programs
 
 
 class _Scores(nn.Module):

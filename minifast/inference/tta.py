@@ -23,33 +23,7 @@ Transform = Callable[[Any], Any]
 
 def tta(learn: "Trainer", dl: Iterable[Batch] | str | None = None, *, transform: Transform | None = None, n: int = 4,
         beta: float = 0.25, use_max: bool = False) -> tuple[Any, Any]:
-    """(predictions, targets) as `get_preds` gives them, from `n` augmented passes and one as it is.
-
-    predictions = (1 - beta) * mean(augmented) + beta * as_it_is, element by element; n >= 1, beta in 0..1. What is
-    averaged are the raw outputs, because their mean is an output of the same kind whatever the model gives, so that
-    metrics and losses read it as they read the output itself. Of logits it stands for the geometric mean of the
-    probabilities, normalised. use_max: the largest of the n + 1 outputs instead, and `beta` has no part in it. That
-    has a meaning for outputs that can be compared between passes (probabilities, sigmoid logits), not for softmax
-    logits.
-
-    transform: called n times on the inputs of each batch, a copy, on the device, without gradients; gives the inputs
-    of one pass. None: the training loader's own, its `batch_transform` or that of a `TensorLoader`. It is called with
-    the whole batch, as there, so it gets the batches of `dl` before that one's own; the pass as it is and the targets
-    come after it, without augmentation.
-
-    The samples are in the order of the data set. Passes differ as far as `transform` draws random numbers; all
-    generators are put back, so that the result is a function of the global seed. Outputs are averaged batch by batch:
-    no n-fold copy. Raises ValueError for arguments out of range or no transform, TypeError for outputs that are not
-    floats. Source: fastai 2's tta.
-
-    >>> from minifast import Learner
-    >>> x = torch.arange(3.0).reshape(3, 1)
-    >>> learn = Learner(torch.nn.Linear(1, 1), ([(x, x)], [(x, x)]), torch.nn.MSELoss(), verbose=False)
-    >>> preds, targets = tta(learn, transform=lambda x: x + 8)
-    >>> as_it_is, _ = learn.get_preds()
-    >>> (preds - as_it_is) / learn.model.weight.item()
-    tensor([[6.], [6.], [6.]])
-    """
+    """See `Learner.tta`."""
     n, beta = check_int("n", n), check_number("beta", beta, minimum=0, maximum=1)
     use_max = check_flag("use_max", use_max)
     if transform is not None and not callable(transform):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..base.batch import Batch, UnpackBatch, call_model, n_samples, scores
 from ..base.losses import mean_and_weight
-from ..base.nest import describe, join, to_device
+from ..base.nest import describe, join, map_tensors, to_device
 
 
 @torch.no_grad()
@@ -68,7 +68,7 @@ def sample_losses(loss_func: Any, pred: Any, target: Any) -> Tensor:
 
 def sample_of(nest: Any, i: int) -> Any:
     """Sample `i` of a batch, as a batch of one."""
-    return join(lambda leaf: leaf[0][i:i + 1] if isinstance(leaf[0], Tensor) and leaf[0].ndim else leaf[0], [nest])
+    return map_tensors(lambda tensor: tensor[i:i + 1] if tensor.ndim else tensor, nest)
 
 
 def _cat(leaves: list[Any], sizes: list[int]) -> Any:
