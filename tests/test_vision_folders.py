@@ -10,7 +10,7 @@ from PIL import Image
 from minifast import Learner
 from minifast.interpret import Interpretation
 from minifast.standard import progress
-from minifast.vision import ImageForm, folders, image_folders
+from minifast.vision import ImageForm, from_folders, image_folders
 
 SIZE = (20, 16)  # (width, height)
 
@@ -438,7 +438,7 @@ def test_a_damaged_file_that_is_met_in_training_is_named(root):
     ],
 )
 def test_arguments_that_cannot_be_are_refused_before_anything_is_read(options, kind, says, tmp_path, monkeypatch):
-    monkeypatch.setattr(folders, "find", lambda *args: pytest.fail("it has begun to look"))
+    monkeypatch.setattr(from_folders, "find", lambda *args: pytest.fail("it has begun to look"))
     with pytest.raises(kind, match=says):
         quiet(tmp_path, **options)
 

@@ -13,6 +13,8 @@ from ..errors import quoted
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+WAY_OUT = "skip_broken=True leaves out the files that cannot be read"  # a note: a command line has no such argument
+AS_UINT8 = "Floats in 0..1: pass (255 * x).round() as uint8."
 GREY = {"1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "I;16N", "F"}  # Pillow's modes without colour
 # What phones and cameras write and Pillow cannot read, and what helps.
 FOREIGN = {
@@ -68,6 +70,11 @@ def _in_8_bits(image: "Image") -> "Image":
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
+def dtype_of(array: Any) -> str:
+    """The dtype of an array or tensor, as messages name it."""
+    return str(array.dtype).removeprefix("torch.")
+
+
 def from_pixels(picture: Any) -> "Image":
     """A uint8 array (height, width[, channels]) or tensor (channels, height, width) as an image of Pillow's.
 
@@ -76,16 +83,15 @@ def from_pixels(picture: Any) -> "Image":
     from PIL import Image
 
     if isinstance(picture, Tensor):
-        wanted, shape = "(channels, height, width)", tuple(picture.shape)
+        wanted = "(channels, height, width)"
         pixels = picture.detach().cpu().movedim(0, -1).numpy() if picture.ndim == 3 else None
     elif isinstance(picture, np.ndarray):
-        wanted, shape = "(height, width) or (height, width, channels)", picture.shape
+        wanted = "(height, width) or (height, width, channels)"
         pixels = picture[..., None] if picture.ndim == 2 else picture if picture.ndim == 3 else None
     else:
         raise TypeError("a picture must be a path, an image of Pillow's, a uint8 array (height, width[, channels]) or "
                         f"a uint8 tensor (channels, height, width), got {quoted(picture)}.")
     if pixels is None or pixels.shape[-1] not in (1, 3, 4) or 0 in pixels.shape or pixels.dtype != np.uint8:
-        dtype = str(picture.dtype).removeprefix("torch.")
-        raise ValueError(f"a picture must be uint8 of shape {wanted} with 1, 3 or 4 channels, got {dtype} {shape}. "
-                         "Floats in 0..1: pass (255 * x).round() as uint8.")
+        raise ValueError(f"a picture must be uint8 of shape {wanted} with 1, 3 or 4 channels, got "
+                         f"{dtype_of(picture)} {tuple(picture.shape)}. {AS_UINT8}")
     return Image.fromarray(np.ascontiguousarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels))

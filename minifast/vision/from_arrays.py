@@ -9,9 +9,11 @@ from torch import Tensor
 
 from ..data.classes import check_classes
 from ..errors import check_number, quoted
+from .decode import AS_UINT8, dtype_of
 from .form import ImageForm
 from .listing import Listing, held_back
-from .loaders import ImageDataLoaders, Pictures, of_pictures
+from .loaders import ImageDataLoaders
+from .make_loaders import Pictures, of_pictures
 from .options import Options
 
 
@@ -41,7 +43,7 @@ def from_arrays(images: Any, labels: Any, valid: Any = 0.2, *, size: int | Seque
     (torch.Size([8, 1, 8, 8]), torch.float32, torch.int64)
     """
     parts = [_arrays("images", images, "labels", labels)]
-    height, width = parts[0].images.shape[2:]
+    _, n_channels, height, width = parts[0].images.shape
     options = Options(size=(height, width) if size is None else size, batch_size=batch_size, augment=augment,
                       resize=resize, channels=channels, mean=mean, std=std, device=device, seed=seed)
     names = None if classes is None else check_classes(classes)
@@ -55,7 +57,7 @@ def from_arrays(images: Any, labels: Any, valid: Any = 0.2, *, size: int | Seque
         raise TypeError(f"valid must be (images, labels), a share in 0..1 or None, got {quoted(valid)}.")
     if names is None:
         _check_numbers(parts)
-    listing = Listing(parts, names, Counter({(width, height): 1}), is_grey=parts[0].images.shape[1] == 1)
+    listing = Listing(parts, names, Counter({(width, height): 1}), is_grey=n_channels == 1)
     form = options.form(listing)
     memory = options.memory_for(sum(len(part.labels) for part in parts), form) or torch.device("cpu")
     parts = [Pictures(_in_form(part.images, form).to(memory), part.labels.to(memory)) for part in parts]
@@ -64,22 +66,21 @@ def from_arrays(images: Any, labels: Any, valid: Any = 0.2, *, size: int | Seque
 
 def _arrays(name: str, images: Any, name_of_labels: str, labels: Any) -> Pictures:
     """`images` as uint8 (n, channels, height, width), `labels` as int64 (n,); or what is wrong with them."""
-    if not isinstance(images, (np.ndarray, Tensor)):
-        raise TypeError(f"{name} must be a uint8 array or tensor of pictures, got {quoted(images)}.")
     order, turned = "(n, channels, height, width)", "permute(0, 3, 1, 2)"
     pixels: Any = images
     if isinstance(images, np.ndarray):
         order, turned = "(n, height, width, channels)", "transpose(0, 2, 3, 1)"
         pixels = images.transpose(0, 3, 1, 2) if images.ndim == 4 else images
+    elif not isinstance(images, Tensor):
+        raise TypeError(f"{name} must be a uint8 array or tensor of pictures, got {quoted(images)}.")
     pixels = pixels[:, None] if pixels.ndim == 3 else pixels
-    is_uint8 = _dtype(images) == "uint8"
+    is_uint8 = dtype_of(images) == "uint8"
     if not is_uint8 or pixels.ndim != 4 or pixels.shape[1] not in (1, 3, 4) or 0 in pixels.shape:
-        is_turned = pixels.ndim == 4 and pixels.shape[3 if isinstance(images, Tensor) else 2] in (1, 3, 4)
-        hint = f" Pass x.{turned}." * is_turned if is_uint8 else " Floats in 0..1: pass (255 * x).round() as uint8."
+        is_turned = pixels.ndim == 4 and pixels.shape[3 if pixels is images else 2] in (1, 3, 4)
+        hint = f" Pass x.{turned}." * is_turned if is_uint8 else f" {AS_UINT8}"
         raise ValueError(f"{name} must be uint8 of shape (n, height, width) or {order} with 1, 3 or 4 channels, got "
                          f"{_described(images)}.{hint}")
-    if isinstance(pixels, np.ndarray):
-        pixels = torch.from_numpy(np.ascontiguousarray(pixels))
+    pixels = torch.as_tensor(np.ascontiguousarray(pixels) if isinstance(pixels, np.ndarray) else pixels)
     try:
         numbers = torch.as_tensor(labels)
     except (TypeError, ValueError, RuntimeError):  # texts, objects, lists of different lengths
@@ -93,13 +94,9 @@ def _arrays(name: str, images: Any, name_of_labels: str, labels: Any) -> Picture
     return Pictures(pixels.detach(), numbers.long())
 
 
-def _dtype(array: Any) -> str:
-    return str(array.dtype).removeprefix("torch.")
-
-
 def _described(values: Any) -> str:
-    """The dtype and shape of an array, of which its numbers would not say what is wrong; anything else as it is."""
-    return f"{_dtype(values)} {tuple(values.shape)}" if isinstance(values, (np.ndarray, Tensor)) else quoted(values)
+    """The dtype and shape of an array, as its numbers would not say what is wrong; anything else as it is."""
+    return f"{dtype_of(values)} {tuple(values.shape)}" if isinstance(values, (np.ndarray, Tensor)) else quoted(values)
 
 
 def _check_numbers(parts: Sequence[Pictures]) -> None:
@@ -114,7 +111,6 @@ def _check_numbers(parts: Sequence[Pictures]) -> None:
 
 
 def _in_form(images: Tensor, form: ImageForm) -> Tensor:
-    """uint8 pictures (n, channels, height, width) in the size and with the channels of `form`."""
     if images.shape[1:] == (form.channels, *form.size):
         return images.contiguous()
     return torch.stack([form.read(image) for image in images])

@@ -12,7 +12,7 @@ from ..data.classes import check_classes
 from ..data.dataloaders import DataLoaders
 from ..data.samples import check_data_set
 from ..errors import check_number, quoted
-from .decode import GREY
+from .decode import GREY, dtype_of
 from .listing import Listing, held_back, sample_of, targets
 from .loaders import ImageDataLoaders
 from .make_loaders import make_loaders
@@ -29,18 +29,15 @@ def from_dataset(train: Any, valid: Any = None, *, size: int | Sequence[int] | N
                  verbose: bool = True) -> ImageDataLoaders:
     """Loaders of data sets such as torchvision's: samples (picture, class number), with len() and [i].
 
-    A picture is what `ImageForm.read` takes: an image of Pillow's, a uint8 tensor or array. So the data set is made
-    without `transform=`, or with one that gives such pictures: floats (of `ToTensor`, `Normalize`) are refused, as
-    augmentation and normalisation come after. A transform of its own that is random takes in_memory=False.
+    A picture is an image of Pillow's, a uint8 tensor or array, as `ImageForm.read` takes it. Floats (of a `transform=`
+    with `ToTensor`, `Normalize`) are refused, as augmentation and normalisation come after. A data set whose own
+    transform is random takes in_memory=False.
 
     train: the training data.
     valid: the validation data, with the same classes, or a share in 0..1 of `train` that is held back: of each class
         where the data set has `.targets`, else of all. None: no validation.
     classes: their names; None: the data set's `.classes`, also of a Subset, else the numbers.
-    size, channels: as in `image_folders`, where None looks at up to 100 of the samples.
-    batch_size, augment, resize, mean, std, max_size, in_memory, num_workers, device, seed, verbose: as in
-        `image_folders`.
-
+    The other arguments are those of `image_folders`; for size and channels None looks at up to 100 of the samples.
     Raises TypeError for what is no such data set, ValueError for samples or labels that cannot be used.
 
     >>> picture = np.zeros((8, 8), dtype=np.uint8)
@@ -69,11 +66,11 @@ def _examined(parts: Sequence[Any]) -> tuple[Counter[tuple[int, int]], bool]:
 
     Raises TypeError or ValueError for samples of any part that cannot be used.
     """
-    seen: dict[str, list[tuple[tuple[int, int], bool]]] = {}
+    seen = []
     for name, data in zip(("train", "valid"), parts, strict=False):
         n = check_data_set(name, data)
-        seen[name] = [_seen(f"sample {i} of {name}", sample_of(data, i, name)) for i in range(0, n, -(-n // PROBES))]
-    return Counter(size for size, _ in seen["train"]), all(is_grey for _, is_grey in seen["train"])
+        seen.append([_seen(f"sample {i} of {name}", sample_of(data, i, name)) for i in range(0, n, -(-n // PROBES))])
+    return Counter(size for size, _ in seen[0]), all(is_grey for _, is_grey in seen[0])
 
 
 def _seen(what: str, sample: Any) -> tuple[tuple[int, int], bool]:
@@ -92,11 +89,9 @@ def _seen(what: str, sample: Any) -> tuple[tuple[int, int], bool]:
     if not isinstance(picture, (Tensor, np.ndarray)):
         raise TypeError(f"{what} must be (picture, class number), its picture is {quoted(picture)}. Pass an image of "
                         "Pillow's, or uint8 pixels.")
-    dtype = str(picture.dtype).removeprefix("torch.")
-    if dtype != "uint8" or picture.ndim not in (2, 3):
-        raise ValueError(f"{what} holds {dtype} {tuple(picture.shape)} and no uint8 picture: where a transform of the "
-                         "data set has made floats, make it without ToTensor, ToDtype and Normalize. Augmentation and "
-                         "normalisation come after, on whole batches.")
-    height, width = picture.shape[-2:] if isinstance(picture, Tensor) else picture.shape[:2]
-    channels = picture.shape[0 if isinstance(picture, Tensor) else 2] if picture.ndim == 3 else 1
-    return (width, height), channels == 1
+    if dtype_of(picture) != "uint8" or picture.ndim not in (2, 3):
+        raise ValueError(f"{what} holds {dtype_of(picture)} {tuple(picture.shape)} and no uint8 picture: if a "
+                         "transform of the data set makes floats, make it without ToTensor, ToDtype and Normalize. "
+                         "Augmentation and normalisation come after.")
+    shape = picture.shape if isinstance(picture, Tensor) else (*picture.shape[2:], *picture.shape[:2])
+    return (shape[-1], shape[-2]), picture.ndim == 2 or shape[0] == 1

@@ -96,9 +96,9 @@ def class_numbers(parts: list[Any]) -> list[str]:
     return [str(i) for i in range(max(labels) + 1)]
 
 
-def chosen(n: int, share: float, seed: str) -> set[int]:
-    """Which of `n` samples of a class are for validation: the share, at least one, but never all."""
-    return set(random.Random(seed).sample(range(n), min(max(1, round(share * n)), n - 1)))
+def chosen(n: int, share: float, seed: str) -> list[int]:
+    """Which of `n` samples of a class are for validation, in order: the share, at least one, but never all."""
+    return sorted(random.Random(seed).sample(range(n), min(max(1, round(share * n)), n - 1)))
 
 
 def held_back(labels: Sequence[int] | None, n: int, share: float, seed: int) -> Tensor:

@@ -1,7 +1,7 @@
 """What can be said of pictures wherever they come from, checked before anything is read."""
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
 
@@ -53,17 +53,16 @@ class Options:
                 check_items(name, getattr(self, name), "a number for each channel", f"{name}=(0.5, 0.5, 0.5)")
         if (self.mean is None) != (self.std is None):
             raise ValueError("mean and std belong together: pass both, or none of them.")
-        trial = self.form(Listing([], None, Counter({(SMALLEST, SMALLEST): 1}), is_grey=False))
-        if self.mean is not None:  # the form says what is wrong with the values
-            replace(trial, mean=self.mean, std=self.std)  # type: ignore[arg-type]
+        self.form(Listing([], None, Counter({(SMALLEST, SMALLEST): 1}), is_grey=False))  # says what else is wrong
 
     def form(self, listing: Listing) -> ImageForm:
-        """The form of the pictures that are listed, without the normalisation."""
+        """The form of the pictures that are listed, without a normalisation unless mean and std are given."""
         size: Any = common_size(listing.sizes, self.max_size) if self.size is None else self.size
         if isinstance(size, Integral):  # of numpy's too
             size = (size, size)
-        channels = len(self.mean or ()) or (1 if listing.is_grey else 3) if self.channels is None else self.channels
-        return ImageForm(size, channels, resize=self.resize)
+        mean, std = self.mean or (), self.std or ()
+        channels = len(mean) or (1 if listing.is_grey else 3) if self.channels is None else self.channels
+        return ImageForm(size, channels, mean, std, self.resize)  # type: ignore[arg-type]  # it makes tuples
 
     def batch_size_for(self, n: int) -> int:
         """The batch size for `n` training pictures. If none is given: 64, or less where that makes few steps an epoch.
@@ -81,7 +80,9 @@ class Options:
         if self.in_memory is False:
             return None
         n_bytes = n * form.channels * form.size[0] * form.size[1]
-        for device in (accelerator() if self.device is None else check_device(self.device), torch.device("cpu")):
+        cpu = torch.device("cpu")
+        own = torch.accelerator.current_accelerator(check_available=True) or cpu  # where a Learner trains
+        for device in (own if self.device is None else check_device(self.device), cpu):
             free = available(device)
             if free is not None and n_bytes <= SHARE_OF_MEMORY * free:
                 return device
@@ -109,9 +110,3 @@ def common_size(sizes: Counter[tuple[int, int]], max_size: int) -> tuple[int, in
     shorter = Counter(min(size) for size in sizes.elements())
     side = max(SMALLEST, min(max_size, shorter.most_common(1)[0][0]))
     return side, side
-
-
-def accelerator() -> torch.device:
-    """Where a Learner trains if nobody says."""
-    cpu = torch.device("cpu")
-    return (torch.accelerator.current_accelerator() or cpu) if torch.accelerator.is_available() else cpu
