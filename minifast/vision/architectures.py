@@ -26,10 +26,7 @@ class ImageModel(NamedTuple):
 
 def image_model(arch: Any, n_classes: int, *, channels: int = 3, pretrained: bool = True, weights: Any = None,
                 head: Callable[[int, int], nn.Module] | None = None, progress: bool = True) -> ImageModel:
-    """The model of `arch` with `n_classes` outputs for images of 1 or 3 channels.
-
-    The arguments and errors are those of `vision_learner`.
-    """
+    """The model of `arch` with `n_classes` outputs; the arguments and errors are those of `vision_learner`."""
     check_flag("pretrained", pretrained)
     if head is not None and (isinstance(head, nn.Module) or not callable(head)):
         raise TypeError(f"head must be a function (n_features, n_classes) -> module, got {quoted(head)}. Pass e.g. "
@@ -38,8 +35,7 @@ def image_model(arch: Any, n_classes: int, *, channels: int = 3, pretrained: boo
     if builder is None:
         for name, value in (("weights", weights), ("head", head)):
             if value is not None:
-                raise ValueError(f"{name}= is for architectures of torchvision: {quoted(arch)} is a function of your "
-                                 f"own, and gives the model with its {name}.")
+                raise ValueError(f"{name}= is for architectures of torchvision, and {quoted(arch)} is your own.")
         return ImageModel(_made_by(arch, n_classes), None, None)
     weights = _resolved(builder, pretrained, weights)
     model = _built(builder, weights, progress)
@@ -57,9 +53,8 @@ def check_takes(model: nn.Module, channels: int, size: tuple[int, int], n_classe
         runs = run_on_blank(model, (channels, *size))
     except Exception as error:
         raise ValueError(f"{type(model).__name__} cannot take images of {size[0]} x {size[1]} pixels with {channels} "
-                         f"channel{'s' * (channels > 1)}: {_first_line(error)}. Load them in another size, e.g. "
-                         f"image_folders(path, size={getattr(model, 'image_size', SIDE)}), or pass another "
-                         "architecture.") from error
+                         f"channel{'s' * (channels > 1)}: {_first_line(error)}. Load them in another size, e.g. with "
+                         f"size={getattr(model, 'image_size', SIDE)}, or pass another architecture.") from error
     module, shape = runs[-1] if runs else (None, ())
     if module is not model:
         raise ValueError(f"{type(model).__name__} must give one tensor, (n, classes), and it gives something else.")
@@ -70,9 +65,6 @@ def check_takes(model: nn.Module, channels: int, size: tuple[int, int], n_classe
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0].rstrip(".!")[:300]
-
-
-# ---- which architecture
 
 
 def _torchvision_builder(arch: Any) -> Callable[..., nn.Module] | None:
@@ -114,9 +106,6 @@ def _made_by(arch: Callable[[int], nn.Module], n_classes: int) -> nn.Module:
     return model
 
 
-# ---- which weights
-
-
 def _resolved(builder: Callable[..., nn.Module], pretrained: bool, weights: Any) -> Any:
     """The member of torchvision's enum of weights; None for random weights."""
     from torchvision import models
@@ -126,18 +115,11 @@ def _resolved(builder: Callable[..., nn.Module], pretrained: bool, weights: Any)
             raise ValueError(f"pretrained=False and weights={weights!r:.60}: pass one of them.")
         return None
     kinds = models.get_model_weights(builder)
-    members = dict(kinds.__members__)
-    if not members:
-        raise ValueError(f"torchvision has no weights for {builder.__name__}. Pass pretrained=False.")
-    if weights is None:
-        return members.get("DEFAULT", next(iter(members.values())))
-    if isinstance(weights, kinds):
-        return weights
-    name = weights.removeprefix(f"{kinds.__name__}.") if isinstance(weights, str) else None
-    if name not in members:
-        raise ValueError(f"{builder.__name__} has no weights {weights!r:.60}: there are {', '.join(members)}, of "
-                         f"torchvision.models.{kinds.__name__}.")
-    return members[name]
+    try:
+        return kinds.verify("DEFAULT" if weights is None else weights)
+    except (KeyError, TypeError):
+        raise ValueError(f"{builder.__name__} has no weights {weights!r:.60}: there are "
+                         f"{', '.join(kinds.__members__)}, of torchvision.models.{kinds.__name__}.") from None
 
 
 def _built(builder: Callable[..., nn.Module], weights: Any, progress: bool) -> nn.Module:
@@ -152,14 +134,10 @@ def _built(builder: Callable[..., nn.Module], weights: Any, progress: bool) -> n
     except Exception as error:  # of sockets, HTTP, a wrong hash, unpickling, shapes
         reason = f"{type(error).__name__}: {' '.join(str(error).split()):.200}"
         if path.is_file():
-            raise ValueError(f"{path} does not hold the weights {weights} ({reason}). Delete the file, so that it is "
+            raise ValueError(f"{path} does not hold the weights {weights} ({reason}). Delete the file to have it "
                              "downloaded again, or pass pretrained=False.") from error
-        raise OSError(f"cannot download the weights {weights} from {weights.url} ({reason}). Pass pretrained=False for "
-                      f"random weights, or download the file elsewhere and put it into {path.parent}, with the name "
-                      f"{path.name}.") from error
-
-
-# ---- head and stem
+        raise OSError(f"cannot download the weights {weights} from {weights.url} ({reason}). Pass pretrained=False, or "
+                      f"get the file and put it into {path.parent}, with the name {path.name}.") from error
 
 
 def _replace_head(model: nn.Module, channels: int, n_classes: int,

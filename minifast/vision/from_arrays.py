@@ -9,8 +9,7 @@ from torch import Tensor
 
 from ..data.classes import check_classes
 from ..errors import check_number, quoted
-from .decode import AS_UINT8, dtype_of
-from .form import ImageForm
+from .form import AS_UINT8, ImageForm, dtype_of
 from .listing import Listing, held_back
 from .loaders import ImageDataLoaders
 from .make_loaders import Pictures, of_pictures

@@ -12,7 +12,7 @@ from ..data.classes import check_classes
 from ..data.dataloaders import DataLoaders
 from ..data.samples import check_data_set
 from ..errors import check_number, quoted
-from .decode import GREY, dtype_of
+from .form import GREY, dtype_of
 from .listing import Listing, held_back, sample_of, targets
 from .loaders import ImageDataLoaders
 from .make_loaders import make_loaders

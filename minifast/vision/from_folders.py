@@ -10,7 +10,7 @@ import torch
 
 from ..errors import check_flag, check_number, check_path, check_text
 from ..show.tables import listed
-from .decode import FOREIGN, GREY, WAY_OUT, opened
+from .form import FOREIGN, GREY, WAY_OUT, opened
 from .listing import Listing, Sample, chosen
 from .loaders import ImageDataLoaders
 from .make_loaders import make_loaders

@@ -85,7 +85,7 @@ class ImageDataLoaders(DataLoaders):
                 f"{width}x{height} pixels, {'grey' if self.form.channels == 1 else 'colour'}")
 
 
-def normalized_as(form: ImageForm, loader: Any) -> Iterable[Batch]:
+def normalized_as(form: ImageForm, loader: Iterable[Batch]) -> Iterable[Batch]:
     """The loader itself, or, if it is one of pictures with another mean and std, a copy with those of `form`."""
     own = getattr(loader, "batch_transform", None)
     if not isinstance(own, BatchTransform) or own.form.channels != form.channels:

@@ -15,8 +15,7 @@ from ..data.tensor_loader import TensorLoader
 from ..show.screen import say
 from ..show.tables import listed
 from .augment import BatchTransform, augmentation
-from .decode import WAY_OUT
-from .form import ImageForm
+from .form import WAY_OUT, ImageForm
 from .listing import Listing, class_numbers, sample_of
 from .loaders import ImageDataLoaders
 from .options import Options
