@@ -1,7 +1,7 @@
 """Pictures: from a folder of them to a trained classifier.
 
 Knows the whole house below, down to the Learner; only the command line knows it. The way: find the pictures
-(`from_folders`), decide their form (`options`), make the loaders (`make_loaders`), train (`vision_learner`).
+(`from_folders`), decide their form (`options`), make the loaders (`loaders`), train (`vision_learner`).
 """
 from .classifier import Classifier, Prediction, load_classifier
 from .form import ImageForm

@@ -15,20 +15,18 @@ from .form import ImageForm
 Augment = Callable[[Tensor], Tensor]
 NAMES = ("auto", "photos", "small", "symbols")
 SMALL = 64  # pixels: colour pictures up to this size are things in the middle, not photos to be cropped
-TURN, SHIFT, ZOOM = 10.0, 0.08, 0.1  # of symbols: degrees, and shares of a side, to either side
 
 
 def augmentation(augment: Any, form: ImageForm) -> Augment | None:
-    """What `augment` means for pictures of `form`: a function of float batches (n, channels, height, width) in 0..1.
+    """What `augment`, a name, a function or None, means for pictures of `form`.
 
-    "auto" is "symbols" for grey pictures, "small" for colour ones up to 64x64, else "photos". None: no augmentation.
+    "auto" is "symbols" for grey pictures, "small" for colour ones up to 64x64, else "photos".
 
     >>> augmentation("auto", ImageForm((32, 32))), augmentation(None, ImageForm((32, 32)))
     (SmallCrops(share=0.125, flips=True), None)
     """
     if not isinstance(augment, str):
-        function: Augment | None = augment
-        return function
+        return augment  # type: ignore[no-any-return]
     if augment == "auto":
         augment = "symbols" if form.channels == 1 else "small" if max(form.size) <= SMALL else "photos"
     return _photos(form.size) if augment == "photos" else SmallCrops() if augment == "small" else SmallTurns()
@@ -45,10 +43,7 @@ def check_augment(augment: Any) -> None:
 
 @dataclass(frozen=True)
 class PerPicture:
-    """Calls `transform` once for each picture of a batch: a random one then draws numbers of its own for each.
-
-    Those of `torchvision.transforms.v2` draw once in a call, so a whole batch would be flipped, or none of it.
-    """
+    """Calls `transform` once for each picture of a batch: those of torchvision draw their numbers once in a call."""
 
     transform: Any
 
@@ -71,19 +66,18 @@ def _photos(size: tuple[int, int]) -> PerPicture:
 class SmallCrops:
     """Each picture moved by up to `share` of its sides, what is missing mirrored in, and flipped or not.
 
-    All pictures of a batch at once: with pictures this small, most of the time of one by one goes into the calls.
+    All pictures of a batch at once: with small ones, most of the time of one by one goes into the calls.
     """
 
     share: float = 0.125
     flips: bool = True
 
     def __call__(self, images: Tensor) -> Tensor:
-        n, _, height, width = images.shape
+        (n, _, height, width), device = images.shape, images.device
         down, across = max(1, round(self.share * height)), max(1, round(self.share * width))
         mode = "reflect" if min(height - down, width - across) > 0 else "replicate"  # nothing to mirror in one pixel
         padded = functional.pad(images, (across, across, down, down), mode=mode)
         windows = padded.unfold(2, height, 1).unfold(3, width, 1)
-        device = images.device
         rows = torch.randint(2 * down + 1, (n,), device=device)
         columns = torch.randint(2 * across + 1, (n,), device=device)
         moved: Tensor = windows[torch.arange(n, device=device), :, rows, columns]
@@ -94,13 +88,12 @@ class SmallCrops:
 class SmallTurns:
     """Each picture turned by up to `degrees`, moved by up to `shift` of its sides, and up to `zoom` larger or smaller.
 
-    Never mirrored: signs would become other signs. What is missing has the colour of the edge. All pictures of a batch
-    at once, as in `SmallCrops`.
+    Never mirrored: signs would become other signs. What is missing has the colour of the edge.
     """
 
-    degrees: float = TURN
-    shift: float = SHIFT
-    zoom: float = ZOOM
+    degrees: float = 10.0
+    shift: float = 0.08
+    zoom: float = 0.1
 
     def __call__(self, images: Tensor) -> Tensor:
         n, _, height, width = images.shape

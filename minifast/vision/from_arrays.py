@@ -11,8 +11,7 @@ from ..data.classes import check_classes
 from ..errors import check_number, quoted
 from .form import AS_UINT8, ImageForm, dtype_of
 from .listing import Listing, held_back
-from .loaders import ImageDataLoaders
-from .make_loaders import Pictures, of_pictures
+from .loaders import ImageDataLoaders, Pictures, of_pictures
 from .options import Options
 
 

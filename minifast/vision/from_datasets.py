@@ -14,8 +14,7 @@ from ..data.samples import check_data_set
 from ..errors import check_number, quoted
 from .form import GREY, dtype_of
 from .listing import Listing, held_back, sample_of, targets
-from .loaders import ImageDataLoaders
-from .make_loaders import make_loaders
+from .loaders import ImageDataLoaders, make_loaders
 from .options import MAX_SIZE, Options
 
 PROBES = 100  # samples of a data set that are examined to choose size and channels

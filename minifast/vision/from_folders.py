@@ -12,8 +12,7 @@ from ..errors import check_flag, check_number, check_path, check_text
 from ..show.tables import listed
 from .form import FOREIGN, GREY, WAY_OUT, opened
 from .listing import Listing, Sample, chosen
-from .loaders import ImageDataLoaders
-from .make_loaders import make_loaders
+from .loaders import ImageDataLoaders, make_loaders
 from .options import MAX_SIZE, Options
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif", ".jfif")

@@ -1,6 +1,6 @@
 """Pictures that have been found and not been read, and which of them are held back for validation."""
 import random
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,8 +28,7 @@ class Listing:
     sizes: how often each (width, height) comes.
     is_grey: whether all pictures are grey.
 
-    The other fields are for `Sample`s:
-    are_files: one that cannot be read is named, or left out if `skip_broken`.
+    are_files: whether these are `Sample`s. One that cannot be read is named, or left out if `skip_broken`.
     validation: where the validation data come from, in words.
     others, broken: files that are left out, as they are no pictures or cannot be read. Raises ValueError for a class
         that has no file left to train on.
@@ -102,17 +101,14 @@ def chosen(n: int, share: float, seed: str) -> list[int]:
 
 
 def held_back(labels: Sequence[int] | None, n: int, share: float, seed: int) -> Tensor:
-    """Which of `n` samples are for validation, (n,) bool: the share of each class, or of all if nobody knows these.
-
-    Of a class at least one, but never all. Raises ValueError if there is none.
+    """Which of `n` samples are for validation, (n,) bool: the share of each class, or of all without `labels`.
 
     >>> held_back([0, 0, 1, 1, 1, 1, 2], 7, 0.5, seed=0).sum()
     tensor(3)
     """
-    held = torch.zeros(n, dtype=torch.bool)
-    rows: dict[int, list[int]] = {}
+    held, rows = torch.zeros(n, dtype=torch.bool), defaultdict[int, list[int]](list)
     for i in range(n):
-        rows.setdefault(0 if labels is None else labels[i], []).append(i)
+        rows[0 if labels is None else labels[i]].append(i)
     for label, own in rows.items():
         held[[own[k] for k in chosen(len(own), share, f"{seed} {label}")]] = True
     if not held.any():

@@ -67,8 +67,8 @@ class Options:
     def batch_size_for(self, n: int) -> int:
         """The batch size for `n` training pictures. If none is given: 64, or less where that makes few steps an epoch.
 
-        >>> [Options().batch_size_for(n) for n in (1000, 100, 9)], Options(batch_size=32).batch_size_for(9)
-        ([64, 12, 8], 32)
+        >>> [Options().batch_size_for(n) for n in (1000, 100, 9)]
+        [64, 12, 8]
         """
         return min(64, max(8, n // 8)) if self.batch_size is None else self.batch_size
 
@@ -91,8 +91,7 @@ class Options:
         if self.in_memory is None:
             return None
         raise MemoryError(f"{n:,} pictures of {n_bytes // n:,} bytes are {n_bytes / 1e6:,.0f} MB, more than "
-                          f"{SHARE_OF_MEMORY:.0%} of the memory that is free. Pass in_memory=False, which reads them "
-                          "as you train, or a smaller size.")
+                          f"{SHARE_OF_MEMORY:.0%} of the memory that is free. Pass in_memory=False or a smaller size.")
 
 
 def common_size(sizes: Counter[tuple[int, int]], max_size: int) -> tuple[int, int]:

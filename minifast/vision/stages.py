@@ -62,8 +62,8 @@ def layer_groups(model: nn.Module, channels: int = 3, size: tuple[int, int] = (S
 def run_on_blank(model: nn.Module, shape: tuple[int, int, int]) -> list[Run]:
     """The modules in the order in which they end for two blank images of `shape` (channels, height, width).
 
-    The last one is the model itself, if it gives a tensor. Only shapes are computed, without values; a model that asks
-    for values is run for real. In eval mode, without gradients; the model is left as it was. Raises what it raises.
+    The last one is the model itself, if it gives a tensor. Only shapes are computed; a model that asks for values is
+    run for real, in eval mode, without gradients. It is left as it was. Raises what it raises.
     """
     runs: list[Run] = []
 
@@ -97,7 +97,7 @@ def _layers(module: nn.Module, head: nn.Module, n_body: int) -> Iterator[nn.Modu
     """The layers and blocks of a model without its head: containers and wrappers are opened."""
     for child in module.children():
         n = _n_parameters(child)
-        is_wrapper = n > WRAPPER * n_body and any(True for _ in child.children())
+        is_wrapper = n > WRAPPER * n_body and not _is_single(child)
         if child is head or not n:
             continue
         if isinstance(child, (nn.Sequential, nn.ModuleList)) or is_wrapper or any(m is head for m in child.modules()):

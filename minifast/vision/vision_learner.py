@@ -85,11 +85,11 @@ class VisionLearner(Learner):
         if isinstance(labels, (list, tuple)) and not len(set(map(str, labels))) == len(labels) == len(self.classes):
             raise ValueError(f"labels must be {len(self.classes)} different names, one for each class "
                              f"({listed(self.classes)}), got {labels!r:.80}.")
-        if isinstance(metadata, Mapping) and "image" in metadata:
-            raise ValueError("metadata['image'] is where the form of a picture goes. Take another key.")
         if inputs is None:  # blank ones will do: they are described and traced, not written
             inputs = self.form.normalize(torch.zeros(2, self.form.channels, *self.form.size, dtype=torch.uint8))
         if metadata is None or isinstance(metadata, Mapping):
+            if "image" in (metadata or {}):
+                raise ValueError("metadata['image'] is where the form of a picture goes. Take another key.")
             metadata = {**(metadata or {}), "image": self.form.as_dict()}
         return super().export(path, inputs=inputs, labels=self.classes if labels is None else labels,
                               metadata=metadata)
@@ -113,10 +113,8 @@ def vision_learner(dls: ImageDataLoaders, arch: Any, pretrained: bool = True, *,
 
     With weights the pictures are normalised as those were that they were trained on. For grey pictures the first
     convolution has one channel, with the sum of its weights over red, green and blue, and mean and std are the means of
-    theirs.
-
-    Nothing is frozen: `fine_tune` trains the head first, or call `freeze()`. GoogLeNet and Inception v3 come without
-    their auxiliary heads.
+    theirs. Nothing is frozen: `fine_tune` trains the head first, or call `freeze()`. GoogLeNet and Inception v3 come
+    without their auxiliary heads.
 
     Raises ValueError or TypeError for what cannot work, before anything is downloaded where that can be told; OSError
     for weights that cannot be had, with what to do.
@@ -144,11 +142,11 @@ def vision_learner(dls: ImageDataLoaders, arch: Any, pretrained: bool = True, *,
     check_takes(made.model, form.channels, form.size, len(classes))
     if made.weights is not None:
         preset = made.weights.transforms()
-        mean, std = tuple(preset.mean), tuple(preset.std)
+        mean, std = preset.mean, preset.std
         if form.channels == 1:
-            mean, std = (sum(mean) / len(mean),), (sum(std) / len(std),)
+            mean, std = [sum(mean) / len(mean)], [sum(std) / len(std)]
             if verbose:
-                say(f"grey pictures: the first convolution has the sum of its weights over red, green and blue "
+                say("grey pictures: the first convolution has the sum of its weights over red, green and blue "
                     f"({made.weights})")
         dls = dls.normalized(mean, std)
     if splitter is None:
