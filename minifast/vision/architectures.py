@@ -36,7 +36,14 @@ def image_model(arch: Any, n_classes: int, *, channels: int = 3, pretrained: boo
         for name, value in (("weights", weights), ("head", head)):
             if value is not None:
                 raise ValueError(f"{name}= is for architectures of torchvision, and {quoted(arch)} is your own.")
-        return ImageModel(_made_by(arch, n_classes), None, None)
+        try:
+            own = arch(n_classes)
+        except Exception as error:
+            error.add_note(f"in arch, called with the number of classes, {n_classes}")
+            raise
+        if not isinstance(own, nn.Module):
+            raise TypeError(f"arch must give an nn.Module, and arch({n_classes}) gives {quoted(own)}.")
+        return ImageModel(own, None, None)
     weights = _resolved(builder, pretrained, weights)
     model = _built(builder, weights, progress)
     for name, off in AUXILIARY.items():  # while they train, GoogLeNet and Inception v3 would give a tuple
@@ -55,9 +62,7 @@ def check_takes(model: nn.Module, channels: int, size: tuple[int, int], n_classe
         raise ValueError(f"{type(model).__name__} cannot take images of {size[0]} x {size[1]} pixels with {channels} "
                          f"channel{'s' * (channels > 1)}: {_first_line(error)}. Load them in another size, e.g. with "
                          f"size={getattr(model, 'image_size', SIDE)}, or pass another architecture.") from error
-    module, shape = runs[-1] if runs else (None, ())
-    if module is not model:
-        raise ValueError(f"{type(model).__name__} must give one tensor, (n, classes), and it gives something else.")
+    shape: Any = runs[-1][1] if runs and runs[-1][0] is model else "no tensor"
     if shape != (2, n_classes):
         raise ValueError(f"{type(model).__name__} gives {shape} for 2 images, and {n_classes} classes need "
                          f"{(2, n_classes)}: let its last layer have {n_classes} outputs.")
@@ -93,17 +98,6 @@ def _torchvision_builder(arch: Any) -> Callable[..., nn.Module] | None:
     if name not in names or models.get_model_builder(name) is not arch:
         raise ValueError(f"{arch.__module__}.{name} is no function that makes a classifier of pictures. {there_are}")
     return arch  # type: ignore[no-any-return]
-
-
-def _made_by(arch: Callable[[int], nn.Module], n_classes: int) -> nn.Module:
-    try:
-        model = arch(n_classes)
-    except Exception as error:
-        error.add_note(f"in arch, called with the number of classes, {n_classes}")
-        raise
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"arch must give an nn.Module, and arch({n_classes}) gives {quoted(model)}.")
-    return model
 
 
 def _resolved(builder: Callable[..., nn.Module], pretrained: bool, weights: Any) -> Any:

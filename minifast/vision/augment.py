@@ -18,27 +18,21 @@ SMALL = 64  # pixels: colour pictures up to this size are things in the middle, 
 
 
 def augmentation(augment: Any, form: ImageForm) -> Augment | None:
-    """What `augment`, a name, a function or None, means for pictures of `form`.
+    """What `augment`, a name, a function or None, means for pictures of `form`. Raises ValueError or TypeError.
 
     "auto" is "symbols" for grey pictures, "small" for colour ones up to 64x64, else "photos".
 
     >>> augmentation("auto", ImageForm((32, 32))), augmentation(None, ImageForm((32, 32)))
     (SmallCrops(share=0.125, flips=True), None)
     """
+    if augment is None:
+        return None
     if not isinstance(augment, str):
-        return augment  # type: ignore[no-any-return]
-    if augment == "auto":
+        return check_callable("augment", augment, "a function of a float batch (n, channels, height, width) in 0..1, "
+                                                  f"None or one of {', '.join(map(repr, NAMES))}")
+    if check_choice("augment", augment, NAMES) == "auto":
         augment = "symbols" if form.channels == 1 else "small" if max(form.size) <= SMALL else "photos"
     return _photos(form.size) if augment == "photos" else SmallCrops() if augment == "small" else SmallTurns()
-
-
-def check_augment(augment: Any) -> None:
-    """Raise ValueError for a name that says no augmentation, TypeError for what cannot be called."""
-    if isinstance(augment, str):
-        check_choice("augment", augment, NAMES)
-    elif augment is not None:
-        check_callable("augment", augment, "a function of a float batch (n, channels, height, width) in 0..1, None or "
-                                           f"one of {', '.join(map(repr, NAMES))}")
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,8 @@ BATCH = 64  # pictures that go through the model together
 class Prediction(NamedTuple):
     """What a model says of one picture: the likeliest class, its probability, and class -> probability for all, 0..1.
 
-    It prints its likeliest classes.
-
     >>> Prediction("cat", 0.75, {"dog": 0.25, "cat": 0.75})
     Prediction: cat 0.7500, dog 0.2500
-    >>> Prediction("cat", 0.75, {"dog": 0.25, "cat": 0.75}).label
-    'cat'
     """
 
     label: str
@@ -67,7 +63,7 @@ def load_classifier(path: str | os.PathLike[str], model: nn.Module | None = None
     labels, image = described.get("labels"), (described.get("metadata") or {}).get("image")
     if not isinstance(labels, list) or not isinstance(image, dict):
         missing = " and no ".join(name for name, value in (("labels", labels), ("'image'", image)) if not value)
-        raise ValueError(f"{path} holds no {missing}, so it is a model but no classifier of pictures. Export it from a "
+        raise ValueError(f"{path} holds no {missing}, so it is a model but no classifier of pictures. Export a "
                          "vision_learner, or call load_exported(path) for the model itself.")
     return Classifier(load_exported(path, model, trusted=trusted), ImageForm.from_dict(image), labels)
 

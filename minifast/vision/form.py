@@ -74,9 +74,8 @@ class ImageForm:
     def read(self, picture: Any) -> Tensor:
         """Any picture in this form: uint8 (channels, height, width), upright as its EXIF data say, not normalised.
 
-        picture: a path, an image of Pillow's in any mode (palette, RGBA, CMYK, 16 bits, ...), a uint8 array (height,
-        width[, channels]) or a uint8 tensor (channels, height, width). Raises ValueError that names the file if it
-        cannot be read, TypeError for what is no picture.
+        picture: a path, an image of Pillow's in any mode, a uint8 array (height, width[, channels]) or a uint8 tensor
+        (channels, height, width). Raises ValueError for what cannot be read, TypeError for what is no picture.
         """
         if not isinstance(picture, (str, os.PathLike)):
             return self._fitted(picture if hasattr(picture, "getbands") else from_pixels(picture))

@@ -36,9 +36,8 @@ def from_arrays(images: Any, labels: Any, valid: Any = 0.2, *, size: int | Seque
     >>> dls = from_arrays(images, labels, classes=["even", "odd"])
     >>> dls
     8 training and 2 validation pictures of 2 classes (even, odd), 8x8 pixels, grey
-    >>> x, y = dls.one_batch()
-    >>> x.shape, x.dtype, y.dtype
-    (torch.Size([8, 1, 8, 8]), torch.float32, torch.int64)
+    >>> dls.one_batch()[0].shape
+    torch.Size([8, 1, 8, 8])
     """
     parts = [_arrays("images", images, "labels", labels)]
     _, n_channels, height, width = parts[0].images.shape
@@ -80,13 +79,10 @@ def _arrays(name: str, images: Any, name_of_labels: str, labels: Any) -> Picture
                          f"{_described(images)}.{hint}")
     pixels = torch.as_tensor(np.ascontiguousarray(pixels) if isinstance(pixels, np.ndarray) else pixels)
     try:
-        numbers = torch.as_tensor(labels)
+        numbers, hint = torch.as_tensor(labels), ""
     except (TypeError, ValueError, RuntimeError):  # texts, objects, lists of different lengths
-        numbers = torch.empty(0)
+        numbers, hint = torch.empty(0), " Names: classes, labels = np.unique(names, return_inverse=True)."
     if numbers.is_floating_point() or numbers.is_complex() or tuple(numbers.shape) != (len(pixels),):
-        are_names = labels.dtype.kind in "UO" if isinstance(labels, np.ndarray) else (
-            isinstance(labels, (list, tuple)) and any(isinstance(label, str) for label in labels))
-        hint = " Names: classes, labels = np.unique(names, return_inverse=True)." * are_names
         raise ValueError(f"{name_of_labels} must be {len(pixels)} class numbers, one for each picture, got "
                          f"{_described(labels)}.{hint}")
     return Pictures(pixels.detach(), numbers.long())

@@ -45,9 +45,8 @@ def image_folders(path: str | os.PathLike[str], size: int | Sequence[int] | None
     channels: 1 or 3; None: 1 if all pictures are grey.
     mean, std: of each channel, in 0..1, for the normalisation; None: those of the training pictures; (): none.
     max_size: the largest side that is chosen, in pixels.
-    skip_broken: leave out files that cannot be read, and say so, instead of an error that names the first. All are
-        read for it. Without it, a file that is not kept in memory and is damaged behind its beginning is an error only
-        when it is trained on.
+    skip_broken: read all files, and leave out those that cannot be read, and say so. False: the first of them is an
+        error, now or, if it is not kept in memory and damaged behind its beginning, when it is trained on.
     in_memory: True decodes all pictures once, now, and keeps them on `device` if they fit, else on the CPU; False
         decodes them in each epoch; None: as they fit.
     num_workers: processes that decode; None chooses.
@@ -69,10 +68,7 @@ def image_folders(path: str | os.PathLike[str], size: int | Sequence[int] | None
 
 
 def find(root: Path, train: str, valid: str | float | None, seed: int, skip_broken: bool) -> Listing:
-    """The pictures below `root`, by class, each list in the order of the file names; `image_folders` has the arguments.
-
-    Raises ValueError with one line that names the folder or file.
-    """
+    """The pictures below `root`, by class, in the order of the file names; `image_folders` tells the arguments."""
     if not root.is_dir():
         raise ValueError(f"{root} is a file, not a folder of pictures" if root.exists() else
                          f"there is no folder {root}")
@@ -160,17 +156,14 @@ def _folders(folder: Path) -> list[Path]:
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """All files below `folder`, through links too, each folder once. Raises ValueError for one that cannot be read.
-
-    A link to a folder that `folder` lies in is passed over: behind it are the other classes.
-    """
+    """All files below `folder`, through links too, each folder once. Raises ValueError for one that cannot be read."""
     def refuse(error: OSError) -> None:  # os.walk would go on without it, and its pictures would be missing
         raise ValueError(f"cannot read the folder {error.filename}: {error.strerror}") from error
 
     seen, top = set[str](), os.path.realpath(folder)
     for here, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
         real = os.path.realpath(here)
-        if real in seen or top.startswith(os.path.join(real, "")):
+        if real in seen or top.startswith(os.path.join(real, "")):  # a link upwards, behind it are other classes
             folders.clear()
             continue
         seen.add(real)

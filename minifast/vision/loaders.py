@@ -208,10 +208,7 @@ def of_pictures(parts: Sequence[Pictures], classes: Sequence[str] | None, form: 
 
 def _transformed(train: Any, valid: Any, classes: Sequence[str], form: ImageForm, options: Options,
                  some: Callable[[], Tensor]) -> ImageDataLoaders:
-    """Loaders of raw batches become those of what a model takes.
-
-    some: makes training pictures, whose mean and spread normalise where the options give none.
-    """
+    """Loaders of what a model takes; some: makes pictures whose mean and spread normalise if the options give none."""
     if options.mean is None:
         mean, std = measured(some())
         form = replace(form, mean=mean, std=std)

@@ -9,7 +9,7 @@ import torch
 
 from ..errors import check_device, check_flag, check_int, check_items
 from ..machine.limits import available
-from .augment import check_augment
+from .augment import augmentation
 from .form import MOST_PIXELS, ImageForm
 from .listing import Listing
 
@@ -40,7 +40,6 @@ class Options:
         check_int("max_size", self.max_size, SMALLEST, MOST_PIXELS)
         check_int("seed", self.seed, 0)
         check_flag("verbose", self.verbose)
-        check_augment(self.augment)
         for name, least in (("batch_size", 1), ("num_workers", 0)):
             if getattr(self, name) is not None:
                 check_int(name, getattr(self, name), least)
@@ -53,7 +52,8 @@ class Options:
                 check_items(name, getattr(self, name), "a number for each channel", f"{name}=(0.5, 0.5, 0.5)")
         if (self.mean is None) != (self.std is None):
             raise ValueError("mean and std belong together: pass both, or none of them.")
-        self.form(Listing([], None, Counter({(SMALLEST, SMALLEST): 1}), is_grey=False))  # says what else is wrong
+        form = self.form(Listing([], None, Counter({(SMALLEST, SMALLEST): 1}), is_grey=False))
+        augmentation(self.augment, form)  # these two say what else is wrong
 
     def form(self, listing: Listing) -> ImageForm:
         """The form of the pictures that are listed, without a normalisation unless mean and std are given."""

@@ -27,8 +27,7 @@ def layer_groups(model: nn.Module, channels: int = 3, size: tuple[int, int] = (S
     last stage and the head, as in VGG. What is in no layer (class tokens, position embeddings) goes with the stem.
 
     channels, size (height, width in pixels): of images that the model takes, used where it does not take 224 x 224.
-    head: the module that is a group of its own; None: the last linear layer or convolution that runs. Raises what the
-    model raises.
+    head: a group of its own; None: the last linear layer or convolution that runs. Raises what the model raises.
 
     >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.MaxPool2d(2), nn.Conv2d(4, 8, 3),
     ...                       nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
