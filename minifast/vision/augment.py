@@ -58,10 +58,7 @@ def _photos(size: tuple[int, int]) -> PerPicture:
 
 @dataclass(frozen=True)
 class SmallCrops:
-    """Each picture moved by up to `share` of its sides, what is missing mirrored in, and flipped or not.
-
-    All pictures of a batch at once: with small ones, most of the time of one by one goes into the calls.
-    """
+    """Each picture moved by up to `share` of its sides, what is missing mirrored in, and flipped or not."""
 
     share: float = 0.125
     flips: bool = True
@@ -136,5 +133,4 @@ class BatchTransform:
 
     @cached_property
     def plain(self) -> "BatchTransform":
-        """The same without augmentation."""
         return self if self.augment is None else replace(self, augment=None)

@@ -61,10 +61,7 @@ def from_dataset(train: Any, valid: Any = None, *, size: int | Sequence[int] | N
 
 
 def _examined(parts: Sequence[Any]) -> tuple[Counter[tuple[int, int]], bool]:
-    """How often each (width, height) comes among some samples of the first part, and whether all of them are grey.
-
-    Raises TypeError or ValueError for samples of any part that cannot be used.
-    """
+    """The (width, height) of some training samples, and whether all are grey; samples of all parts are checked."""
     seen = []
     for name, data in zip(("train", "valid"), parts, strict=False):
         n = check_data_set(name, data)

@@ -54,8 +54,7 @@ def image_folders(path: str | os.PathLike[str], size: int | Sequence[int] | None
     seed: of what is held back.
     verbose: say what was found.
 
-    Raises ValueError with one line that names the folder or file for whatever cannot be used, MemoryError for
-    `in_memory=True` that does not fit.
+    Raises ValueError that names the folder or file that cannot be used, MemoryError for what has to fit and does not.
     """
     options = Options(size=size, batch_size=batch_size, augment=augment, resize=resize, channels=channels, mean=mean,
                       std=std, max_size=max_size, in_memory=in_memory, num_workers=num_workers, device=device,

@@ -22,12 +22,9 @@ class Sample(NamedTuple):
 class Listing:
     """Pictures, and what is known of them before they are read.
 
-    parts: the training data, and the validation data if there are any; of each the samples (picture, class number),
-        with pictures that `ImageForm.read` takes.
+    parts: the training data, and the validation data if there are any; of each the samples (picture, class number).
     classes: their names; None: their numbers.
-    sizes: how often each (width, height) comes.
-    is_grey: whether all pictures are grey.
-
+    sizes: how often each (width, height) comes. is_grey: whether all pictures are grey.
     are_files: whether these are `Sample`s. One that cannot be read is named, or left out if `skip_broken`.
     validation: where the validation data come from, in words.
     others, broken: files that are left out, as they are no pictures or cannot be read. Raises ValueError for a class
@@ -63,11 +60,11 @@ def sample_of(data: Any, i: int, name: str = "the data set") -> Any:
     """Sample `i`; an error in it says which one that is, and of which file if the data set knows (`.samples`)."""
     try:
         return data[i]
-    except Exception as error:
-        if not isinstance(error, OSError):
-            error.add_note(f"in sample {i} of {name}")
-            raise
+    except OSError as error:
         raise ValueError(f"cannot read sample {i} of {name}{_file(data, i)}: {error}") from error
+    except Exception as error:
+        error.add_note(f"in sample {i} of {name}")
+        raise
 
 
 def _file(data: Any, i: int) -> str:

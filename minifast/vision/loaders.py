@@ -186,11 +186,7 @@ def _read(listing: Listing, form: ImageForm, memory: torch.device | None, option
 
 def of_pictures(parts: Sequence[Pictures], classes: Sequence[str] | None, form: ImageForm, options: Options
                 ) -> ImageDataLoaders:
-    """Loaders of pictures in memory, of training and perhaps of validation. classes: None for numbers.
-
-    A last training batch of one picture, of which BatchNorm cannot take statistics, is left out. Raises ValueError for
-    a label that is no class.
-    """
+    """Loaders of pictures in memory, of training and perhaps of validation. classes: None for numbers."""
     low, high = (int(label) for label in torch.cat([part.labels for part in parts]).aminmax())
     if classes is None and high >= sum(len(part.labels) for part in parts):
         raise ValueError(f"labels must be class numbers from 0 without gaps, got {high} with fewer pictures. Pass "
@@ -201,6 +197,7 @@ def of_pictures(parts: Sequence[Pictures], classes: Sequence[str] | None, form: 
                          f"got {low if low < 0 else high}.")
     n = len(parts[0].labels)
     size = options.batch_size_for(n)
+    # BatchNorm cannot take statistics of a last batch of one picture
     train = TensorLoader(*parts[0], batch_size=size, shuffle=True, drop_last=n > size and n % size == 1)
     valid = TensorLoader(*parts[1], batch_size=size) if len(parts) > 1 else None
     return _transformed(train, valid, classes, form, options, lambda: parts[0].images)

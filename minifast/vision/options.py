@@ -73,10 +73,7 @@ class Options:
         return min(64, max(8, n // 8)) if self.batch_size is None else self.batch_size
 
     def memory_for(self, n: int, form: ImageForm) -> torch.device | None:
-        """Where `n` pictures are kept: the device, else the CPU, as they fit; None: in no memory.
-
-        Raises MemoryError if they have to fit and do not.
-        """
+        """Where `n` pictures are kept, the device or else the CPU; None: in no memory. Raises MemoryError."""
         if self.in_memory is False:
             return None
         n_bytes = n * form.channels * form.size[0] * form.size[1]
@@ -84,9 +81,11 @@ class Options:
         own = torch.accelerator.current_accelerator(check_available=True) or cpu  # where a Learner trains
         for device in (own if self.device is None else check_device(self.device), cpu):
             free = available(device)
-            if free is not None and n_bytes <= SHARE_OF_MEMORY * free:
-                return device
-            if free is None and (self.in_memory or device.type == "cpu"):  # nobody says what is free
+            if free is None:  # nobody says what is free
+                fits = self.in_memory or device.type == "cpu"
+            else:
+                fits = n_bytes <= SHARE_OF_MEMORY * free
+            if fits:
                 return device
         if self.in_memory is None:
             return None
@@ -95,10 +94,9 @@ class Options:
 
 
 def common_size(sizes: Counter[tuple[int, int]], max_size: int) -> tuple[int, int]:
-    """The (height, width) that pictures of these (width, height) are brought to if nobody says.
+    """The (height, width) for pictures of these (width, height): their own where all have the same, within bounds.
 
-    Their own where all have the same and both sides are 8..`max_size`; else a square as long as the shorter side of
-    most of them, within these bounds.
+    Else a square as long as the shorter side of most of them. The bounds are 8..`max_size`.
 
     >>> common_size(Counter({(28, 20): 5}), 224), common_size(Counter({(4032, 3024): 9, (640, 480): 1}), 224)
     ((20, 28), (224, 224))

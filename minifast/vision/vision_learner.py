@@ -71,8 +71,8 @@ class VisionLearner(Learner):
         """
         if isinstance(x, Tensor) and x.is_floating_point():
             if x.ndim == 3:  # of which convolutions make an unbatched picture, and the model something without sense
-                raise ValueError("a tensor of floats must be a batch of normalised inputs (n, channels, height, "
-                                 f"width), got {describe(x)}. Pass the picture itself, as uint8, or x[None].")
+                raise ValueError("a tensor of floats must be a batch of inputs (n, channels, height, width), got "
+                                 f"{describe(x)}. Pass the picture itself, as uint8, or x[None].")
             return super().predict(x)
         return classify(super().predict, x, self.form, self.classes)
 
@@ -129,8 +129,7 @@ def vision_learner(dls: ImageDataLoaders, arch: Any, pretrained: bool = True, *,
     True
     """
     _check_dls(dls)
-    unknown = set(options) - set(inspect.signature(Learner).parameters)
-    if unknown:
+    if unknown := set(options) - set(inspect.signature(Learner).parameters):
         raise TypeError(f"vision_learner has no option {', '.join(sorted(unknown))}: it takes its own and those of "
                         "Learner.")
     verbose = check_flag("verbose", options.get("verbose", True))
@@ -149,10 +148,9 @@ def vision_learner(dls: ImageDataLoaders, arch: Any, pretrained: bool = True, *,
                 say("grey pictures: the first convolution has the sum of its weights over red, green and blue "
                     f"({made.weights})")
         dls = dls.normalized(mean, std)
-    if splitter is None:
-        splitter = partial(layer_groups, channels=form.channels, size=form.size, head=made.head)
+    by_stages = partial(layer_groups, channels=form.channels, size=form.size, head=made.head)
     return VisionLearner(made.model, dls, nn.CrossEntropyLoss() if loss_func is None else loss_func,
-                         splitter=splitter, metrics=metrics, **options)
+                         splitter=by_stages if splitter is None else splitter, metrics=metrics, **options)
 
 
 def _check_dls(dls: Any) -> None:
