@@ -13,7 +13,7 @@ from ..base.batch import Batch
 from ..data import in_memory
 from ..data.dataloaders import DataLoaders
 from ..data.feed import first_batch
-from ..data.loader import carrying, generators, second_copy
+from ..data.loader import generators, second_copy, with_transform
 from ..data.tensor_loader import TensorLoader
 from ..errors import check_flag, check_int
 from ..show.pictures import grid, to_pictures
@@ -89,7 +89,7 @@ class ImageDataLoaders(DataLoaders):
         form = replace(self.form, mean=mean, std=std)  # type: ignore[arg-type]  # the form makes tuples
 
         loaders: tuple[Any, Any] = self.train, self.valid
-        train, valid = (loader and carrying(loader, replace(loader.batch_transform, form=form))
+        train, valid = (loader and with_transform(loader, replace(loader.batch_transform, form=form))
                         for loader in loaders)
         return replace(self, train=train, valid=valid, form=form)
 
@@ -210,8 +210,8 @@ def _transformed(train: Any, valid: Any, classes: Sequence[str], form: ImageForm
         mean, std = measured(some())
         form = replace(form, mean=mean, std=std)
     transform = BatchTransform(form, augmentation(options.augment, form))
-    return ImageDataLoaders(carrying(train, transform), valid and carrying(valid, transform.plain), list(classes),
-                            form=form)
+    valid = valid and with_transform(valid, transform.plain)
+    return ImageDataLoaders(with_transform(train, transform), valid, list(classes), form=form)
 
 
 def measured(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -232,7 +232,7 @@ def normalized_as(form: ImageForm, loader: Iterable[Batch]) -> Iterable[Batch]:
     if not isinstance(own, BatchTransform) or own.form.channels != form.channels:
         return loader
     wanted = replace(own.form, mean=form.mean, std=form.std)
-    twin: Iterable[Batch] = loader if own.form == wanted else carrying(loader, replace(own, form=wanted))
+    twin: Iterable[Batch] = loader if own.form == wanted else with_transform(loader, replace(own, form=wanted))
     return twin
 
 

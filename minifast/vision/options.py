@@ -81,10 +81,8 @@ class Options:
         own = torch.accelerator.current_accelerator(check_available=True) or cpu  # where a Learner trains
         for device in (own if self.device is None else check_device(self.device), cpu):
             free = available(device)
-            if free is None:  # nobody says what is free
-                fits = self.in_memory or device.type == "cpu"
-            else:
-                fits = n_bytes <= SHARE_OF_MEMORY * free
+            # None: nobody says what is free
+            fits = self.in_memory or device.type == "cpu" if free is None else n_bytes <= SHARE_OF_MEMORY * free
             if fits:
                 return device
         if self.in_memory is None:
