@@ -204,7 +204,7 @@ class SWA(WeightAverage):
         self._is_complete = False
         if self.apply and is_one_shot(state.train_dl) and norms_to_update(state):
             raise ValueError("for BatchNorm, SWA makes one more pass over the training data, but this is an iterator "
-                             f"({type(state.train_dl).__name__}), good for one. Pass SWA(apply=False), or a DataLoader.")
+                             f"({type(state.train_dl).__name__}), good for one. Pass SWA(apply=False), or a loader.")
 
     def after_step(self, state: State) -> None:
         super().after_step(state)
