@@ -32,8 +32,7 @@ def split_batch(batch: Batch) -> tuple[Any, Any]:
     if isinstance(batch, (tuple, list)) and len(batch) >= 2:
         return batch[0] if len(batch) == 2 else tuple(batch[:-1]), batch[-1]
     what = f"one bare tensor of shape {tuple(batch.shape)}" if isinstance(batch, Tensor) else (
-        f"a {type(batch).__name__} of {len(batch)} element(s)" if isinstance(batch, (tuple, list))
-        else f"a {type(batch).__name__}")
+        f"a {type(batch).__name__}" + (f" of {len(batch)} element(s)" if isinstance(batch, (tuple, list)) else ""))
     raise TypeError(f"a batch must hold inputs and a target, got {what}. Yield (inputs, target), or pass "
                     "Learner(..., unpack=lambda batch: (inputs, target)).")
 
@@ -64,12 +63,7 @@ def scores(pred: Any) -> Any:
 
 
 def n_samples(target: Any, inputs: Any = None) -> int:
-    """How many samples a batch holds: the first dimension of its first tensor, in the target if it has one.
-
-    >>> import torch
-    >>> n_samples(torch.zeros(64)), n_samples(None, {"x": torch.zeros(3, 5)}), n_samples(None)
-    (64, 3, 1)
-    """
+    """How many samples a batch holds: the first dimension of its first tensor, in the target if it has one."""
     if isinstance(target, Tensor):
         return target.shape[0] if target.ndim else 1
     tensor = next((leaf for leaf in tensors((target, inputs)) if leaf.ndim), None)
@@ -94,7 +88,6 @@ def parts(batch: Batch, n: int, size: int) -> list[Batch]:
 
 
 def _cut(nest: Any, n: int, samples: slice) -> Any:
-    """`samples` of a batch of `n`."""
     shape = getattr(nest, "shape", None)  # of a tensor or a numpy array
     if shape is not None:
         if len(shape) == 0 or (shape[0] == 1 and n != 1):

@@ -47,10 +47,7 @@ class Hook:
 
 
 class Hooks:
-    """Several `Hook`s as one: `stored` is a list, in the order of `modules`.
-
-    modules: an iterable of modules. Raises TypeError for a single module, ValueError for none.
-    """
+    """A `Hook` on each of `modules`, of which there is at least one; `stored` is a list in their order."""
 
     def __init__(self, modules: Iterable[nn.Module], function: Function, *, backward: bool = False) -> None:
         if isinstance(modules, nn.Module):
@@ -63,7 +60,7 @@ class Hooks:
 
     @property
     def stored(self) -> list[Any]:
-        """What each hook's function returned the last time; None where the module has not run."""
+        """What each function returned the last time; None where the module has not run."""
         return [hook.stored for hook in self.hooks]
 
     def __enter__(self) -> "Hooks":

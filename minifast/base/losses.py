@@ -54,10 +54,6 @@ def is_cross_entropy(loss_func: Any) -> bool:
 
 
 def ignored_label(loss_func: Any) -> int:
-    """The label that a cross entropy leaves out: its `ignore_index`.
-
-    >>> ignored_label(nn.CrossEntropyLoss()), ignored_label(partial(nn.functional.cross_entropy, ignore_index=0))
-    (-100, 0)
-    """
+    """The label that a cross entropy, as module, function or partial, leaves out: its `ignore_index`."""
     given = getattr(loss_func, "keywords", {}).get("ignore_index", -100)  # of a partial
     return int(getattr(loss_func, "ignore_index", given))

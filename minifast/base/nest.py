@@ -1,7 +1,4 @@
-"""Nests, such as batches: tensors and other leaves in tuples, lists, mappings and dataclasses.
-
-Whoever walks through a nest does it with these functions.
-"""
+"""Nests, such as batches: tensors and other leaves in tuples, lists, mappings and dataclasses."""
 import copy
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -12,7 +9,6 @@ from torch import Tensor
 
 
 def is_container(nest: Any) -> bool:
-    """Whether it has parts."""
     if isinstance(nest, (tuple, list, dict, Mapping)):  # dict: a faster question than Mapping
         return True
     return dataclasses.is_dataclass(nest) and not isinstance(nest, (type, Tensor))
@@ -46,7 +42,6 @@ def rebuilt(container: Any, function: Callable[[Any], Any]) -> Any:
 
 
 def tensors(nest: Any) -> Iterator[Tensor]:
-    """The tensors of a nest, in order."""
     if isinstance(nest, Tensor):
         yield nest
     elif is_container(nest):
@@ -55,11 +50,7 @@ def tensors(nest: Any) -> Iterator[Tensor]:
 
 
 def map_leaves(function: Callable[[Any], Any], nest: Any) -> Any:
-    """The same nest with `function` of each of its parts that holds no others, tensor or not.
-
-    >>> map_leaves(type, {"x": torch.zeros(3), "more": [1, "a"]})
-    {'x': <class 'torch.Tensor'>, 'more': [<class 'int'>, <class 'str'>]}
-    """
+    """The same nest with `function` of each of its parts that holds no others, tensor or not."""
     return rebuilt(nest, lambda part: map_leaves(function, part)) if is_container(nest) else function(nest)
 
 

@@ -15,12 +15,6 @@ def capture(generators: Iterable[Any] = ()) -> dict[str, Any]:
     """The states of Python's, numpy's and torch's global generators, of the accelerators in use, and of `generators`.
 
     generators: torch, numpy or Python ones, such as those that a loader carries.
-
-    >>> noted = capture()
-    >>> drawn = torch.rand(2)
-    >>> restore(noted)
-    >>> torch.equal(torch.rand(2), drawn)
-    True
     """
     return {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state(),
             "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None,

@@ -20,9 +20,7 @@ def capture(model: nn.Module, opt: Optimizer, generators: Iterable[Any] = ()) ->
     """Copy the state of `model`, `opt`, all global random generators and `generators`; returns what puts it back.
 
     Kept: parameters, buffers (persistent or not), gradients, `requires_grad`, the train/eval mode of every module,
-    optimizer state and hyper-parameters; Python's, numpy's and torch's generators, those of the accelerators in use,
-    and those passed (torch, numpy or Python ones). Parameters and buffers are restored in place: they stay the same
-    objects. Costs one copy of model and optimizer state; writes no file.
+    optimizer state and hyper-parameters. Parameters and buffers are restored in place: they stay the same objects.
 
     >>> model = nn.Linear(2, 1); opt = torch.optim.SGD(model.parameters(), lr=0.1)
     >>> before = model.weight.detach().clone()

@@ -9,11 +9,7 @@ from ..errors import quoted
 
 
 def check_classes(classes: Any) -> list[str]:
-    """The names of the classes, as a new list. Raises TypeError or ValueError for what is no list of different texts.
-
-    >>> check_classes(("cat", "dog"))
-    ['cat', 'dog']
-    """
+    """The names of the classes, as a new list. Raises TypeError or ValueError for all but a list of different texts."""
     is_list = isinstance(classes, Sequence) and not isinstance(classes, (str, bytes, bytearray))
     if not is_list or not all(isinstance(name, str) for name in classes):
         raise TypeError(f"classes must be a list of names, got {quoted(classes)}. Pass e.g. ['cat', 'dog'].")

@@ -60,12 +60,6 @@ class DataLoaders:
                   verbose: bool = True) -> "DataLoaders":
         """`TensorLoader`s of data sets that are read once, now, and kept: one that shuffles, and the validation's.
 
-        A sample is any nest of tensors, numpy arrays, numbers and PIL images, all of one shape and dtype. Batches have
-        the nest of the samples and the dtypes that a DataLoader gives them (a float becomes float64); a PIL image
-        becomes uint8 (channels, height, width). What the data sets do by themselves is done once; a training set that
-        gives other samples when it is read again is refused, as its augmentation would be frozen. Four samples are read
-        four times with other random numbers: what changes one in a hundred is not seen.
-
         train, valid: map-style data sets (torchvision's, a Subset, a list); of `valid` also a dict of name -> data set.
         batch_size, drop_last (of training), generator (of the order): as in `TensorLoader`.
         transform: of a training batch, where it is kept, batch -> batch: random augmentation, uint8 to float.
@@ -74,9 +68,12 @@ class DataLoaders:
         num_workers: processes that read; None: none if that takes a few seconds, else one per core, 8 at most.
         verbose: a bar while it reads, where there is a screen, and a line when done.
 
-        No random generator is advanced, and none of a data set's own that is found. `classes` are those of `train`, as
-        in `from_datasets`. Raises MemoryError if it does not fit, before all is read; TypeError for what is no
-        map-style data set or cannot be kept; ValueError for samples that differ, an empty set, random augmentation.
+        A sample is any nest of tensors, numpy arrays, numbers and PIL images, all of one shape and dtype. Batches have
+        its nest and the dtypes that a DataLoader gives (a float becomes float64); a PIL image becomes uint8 (channels,
+        height, width). What the data sets do is done once: a training set with random augmentation is refused (four
+        samples are read four times: what changes one in a hundred is not seen). Random generators are left as they
+        were; `classes` are as in `from_datasets`. Raises MemoryError if it does not fit, before all is read; TypeError
+        for what is no map-style data set or cannot be kept; ValueError for samples that differ and an empty set.
 
         >>> dls = DataLoaders.in_memory([([0.5, i], i % 2) for i in range(6)], batch_size=4, verbose=False)
         >>> [x, z], y = next(iter(dls.train))
@@ -102,13 +99,12 @@ class DataLoaders:
 
         What torch leaves off and is on here: `pin_memory` where there is a CUDA device; `drop_last` for training where
         the last batch would have one sample, of which BatchNorm cannot take statistics. `persistent_workers` stays
-        off: it saves the start of workers in each epoch, but their random generators cannot be saved, so a resumed fit
-        would go on with other augmentation.
+        off: the random generators of such workers cannot be saved, so a resumed fit would go on with other
+        augmentation.
 
-        `classes` are those of the training set, or of the one that it is a `Subset` of, if it has `.classes`, as
-        torchvision's have, and no `target_transform`. Raises TypeError or ValueError for what is no data set or no
-        option, ValueError for a validation set that gives another class the same number, as an `ImageFolder` does that
-        lacks a class.
+        `classes` are the `.classes` of the training set, or of the one that it is a `Subset` of, if it has no
+        `target_transform`. Raises TypeError or ValueError for what is no data set or no option, ValueError for a
+        validation set that gives another class the same number.
 
         >>> dls = DataLoaders.from_datasets([(torch.zeros(3), 0)] * 65, batch_size=32)
         >>> len(dls.train), dls.train.num_workers, dls.valid
@@ -131,10 +127,7 @@ class DataLoaders:
 
 
 def eval_data(dls: DataLoaders, dl: Any) -> Any:
-    """The loader, or the loaders by name, that `dl` means: None for the validation data, or the name of one set of it.
-
-    Raises ValueError or TypeError if there is none.
-    """
+    """The loader, or the loaders by name, that `dl` means: None for the validation data, a text for one set of it."""
     data = dls.valid if dl is None else dl
     if isinstance(data, str):
         sets = dls.valid if isinstance(dls.valid, Mapping) else {}

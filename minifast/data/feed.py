@@ -23,19 +23,17 @@ def feed(loader: Iterable[Batch], device: torch.device, limit: int | None = None
          noted: Callable[[Batch], None] | None = None) -> Generator[Batch, None, None]:
     """The batches of one pass over `loader` on `device`. Close it: that ends its workers.
 
-    A loader may have a `batch_transform`, e.g. augmentation: a function that gives a new batch for each batch, called
-    once it is on the device. It runs in this process, when the batch is asked for, so that its random numbers come in
-    one order too, and a resumed fit goes on with the same ones.
-
-    limit: the batch to stop before. interrupt: an error of the loader that comes after its signal is the interrupt
-    itself: worker processes get the signal too and die of it. Any other gains a note that counts the batch.
+    limit: the batch to stop before.
+    interrupt: an error of the loader that comes after its signal is the interrupt itself: worker processes get the
+        signal too and die of it. Any other gains a note that counts the batch.
     what: the name of the data in that note.
     first: how many batches of the pass are behind already, of which `iterator` is the rest.
     waiting: is told how long each batch was waited for.
     noted: is given each batch as it came from the loader.
 
-    A batch is drawn when it is asked for, and none behind `limit`: what loader and model draw from the random
-    generators comes in one order on every device.
+    A batch is drawn when it is asked for, and none behind `limit`; the loader's `batch_transform`, a function
+    batch -> batch, is then called with it on the device. So all random numbers come in one order on every device, and
+    a resumed fit goes on with the same ones.
     """
     waiting = Waiting() if waiting is None else waiting
     side = SideStream(device) if device.type == "cuda" else None
@@ -61,7 +59,7 @@ def feed(loader: Iterable[Batch], device: torch.device, limit: int | None = None
             if count == first:
                 waiting.begin(came - asked)
             elif side is None or came - asked < BLINK or not side.has_work():
-                # on the CPU, which also computes, that is exact; of a GPU that has run dry nobody knows when it did
+                # exact on the CPU, which also computes; of a GPU that has run dry nobody knows when it did
                 waiting.waited += came - asked
             else:  # while the device computes nobody waits, however long the host takes to make a batch
                 waiting.worked += came - asked
@@ -81,7 +79,7 @@ def feed(loader: Iterable[Batch], device: torch.device, limit: int | None = None
 
 
 def first_batch(loader: Iterable[Batch], device: torch.device) -> Batch:
-    """The first batch of a pass over `loader`, as `feed` gives it; None if there is none. Its workers are ended."""
+    """The first batch of a pass over `loader`, as `feed` gives it; None if there is none."""
     with closing(feed(loader, device, 1)) as batches:
         return next(batches, None)
 
@@ -104,7 +102,6 @@ def end_workers(loader: Iterable[Batch], iterator: Iterator[Batch] | None) -> No
 
 @bound_to_this_process()
 def begin(loader: Iterable[Batch]) -> Iterator[Batch]:
-    """`iter(loader)`."""
     try:
         return iter(loader)
     except (RuntimeError, OSError):
@@ -123,9 +120,7 @@ class SideStream:
     """Moves batches to a CUDA device. Large tensors go on a stream of their own, beside the work that is queued.
 
     Nothing is read ahead: the launches of a step return long before the GPU has done them, so the host draws the next
-    batch while the GPU computes, and its copy runs at the same time. Drawing a batch earlier would win nothing more,
-    but change the order of random numbers: batches would be other ones than on a CPU, and a resumed fit could not go on
-    with the same bits.
+    batch while the GPU computes. Drawing it earlier would win nothing, but change the order of random numbers.
 
     Copies out of unpinned memory, too: they make the host wait for the copy alone, not for all that was queued before.
     What moves itself, by a `.to` of its own, does so on the current stream: nobody knows which memory it holds.
@@ -149,7 +144,9 @@ class SideStream:
         return not torch.cuda.current_stream(self._device).query()
 
     def _copy(self, tensor: Tensor) -> Tensor:
-        if tensor.device.type != "cpu" or not _is_one_piece(tensor) or tensor.nbytes < WORTH:
+        # subclasses, sparse and nested tensors may hold several pieces of memory
+        is_one_piece = type(tensor) is Tensor and tensor.layout is torch.strided and not tensor.is_nested
+        if tensor.device.type != "cpu" or not is_one_piece or tensor.nbytes < WORTH:
             return tensor.to(self._device, non_blocking=True)
         if self._current is None:
             self._current = torch.cuda.current_stream(self._device)
@@ -157,11 +154,6 @@ class SideStream:
             copy = tensor.to(self._device, non_blocking=True)
         copy.record_stream(self._current)  # its memory serves no other copy before what uses it there is done
         return copy
-
-
-def _is_one_piece(tensor: Tensor) -> bool:
-    """Whether it is one piece of memory; subclasses, sparse and nested tensors may hold several."""
-    return type(tensor) is Tensor and tensor.layout is torch.strided and not tensor.is_nested
 
 
 @cache

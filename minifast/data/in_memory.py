@@ -64,34 +64,29 @@ def read_all(sets: dict[str, Any], device: torch.device, num_workers: int | None
         for name, first in firsts.items():
             if next(tensors(first), None) is None:
                 raise ValueError(f"{name}: sample 0 holds nothing ({type(first).__name__}).")
-        n_bytes = {name: lengths[name] * _n_bytes(first) for name, first in firsts.items()}
-        _check_room(sum(n_bytes.values()), device, sets)
+        wanted = sum(lengths[name] * _n_bytes(first) for name, first in firsts.items())
+        free = available(device)
+        if free is not None and wanted > USABLE * free:
+            raise MemoryError(f"{' and '.join(sets)} would take {wanted / 1e6:,.0f} MB in the memory of {device}, "
+                              f"where {free / 1e6:,.0f} MB are free, of which {USABLE:.0%} may be used. Read the "
+                              "samples as you train: DataLoaders.from_datasets(train, valid, num_workers=2).")
         i = samples.changing("train", sets["train"], lengths["train"])
         if i is not None:
             raise ValueError(f"train: sample {i} is another one each time it is read: its random augmentation would be "
-                             "frozen, the same in all epochs. Move it to transform= (of minifast.vision: augment=), "
-                             "which is called with each training batch. If one version of each sample is meant, pass "
-                             "a list: [data[i] for i in range(len(data))].")
+                             "frozen. Move it to transform= (of minifast.vision: augment=), which is called with each "
+                             "training batch. If one version of each is meant, pass a list of the samples.")
         kept = [(first, _columns(name, sets[name], first, lengths[name], device, num_workers, verbose))
                 for name, first in firsts.items()]
     finally:
         restore()
     if verbose:
         screen.say(f"in memory: {' + '.join(f'{n:,}' for n in lengths.values())} samples, "
-                   f"{sum(n_bytes.values()) / 1e6:,.1f} MB on {device}, read in {time.perf_counter() - began:.1f} s")
+                   f"{wanted / 1e6:,.1f} MB on {device}, read in {time.perf_counter() - began:.1f} s")
     return kept
 
 
 def _n_bytes(sample: Any) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors(sample))
-
-
-def _check_room(n_bytes: int, device: torch.device, sets: dict[str, Any]) -> None:
-    free = available(device)
-    if free is not None and n_bytes > USABLE * free:
-        raise MemoryError(f"{' and '.join(sets)} would take {n_bytes / 1e6:,.0f} MB in the memory of {device}, where "
-                          f"{free / 1e6:,.0f} MB are free, of which {USABLE:.0%} may be used. Read the samples as you "
-                          "train: DataLoaders.from_datasets(train, valid, num_workers=2).")
 
 
 def _columns(name: str, data: Any, first: Any, n: int, device: torch.device, num_workers: int | None, verbose: bool
@@ -127,7 +122,6 @@ def _columns(name: str, data: Any, first: Any, n: int, device: torch.device, num
 
 
 def _workers(name: str, data: Any, n: int) -> int:
-    """How many worker processes read faster than none: told from the time that one sample takes."""
     began = time.perf_counter()
     samples.read(name, data, n - 1)
     if (time.perf_counter() - began) * n < SLOW:

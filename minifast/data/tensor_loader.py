@@ -17,18 +17,18 @@ Transform = Callable[[tuple[Tensor, ...]], Any]
 class TensorLoader:
     """Batches of tensors that already sit in memory, gathered whole: no worker, no collating sample by sample.
 
-    tensors: each of shape (n, ...), on one device, of any dtype: images stay uint8 until the batch. batch_size:
-    samples a batch, >= 1. shuffle: a new permutation each epoch, a function of the global torch generator (or of
-    `generator`, of whatever device) at the moment the epoch starts: the same one for data on a CPU and on a GPU.
-    transform: called with the tuple of tensors of each batch, where they are, gives the batch; random numbers that it
-    draws are those of the global generator of the device it draws on, and no part of the order. device: moved there
-    once, when constructed. drop_last: leave out the last, smaller batch.
+    tensors: each of shape (n, ...), dense, on one device, of any dtype: images stay uint8 until the batch.
+    batch_size: samples a batch, >= 1.
+    shuffle: a new permutation each epoch, a function of the global torch generator (or of `generator`, of whatever
+        device) at the moment the epoch starts: the same one for data on a CPU and on a GPU.
+    transform: called with the tuple of tensors of each batch, where they are, gives the batch; what it draws from
+        global generators is no part of the order.
+    device: moved there once, when constructed.
+    drop_last: leave out the last, smaller batch.
 
-    A batch is a copy, in order too: whoever writes into it (a transform, a callback, a model that begins with
-    `ReLU(inplace=True)`) changes neither the data nor another batch. `tensors` itself is not copied.
-
-    Raises TypeError for what is no tensor; ValueError for tensors of different lengths or on different devices, sparse
-    ones, and those that require grad.
+    A batch is a copy, in order too: whoever writes into it changes neither the data nor another batch. `tensors` itself
+    is not copied. Raises TypeError for what is no tensor; ValueError for tensors of different lengths or on different
+    devices, sparse ones, and those that require grad.
 
     >>> loader = TensorLoader(torch.arange(5), torch.arange(5) * 10, batch_size=2)
     >>> len(loader), [y.tolist() for x, y in loader]
@@ -76,10 +76,9 @@ class TensorLoader:
         together are those of one process with batches `world_size` times as large. All ranks get equally many samples
         and batches: the first ones of the order come once more at its end, or with drop_last the last are left out.
 
-        Nothing is communicated: the order is a function of `generator`'s state when the shard is made and of how many
-        epochs were begun since. So it takes a `generator` with the same seed in all processes, of which it has a copy:
-        global generators drift apart with the first random number that only one process draws. Raises ValueError for a
-        `rank` that is not below `world_size`, for a shard of a shard, and for shuffling by the global generator.
+        Nothing is communicated: shuffling takes a `generator` with the same seed in all processes, of which the shard
+        has a copy, as global ones drift apart. Raises ValueError for a `rank` that is not below `world_size`, for a
+        shard of a shard, and for shuffling by the global generator.
 
         >>> loader = TensorLoader(torch.arange(5), batch_size=2)
         >>> [[x.tolist() for x, in loader.shard(rank, 2)] for rank in range(2)]
@@ -153,10 +152,9 @@ class TensorLoader:
 
 def _check(tensors: tuple[Any, ...]) -> None:
     if not tensors or not all(isinstance(tensor, Tensor) and tensor.ndim for tensor in tensors):
-        has_array = any(type(tensor).__module__ == "numpy" for tensor in tensors)
-        raise TypeError(f"TensorLoader takes tensors of shape (n, ...), got "
-                        f"{', '.join(type(tensor).__name__ for tensor in tensors) or 'none'}."
-                        + (" Pass torch.from_numpy(array)." if has_array else ""))
+        given = ", ".join(type(tensor).__name__ for tensor in tensors) or "none"
+        hint = " Pass torch.from_numpy(array)." if "ndarray" in given else ""
+        raise TypeError(f"TensorLoader takes tensors of shape (n, ...), got {given}.{hint}")
     lengths = [len(tensor) for tensor in tensors]
     if len(set(lengths)) > 1:
         raise ValueError(f"tensors must have one length, got {lengths}. Each row is one sample.")

@@ -8,8 +8,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from ..machine.limits import n_cpus
 from .tensor_loader import TensorLoader
 
-# A fifth: below that even data that came at once would save little. 5 seconds: by then the first batches, for which
-# caches and queues were filled, weigh nothing, and a fit that takes less has nothing to win.
+# below a fifth even data that came at once would save little; after 5 seconds the first batches weigh nothing
 SHARE, SECONDS = 0.2, 5.0
 
 
@@ -17,11 +16,8 @@ SHARE, SECONDS = 0.2, 5.0
 class Waiting:
     """Where the seconds of some passes over a loader went; written by `feed`.
 
-    Until the first batch of a pass, workers are started and queues are filled: that is no matter of how fast batches
-    come, so it is counted apart, and not at all in the first pass.
-
-    >>> Waiting(waited=3.0, worked=9.0).share
-    0.25
+    Until the first batch of a pass, workers are started and queues are filled: that is counted apart, and not at all
+    in the first pass.
     """
 
     waited: float = 0.0  # for a batch that was not there when it was asked for
@@ -31,7 +27,7 @@ class Waiting:
 
     @property
     def share(self) -> float:
-        """The share of the time, 0..1, in which training waited: without the beginnings of passes."""
+        """Of the time without the beginnings of passes, 0..1, what training waited."""
         return self.waited / (self.waited + self.worked) if self.waited else 0.0
 
     @property
@@ -55,16 +51,13 @@ IN_MEMORY = "DataLoaders.in_memory(dataset), if the data fits, reads it once"
 
 
 def notice(waiting: Waiting, loader: Any, device: torch.device) -> str:
-    """A line for a person whose training waits too long for `loader`; "" if it does not, or nothing can be done.
-
-    >>> notice(Waiting(waited=4.0, worked=6.0), [1, 2], torch.device("cpu")).partition(":")[0]
-    'training waits for its data 40 % of the time'
-    """
+    """A line for a person whose training waits too long for `loader`; "" if it does not, or nothing can be done."""
     if waiting.is_long:
         remedy = remedies(loader, device)
         return remedy and f"training waits for its data {100 * waiting.share:.0f} % of the time: {remedy}"
     seconds = waiting.began + waiting.waited + waiting.worked
-    if seconds >= SECONDS and waiting.share_of_beginnings >= SHARE and _starts_workers(loader):
+    starts_workers = getattr(loader, "num_workers", 0) and not getattr(loader, "persistent_workers", False)
+    if seconds >= SECONDS and waiting.share_of_beginnings >= SHARE and starts_workers:
         return (f"{100 * waiting.share_of_beginnings:.0f} % of the time goes by until epochs have their first batch: "
                 "persistent_workers=True keeps the workers over epochs (a killed fit that is resumed then has other "
                 "random augmentation)")
@@ -96,7 +89,3 @@ def _about_workers(loader: "DataLoader[Any]") -> str:
         return (f"num_workers={workers} may be too few for {cpus} CPUs; with a larger batch_size they hand over less "
                 "often")
     return "make its samples cheaper: smaller files, less to decode, augmentation of whole batches on the device"
-
-
-def _starts_workers(loader: Any) -> bool:
-    return bool(getattr(loader, "num_workers", 0)) and not getattr(loader, "persistent_workers", False)

@@ -145,11 +145,9 @@ def _check_place(path: Path) -> bool:
 
 
 def _check_labels(labels: Any) -> list[str] | None:
-    if labels is None:
-        return None
-    if not isinstance(labels, (list, tuple)) or not all(isinstance(label, str) for label in labels):
+    if labels is not None and not (isinstance(labels, (list, tuple)) and all(isinstance(name, str) for name in labels)):
         raise TypeError(f"labels must be a list of class names, got {labels!r:.80}.")
-    return list(labels)
+    return None if labels is None else list(labels)
 
 
 def _check_metadata(metadata: Any) -> dict[str, Any]:
@@ -219,12 +217,12 @@ def _program(model: nn.Module, inputs: Any, described: dict[str, Any]) -> bytes:
     # torch takes a dimension of 1 for a constant; and each tensor is one of its own, to be told apart from the others
     rows = [0, 0] if n == 1 else slice(None)
     inputs = map_tensors(lambda tensor: tensor[rows].clone() if _has_samples(tensor, n) else tensor, inputs)
-    is_dynamic = [tensor for tensor in tensors(inputs) if _has_samples(tensor, max(n, 2))]
     shapes = torch.export.ShapesCollection()
-    for tensor in is_dynamic:
-        shapes[tensor] = {0: torch.export.Dim.DYNAMIC}
-    args = (inputs,) if not isinstance(inputs, (tuple, list, Mapping)) else tuple(inputs)
-    args, kwargs = ((), dict(inputs)) if isinstance(inputs, Mapping) else (args, {})
+    for tensor in tensors(inputs):
+        if _has_samples(tensor, max(n, 2)):
+            shapes[tensor] = {0: torch.export.Dim.DYNAMIC}
+    kwargs = dict(inputs) if isinstance(inputs, Mapping) else {}
+    args = tuple(inputs) if isinstance(inputs, (tuple, list)) else () if isinstance(inputs, Mapping) else (inputs,)
     try:
         twin = copy.deepcopy(model).to("cpu").eval().requires_grad_(False)
         with torch.no_grad(), warnings.catch_warnings():

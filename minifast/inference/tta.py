@@ -63,26 +63,22 @@ def tta(learn: "Trainer", dl: Iterable[Batch] | str | None = None, *, transform:
 
 def _loader_transform(loader: Iterable[Batch]) -> tuple[str, Transform]:
     """The transform that augments the training batches, and the name under which the loader keeps it."""
-    names = ("batch_transform", "transform") if isinstance(loader, TensorLoader) else ("batch_transform",)
-    for name in names:
+    for name in ("batch_transform", "transform") if isinstance(loader, TensorLoader) else ("batch_transform",):
         transform = getattr(loader, name, None)
         if transform is not None:
             return name, transform
-    raise ValueError(f"tta needs a transform, and the training data ({type(loader).__name__}) is no TensorLoader "
-                     "with one of its own. Pass a function of the inputs, e.g. "
-                     "tta(transform=lambda x: x + 0.1 * torch.randn_like(x)).")
+    raise ValueError(f"tta needs a transform, and the training data ({type(loader).__name__}) is no TensorLoader with "
+                     "one of its own. Pass a function, e.g. tta(transform=lambda x: x + 0.1 * torch.randn_like(x)).")
 
 
 def _without(name: str, loader: Iterable[Batch]) -> tuple[Iterable[Batch], Transform | None]:
     """`loader` without its own transform called `name`, and that transform."""
     own = getattr(loader, name, None) if name == "batch_transform" or isinstance(loader, TensorLoader) else None
-    if own is None:
-        if name == "batch_transform":
-            raise ValueError(f"the training data augments raw batches (by its batch_transform), and the data of tta "
-                             f"({type(loader).__name__}) has none: its batches are of another kind. Pass data made in "
-                             "the same way, or transform=, a function of the inputs.")
-        return loader, None
-    return with_transform(loader, None, name), own
+    if own is None and name == "batch_transform":
+        raise ValueError(f"the training data augments raw batches (by its batch_transform), and the data of tta "
+                         f"({type(loader).__name__}) has none: its batches are of another kind. Pass data made in the "
+                         "same way, or transform=, a function of the inputs.")
+    return (loader, None) if own is None else (with_transform(loader, None, name), own)
 
 
 def _combined(leaves: list[Any], beta: float, use_max: bool) -> Any:

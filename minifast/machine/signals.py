@@ -13,14 +13,13 @@ class DeferredInterrupt:
 
     The loop calls `check()` between batches. It raises KeyboardInterrupt after SIGINT and SystemExit(143) after
     SIGTERM; after both the latter, because a program that goes on after Ctrl-C must not go on after SIGTERM. Whatever
-    is still pending when the block ends is raised there, or by the block around this one. More SIGTERMs are noted only:
-    who sends them has SIGKILL. `is_held` is for a quick piece of work that nothing may stop half way: while it is True,
-    given or set, every signal waits, but those that come in a block inside this one that is not held itself.
+    is still pending when the block ends is raised there, or by the block around this one. More SIGTERMs are noted only.
+    is_held: for a quick piece of work that nothing may stop half way: while it is True, given or set, every signal
+    waits, but those that come in a block inside this one that is not held itself.
 
-    A handler of the host program's own is not called meanwhile. Each signal is left as it is where the host program
-    ignores it, and SIGINT where it ends the process by default; in a thread other than the main one nothing is
-    installed. A process that was forked meanwhile, as the workers of a DataLoader are, ignores SIGINT (a terminal sends
-    it to them too, and this process ends them if need be) and ends at SIGTERM.
+    A handler of the host program's own is not called meanwhile; a signal that it ignores is left alone, and so is
+    SIGINT where it ends the process by default, and all in another thread than the main one. A process that was forked
+    meanwhile, such as a worker, ignores SIGINT (a terminal sends it there too) and ends at SIGTERM.
 
     >>> with DeferredInterrupt() as interrupt:
     ...     interrupt.check()  # raises once a signal came

@@ -22,13 +22,10 @@ _starting: tuple[int, int] | None = None  # (process, thread) that starts worker
 def bound_to_this_process() -> Iterator[None]:
     """Processes that this thread forks in the block die with this process, even if it dies of kill -9.
 
-    By itself torch leaves some behind for ever: a worker notes its parent some milliseconds after it was forked, and
-    if that has died by then, it notes the wrong one. Here the kernel is asked, first thing in the worker, to kill it
-    when its parent dies (prctl PR_SET_PDEATHSIG). Processes that are forked elsewhere are left alone.
-
-    It does nothing where the kernel cannot be asked: on other systems than Linux; for workers that are started by
-    spawn or forkserver (torch's own watchdog is all they have); outside the main thread (the kernel takes the end of
-    the thread that forked for the parent's death); and for workers that a loader starts later than in its `__iter__`.
+    torch leaves some behind for ever: a worker notes its parent some milliseconds after it was forked, and if that has
+    died by then, it notes the wrong one. So the kernel is asked, first thing in the worker, to kill it when its parent
+    dies. That cannot be on other systems than Linux; for workers that are started by spawn or forkserver; and outside
+    the main thread (the kernel takes the end of the thread that forked for the parent's death).
     """
     global _starting
     if not sys.platform.startswith("linux") or threading.current_thread() is not threading.main_thread():
@@ -43,11 +40,10 @@ def bound_to_this_process() -> Iterator[None]:
 
 
 def _listen() -> None:
-    """Hear of forks from now on. Once: Python has no way to take it back."""
     global _prctl
     if _prctl is None:
         _prctl = ctypes.CDLL(None).prctl  # looked up here: a child of a fork should do as little as it can
-        os.register_at_fork(after_in_child=_bind)
+        os.register_at_fork(after_in_child=_bind)  # once: Python has no way to take it back
 
 
 def _bind() -> None:
@@ -67,23 +63,16 @@ def is_of_death(error: BaseException) -> bool:
 
 
 def explain(error: BaseException, iterator: Any = None) -> None:
-    """Add a note to an error that comes of worker processes: what is likely, and what to do.
-
-    iterator: of the loader, if the error came while it loaded. From a worker that dies while it hands over a batch
-    there is only a broken connection.
-    """
+    """Add a note to an error that comes of worker processes; iterator: of the loader, if it had begun to load."""
     died = ["a worker process of the loader died"] if is_of_death(error) else []
-    if isinstance(error, (OSError, EOFError)) and not str(error).startswith("Caught "):  # that is the data set's own
+    # a worker that dies while it hands over a batch leaves a broken connection; "Caught " is the data set's own error
+    if isinstance(error, (OSError, EOFError)) and not str(error).startswith("Caught "):
         died = _deaths(getattr(iterator, "_workers", ()))
     if died and not any(DIED in note for note in getattr(error, "__notes__", ())):
         error.add_note(f"{', '.join(died)}. {DIED}")
-    if iterator is None and _is_of_pickle(error):
+    may_be_of_pickle = isinstance(error, (AttributeError, TypeError)) or type(error).__name__ == "PicklingError"
+    if iterator is None and may_be_of_pickle and "pickle" in str(error):
         error.add_note(PICKLED)
-
-
-def _is_of_pickle(error: BaseException) -> bool:
-    is_one = isinstance(error, (AttributeError, TypeError)) or type(error).__name__ == "PicklingError"
-    return is_one and "pickle" in str(error)
 
 
 def _deaths(workers: Any) -> list[str]:
