@@ -10,6 +10,7 @@ from ..optim.hypers import has_momentum, set_lrs, set_momentum
 from ..optim.rates import check_lr, spread_lrs
 from ..show.plots import plot_hypers
 from ..show.tables import Table
+from .shapes import cycle_ends
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,6 +26,8 @@ class Scheduler(Callback):
     order = Order.HYPER
     owns = ("lr",)
     max_lr: Any = None  # a peak of the schedule's own, in every form of a learning rate; None: the fit's
+    n_cycles: int = 1
+    cycle_mult: int = 1
 
     def value(self, hyper: str, step: int, n_steps: int) -> float:
         """What update `step` (0-based) of `n_steps` uses.
@@ -40,7 +43,7 @@ class Scheduler(Callback):
         >>> CircularLR(n_cycles=3).cycle_ends(15)
         (4, 9, 14)
         """
-        return (n_steps - 1,)
+        return cycle_ends(n_steps, self.n_cycles, self.cycle_mult)
 
     def check_steps(self, n_steps: int) -> None:
         """Warn or raise if `n_steps` updates are not what the schedule is made for."""
@@ -62,7 +65,6 @@ class Scheduler(Callback):
         """What each of `n_steps` updates will use: {"lr": [...], "momentum": [...]}, as far as it is scheduled.
 
         peak: the peak learning rate, > 0; None: the schedule's own `max_lr` (of the last layer group), else 1.0.
-
         Raises ValueError for n_steps < 1 and a peak that is no number > 0.
         """
         n_steps = check_int("n_steps", n_steps)
@@ -90,10 +92,7 @@ class Scheduler(Callback):
 
 
 def write(state: State, hyper: str, value: float) -> None:
-    """Write one scheduled value into the optimizer; learning rates are scaled by `state.lr_scale` here and only here.
-
-    The values are plain floats.
-    """
+    """Write one scheduled value into the optimizer; learning rates are scaled by `state.lr_scale`, only here."""
     if hyper == "lr":
         scale = value * state.lr_scale
         set_lrs(state.opt, [lr * scale for lr in state.lrs])
@@ -108,17 +107,14 @@ def write(state: State, hyper: str, value: float) -> None:
 
 
 def own_momentum(schedule: Scheduler, moms: Any, counts: tuple[int, ...] = (2,)) -> None:
-    """Check `moms` and make a frozen schedule their owner; a single number is a constant momentum.
-
-    Raises ValueError unless there are as many as one of `counts`, each in [0, 1).
-    """
+    """Check `moms`, as many as one of `counts`, and make a frozen schedule their owner; a number is a constant one."""
     if moms is None:
         return
     is_number = isinstance(moms, (int, float)) or getattr(moms, "ndim", None) == 0
     try:
-        values = (moms, moms) if is_number else tuple(check_items("moms", moms, "momentums"))
+        values = [moms, moms] if is_number else check_items("moms", moms, "momentums")
     except TypeError:
-        values = ()
+        values = []
     if len(values) not in counts:
         raise ValueError(f"moms must hold {' or '.join(map(str, counts))} momentums or be None, got {moms!r:.80}. "
                          "Pass e.g. moms=(0.95, 0.85).")
