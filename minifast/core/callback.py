@@ -106,8 +106,8 @@ class Callback:
         """Copies of the attributes named in `saves`, as far as they exist.
 
         Plain values only: tensors, numbers, text, None, and lists and dicts of them. To go on where a fit was killed,
-        a callback that is made with the same arguments hears `before_fit`, with `state.step` and `state.epoch` where
-        the fit goes on, and then `load_state_dict`.
+        a callback made with the same arguments hears `before_fit`, with `state.step` and `state.epoch` where the fit
+        goes on, and then `load_state_dict`.
         """
         return {name: snapshot.clone(getattr(self, name)) for name in self.saves if hasattr(self, name)}
 
@@ -117,17 +117,16 @@ class Callback:
             raise ValueError(f"this is not the state of {self!r:.200}: it holds {', '.join(map(repr, saved))}, "
                              f"expected {', '.join(map(repr, self.saves))}.")
         for name in self.saves:
+            vars(self).pop(name, None)
             if name in saved:
                 setattr(self, name, snapshot.clone(saved[name]))
-            else:
-                vars(self).pop(name, None)
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         for name in ("owns", "sets", "saves"):
-            if isinstance(vars(cls).get(name), str):
-                raise TypeError(f"{cls.__name__}.{name} must be a tuple of names, got {vars(cls)[name]!r}: write "
-                                f"({vars(cls)[name]!r},) with a comma.")
+            if isinstance(given := vars(cls).get(name), str):
+                raise TypeError(f"{cls.__name__}.{name} must be a tuple of names, got {given!r}: write ({given!r},) "
+                                "with a comma.")
         if "sets" in vars(cls):
             cls.owns = vars(cls)["sets"]
             del cls.sets
