@@ -31,8 +31,7 @@ class State:
     """What one fit reads and changes; the only argument of every event, dropped when the fit ends.
 
     The first block is set before `before_fit` and holds for the whole fit. The fields without a value are written by
-    the loop as it goes: reading one too early is an AttributeError. There are no others: what a callback wants to
-    remember is kept by the callback.
+    the loop as it goes: reading one too early is an AttributeError. What a callback wants to remember, it keeps itself.
     """
 
     model: nn.Module
@@ -45,7 +44,6 @@ class State:
     unpack: UnpackBatch  # batch -> (inputs, target)
     group_names: tuple[str, ...]  # of the layer groups, first layers first
     lrs: tuple[float, ...]  # peak learning rate of each layer group; a schedule with peaks of its own replaces them
-    weight_decays: tuple[float, ...]  # of each of the optimizer's param_groups, as the fit began
     n_epochs: int | None  # None: until a callback ends the fit
     steps_per_epoch: int | None  # weight updates per epoch; None where only the finder trains on an unsized loader
     n_steps: int  # weight updates in the whole fit: the length of its schedules
@@ -53,6 +51,7 @@ class State:
     valid_sets: Sequence[tuple[str, Iterable[Batch]]]  # (name, loader) of each; a single one has the name ""
     callbacks: Sequence["Callback"]
     record: FitRecord  # its rows end with the newest step of this fit
+    weight_decays: tuple[float, ...] = ()  # of each of the optimizer's param_groups, as the fit began
     accumulate: int = 1  # micro-batches per weight update
     n_batches: int | None = None  # micro-batches per epoch, as far as that is known
     norms_in_eval: tuple[nn.Module, ...] = ()  # frozen norm layers that do not train

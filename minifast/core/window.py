@@ -15,9 +15,9 @@ class Window:
     """Adds up the gradients of `size` micro-batches so that they are those of one big batch.
 
     The big batch's loss is the mean over its samples (or tokens, ...: whatever the losses are means over). So each
-    micro-batch's mean is weighted by its samples, relative to the first one's: even micro-batches are not scaled at
-    all before the division at the end. The last window of an epoch, after batch `n_batches` (None: unknown), may be
-    short. A window that lost a micro-batch is dropped whole.
+    micro-batch's mean is weighted by its samples, relative to the first one's: even ones are not scaled before the
+    division at the end. The last window of an epoch, after batch `n_batches` (None: unknown), may be short. A window
+    that lost a micro-batch is dropped whole.
     """
 
     def __init__(self, opt: Optimizer, size: int, n_batches: int | None) -> None:
@@ -45,13 +45,12 @@ class Window:
         if not self._is_sum:
             self._back(loss)
             self._loss, self.weight = loss.detach(), weight
-        elif isinstance(weight, Tensor):
-            self._back(loss * weight / self._unit)  # in this order: an integer tensor / 5 would be float32
-            self._loss = loss.detach() * weight + self._loss
-            self.weight = self.weight + weight
         else:
-            self._unit = self._unit if self.is_open else weight or 1
-            self._back(loss if weight == self._unit else loss * (weight / self._unit))
+            if isinstance(weight, Tensor):
+                self._back(loss * weight / self._unit)  # in this order: an integer tensor / 5 would be float32
+            else:
+                self._unit = self._unit if self.is_open else weight or 1
+                self._back(loss if weight == self._unit else loss * (weight / self._unit))
             self._loss = loss.detach() * weight + self._loss
             self.weight = self.weight + weight
         self.is_open = True
