@@ -105,9 +105,8 @@ class Callback:
     def state_dict(self) -> dict[str, Any]:
         """Copies of the attributes named in `saves`, as far as they exist.
 
-        Plain values only: tensors, numbers, text, None, and lists and dicts of them. To go on where a fit was killed,
-        a callback made with the same arguments hears `before_fit`, with `state.step` and `state.epoch` where the fit
-        goes on, and then `load_state_dict`.
+        Plain values only: tensors, numbers, text, None, and lists and dicts of them. To go on after a kill, a callback
+        made with the same arguments hears `before_fit`, where the fit goes on, and then `load_state_dict`.
         """
         return {name: snapshot.clone(getattr(self, name)) for name in self.saves if hasattr(self, name)}
 

@@ -20,8 +20,10 @@ class Emitter:
 
     def __init__(self, callbacks: Iterable[Callback], state: State) -> None:
         self.state, self.callbacks = state, sorted(callbacks, key=lambda cb: cb.order)
-        self.hooks = {event: tuple(getattr(cb, name) for cb in self.callbacks if _overrides(cb, name))
-                      for name, event in EVENTS.items()}
+        self.hooks: dict[Event, tuple[Any, ...]] = {}
+        for name, event in EVENTS.items():
+            hooks = [getattr(cb, name) for cb in self.callbacks]
+            self.hooks[event] = tuple(hook for hook in hooks if getattr(hook, "__func__", hook) is not event)
 
     def evaluating(self) -> ExitStack:
         """The block in which the model is looked at: what callbacks change for it is put back at its end."""
@@ -114,8 +116,3 @@ def _explained(cb: Callback, model: nn.Module) -> Iterator[None]:
         raise
     finally:
         del inside  # its traceback holds this frame
-
-
-def _overrides(cb: Callback, name: str) -> bool:
-    hook = getattr(cb, name)
-    return getattr(hook, "__func__", hook) is not EVENTS[name]

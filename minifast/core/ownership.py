@@ -14,17 +14,12 @@ FINITE_CHECK = "the finite check"  # refuses updates that are not finite
 
 
 class FiniteCheck(Protocol):
-    """What others ask of the callback that refuses updates which are not finite."""
+    """What others ask of the callback that refuses updates which are not finite: see `FiniteLoss`."""
 
-    def check(self, state: State) -> None:
-        """Raise what was found so far: for what is about to keep the weights."""
-
-    def check_gradient(self, state: State, norm: Tensor) -> None:
-        """Refuse the gradient of this update if its `norm`, (), is not finite: for what clips, in `before_step`."""
-
+    def check(self, state: State) -> None: ...
+    def check_gradient(self, state: State, norm: Tensor) -> None: ...
     @property
-    def to_zero(self) -> Tensor | None:
-        """() bool on the device, where a refused gradient is to be zeroed since the optimizer does not skip it."""
+    def to_zero(self) -> Tensor | None: ...
 
 
 def check_callbacks(callbacks: Any, where: str) -> list[Callback]:

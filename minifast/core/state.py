@@ -4,7 +4,7 @@
 and its state is the only argument of theirs. This file imports `callback` for annotations alone.
 """
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from typing import TYPE_CHECKING, Any
@@ -15,15 +15,44 @@ from torch.optim import Optimizer
 
 from ..base.batch import Batch, UnpackBatch
 from ..base.losses import Weight
+from ..data.waiting import Waiting
 from ..machine.signals import DeferredInterrupt
 from ..record.record import FitRecord
-from .source import Source
 from .window import Window
 
 if TYPE_CHECKING:
     from .callback import Callback
 
 log = logging.getLogger("minifast")
+
+
+@dataclass
+class Entry:
+    """Where a resumed fit enters its first epoch."""
+
+    n_done: int  # batches of the epoch that are behind
+    iterator: Iterator[Batch] | None = None  # the rest of the pass; None: a new pass
+    limit: int | None = None  # the epoch ends before batch `limit`; None: with its loader
+    is_cut: bool = False  # the rest of the epoch is left out
+    window: Mapping[str, Any] | None = None  # the gradients that were gathered, if a window was open
+
+
+@dataclass(slots=True)
+class Source:
+    """The passes of one fit over its training data; `passes.training_pass` reads and writes it."""
+
+    limit: int | None = None  # batches per epoch at most; None: all that the loader has
+    waiting: Waiting = field(default_factory=Waiting)  # how long training waited for its batches so far
+    newest: Batch = None  # the newest training batch as its loader gave it: what a checkpoint compares
+    entry: Entry | None = None  # where a resumed fit enters its first epoch; the pass takes it
+
+    def take_entry(self) -> Entry:
+        """Where the pass that begins now enters its epoch: at its start, but in the first epoch of a resumed fit."""
+        entry, self.entry = self.entry or Entry(0, limit=self.limit), None
+        return entry
+
+    def note(self, batch: Batch) -> None:
+        self.newest = batch
 
 
 @dataclass(slots=True, repr=False)  # a repr of fields that are not set yet would be an error

@@ -83,15 +83,12 @@ class LRFinder(Callback):
             self._stopped = ALL_TRIED
 
     def after_batch(self, state: State) -> None:
-        self._end()  # not in after_step: other callbacks are to hear of the last step too
+        if self._stopped != CUT_SHORT:  # not in after_step: other callbacks are to hear of the last step too
+            raise CancelFit
 
     def after_epoch(self, state: State) -> None:
         self._pass_length = self._pass_length or state.step
-        self._end()
-
-    def _end(self) -> None:
-        if self._stopped != CUT_SHORT:
-            raise CancelFit
+        self.after_batch(state)
 
     def result(self) -> LRFind:
         """What was found. Fewer than about 10 usable points, or no descent: no suggestions, and the reason."""

@@ -23,7 +23,7 @@ class LRFind:
     """What the LR finder found. Arrays are float64, one entry per weight update, the last one included.
 
     Of several runs (`lr_find(repeats=3)`) the curves are the median at each learning rate that more than half of the
-    runs reached; a run that stopped before counts as above all others there. The suggestions are read off that curve.
+    runs reached; a run that stopped before counts as above all others. The suggestions are read off that curve.
     """
 
     lrs: Column  # learning rate of the last layer group, (n,)
@@ -68,9 +68,8 @@ class LRFind:
 
     def __repr__(self) -> str:
         """Short: a notebook shows it below the lines that `lr_find` has printed."""
-        runs = f"{len(self.runs)} runs, " if len(self.runs) > 1 else ""
-        return (f"LRFind(suggestion={self.suggestion}, {self.verdict}, {runs}{len(self.lrs)} learning rates, "
-                f"{self.stopped})")
+        runs = f"{len(self.runs)} runs, " * (len(self.runs) > 1) + f"{len(self.lrs)} learning rates"
+        return f"LRFind(suggestion={self.suggestion}, {self.verdict}, {runs}, {self.stopped})"
 
     def plot(self, skip_start: int = 10, skip_end: int = 5, suggestions: bool = True, *,
              ax: "Axes | None" = None) -> "Axes":
@@ -92,10 +91,9 @@ class LRFind:
         if self.band is not None and np.isfinite(low).any():  # on a log axis a band without a point is an error
             ax.fill_between(lrs, low, highest, color="C0", alpha=0.2, linewidth=0, label=f"{len(self.runs)} runs")
         finite = losses[np.isfinite(losses)]
-        if finite.size:
-            top = max(finite[0], finite.min() + 4 * abs(finite.min()))
-            if np.nanmax(highest) > 2 * top > 0:  # without stop_div: the explosion would flatten what there is to see
-                ax.set_ylim(top=1.1 * top)
+        top = max(finite[0], finite.min() + 4 * abs(finite.min())) if finite.size else 0.0
+        if top > 0 and np.nanmax(highest) > 2 * top:  # without stop_div: the explosion would flatten all the rest
+            ax.set_ylim(top=1.1 * top)
         ax.set(xscale="log", xlabel="learning rate", ylabel="training loss (smoothed)")
         marked = [(rule, lr) for rule, lr in self.suggestions.items() if lr is not None and suggestions]
         for i, (rule, lr) in enumerate(marked):

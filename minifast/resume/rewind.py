@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..base import rng
-from ..core.source import Entry
-from ..core.state import State
+from ..core.state import Entry, State
 from ..core.window import Window
 from ..data.feed import begin
 from . import replay, saved_state

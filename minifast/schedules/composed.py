@@ -63,9 +63,9 @@ class Schedule(Scheduler):
 
     shapes: hyper-parameter -> function of the 0-based step and the number of steps, or the name of one, with its
     function as `shape`. "lr" and "weight_decay" are fractions of each group's own (so norms and biases stay without
-    decay); "momentum", and any other key of the optimizer's param_groups, is the value itself. What is scheduled is
-    restored when the fit ends, but for the learning rate, which every fit sets. Raises TypeError for what cannot be
-    called, and ValueError before the fit for a hyper-parameter that the optimizer does not have.
+    decay); "momentum", and any other key of the optimizer's param_groups, is the value itself. All but the learning
+    rate is restored when the fit ends. Raises TypeError for what cannot be called, and ValueError before the fit for a
+    hyper-parameter that the optimizer does not have.
 
     >>> from minifast.schedules import cosine
     >>> [round(wd, 3) for wd in Schedule("weight_decay", cosine).values(4)["weight_decay"]]
@@ -97,12 +97,7 @@ class Schedule(Scheduler):
                                  f"{', '.join(state.opt.defaults)}.")
 
     def __repr__(self) -> str:
-        """With the names of its functions, not their addresses.
-
-        >>> from minifast.schedules import cosine
-        >>> Schedule({"lr": cosine})
-        Schedule({'lr': cosine})
-        """
+        """With the names of its functions, not their addresses: Schedule({'lr': cosine})."""
         shapes = [f"{hyper!r}: {getattr(shape, '__name__', repr(shape))}" for hyper, shape in self.shapes]  # type: ignore[str-unpack]
         return f"Schedule({{{', '.join(shapes)}}})"
 

@@ -1,7 +1,9 @@
-"""What every schedule callback has in common: it writes before each batch, and can be looked at before that."""
+"""What every schedule has in common: it writes before each batch, and can be looked at before that, as a plan."""
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..core.callback import Callback, Order
 from ..core.state import State
@@ -89,6 +91,55 @@ class Scheduler(Callback):
         """Draw what a fit of `n_steps` updates will use; gives the axes of the first hyper-parameter."""
         return plot_hypers({hyper: np.array(column) for hyper, column in self.values(n_steps, peak).items()},
                            title=repr(self), ax=ax)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Plan:
+    """The hyper-parameters of every step of a fit that has not been run; prints as a table of its epochs.
+
+    values: "lr" -> (steps, layer groups), "momentum" and others -> (steps,), as far as they are scheduled; float64.
+    """
+
+    n_epochs: int
+    steps_per_epoch: int
+    group_names: tuple[str, ...]
+    values: dict[str, NDArray[np.float64]]
+    title: str = ""
+
+    @property
+    def n_steps(self) -> int:
+        """Weight updates in the whole fit."""
+        return self.n_epochs * self.steps_per_epoch
+
+    def table(self) -> Table:
+        """What the first step of each epoch uses, and the last step of all: rows of epoch, step, lr, ..."""
+        steps = sorted({*range(0, self.n_steps, self.steps_per_epoch), self.n_steps - 1})
+        return Table({"epoch": step // self.steps_per_epoch, "step": step} | self._row(step) for step in steps)
+
+    def plot(self, *, ax: "Axes | None" = None) -> "Axes":
+        """Draw every scheduled hyper-parameter against the step."""
+        return plot_hypers(self.values, self.group_names, self.title, ax)
+
+    def __repr__(self) -> str:
+        return (f"{self.title}: {self.n_epochs} epochs of {self.steps_per_epoch} steps = {self.n_steps} weight "
+                f"updates; first step of each epoch, and the last\n{self.table()}")
+
+    def _row(self, step: int) -> dict[str, float]:
+        row: dict[str, float] = {}
+        for hyper, column in self.values.items():
+            values = np.atleast_1d(column[step]).tolist()
+            names = [hyper] if len(values) == 1 else [f"{hyper} {name}" for name in self.group_names]
+            row |= dict(zip(names, values, strict=True))
+        return row
+
+
+def plan_of(schedule: Scheduler, n_epochs: int, steps_per_epoch: int, group_names: tuple[str, ...], lr: Any) -> Plan:
+    """What a fit with `schedule` does to each layer group; lr: its peak, where the schedule has none of its own."""
+    lrs = np.array(spread_lrs(lr if schedule.max_lr is None else schedule.max_lr, group_names))
+    values = {hyper: np.array(column) for hyper, column in schedule.values(n_epochs * steps_per_epoch, 1.0).items()}
+    if "lr" in values:
+        values["lr"] = values["lr"][:, None] * lrs
+    return Plan(n_epochs, steps_per_epoch, group_names, values, repr(schedule))
 
 
 def write(state: State, hyper: str, value: float) -> None:

@@ -35,26 +35,21 @@ class FiniteLoss(Callback):
     Every fit has one. The error names the epoch, the step and the learning rate, and what it finds in the batch:
     values that are not finite, no sample, no label but the ignored one. Weights and optimizer are then, bit for bit,
     those of the step before; running statistics (BatchNorm) have seen the batch, and the error names those that are
-    not finite any more. The loss is that of the whole update, with all micro-batches of its window. Updates that
-    `MixedPrecision("fp16")` skips are not looked at.
+    not finite any more. Updates that `MixedPrecision("fp16")` skips are not looked at.
 
     On the CPU the host reads each loss at once. On an accelerator it does not wait for it: a flag on the device tells
     the optimizer to make no more updates, and the host looks at that flag about once a second, before validation, and
     at the end of epochs and of the fit. So the error comes up to a second late; it names the step at which it
-    happened, but not what was in the batch (but for the first of a fit, which is looked at at once). The steps in
-    between are recorded, and other callbacks hear of them, but no update was made. That takes torch's fused SGD, Adam
-    or AdamW, which `Learner` makes wherever it can; with any other optimizer the weights may be lost until the host
-    looks.
+    happened, but not what was in the batch (but for the first of a fit). The steps in between are recorded, and other
+    callbacks hear of them. That takes torch's fused SGD, Adam or AdamW, which `Learner` makes wherever it can; with any
+    other optimizer the weights may be lost until the host looks.
 
     strict: True: the host reads every loss at once on every device, which waits for the device once per update (once
-    per micro-batch with `accumulate`), with any optimizer.
+    per micro-batch with `accumulate`), with any optimizer. Raises TypeError for what is neither True nor False.
 
     `GradientClip` has gradients refused in the same way (`NonFiniteGradient`). An epoch row with a number that is not
     finite is said once per fit, in a warning: such a value is recorded, but never the best. `lr_find`, `race` and
-    `overfit` do without all this: there, a loss that explodes is a result like any other. To do without it in a fit,
-    give that fit a callback of yours with the same `owns`.
-
-    Raises TypeError for a `strict` that is neither True nor False.
+    `overfit` do without all this. To do without it in a fit, give that fit a callback of yours with the same `owns`.
 
     >>> FiniteLoss()
     FiniteLoss(strict=False)
@@ -110,10 +105,7 @@ class FiniteLoss(Callback):
         return None if self._flag is None or self._opt_obeys else self._flag > 0
 
     def check(self, state: State) -> None:
-        """Raise now what the device has found so far; waits for it. For what is about to keep the weights.
-
-        On the CPU and with `strict` that costs nothing: there, what is not finite was raised before the step.
-        """
+        """Raise now what an accelerator has found so far; waits for it. For what is about to keep the weights."""
         if self._flag is not None and float(self._flag):
             self._is_raised = True
             raise self._found_late(state)
@@ -137,11 +129,9 @@ class FiniteLoss(Callback):
 
     def after_fit(self, state: State) -> None:
         vars(state.opt).pop("found_inf", None)
-        try:
-            if not self._is_raised:
-                self.check(state)
-        finally:
-            self._flag = None
+        if not self._is_raised:
+            self.check(state)
+        self._flag = None
 
     @staticmethod
     def _note(flag: Tensor, value: Tensor) -> None:
@@ -241,9 +231,5 @@ def _now(state: State, what: str, value: float) -> str:
 
 
 def _at(epoch: int, step: int, names: tuple[str, ...], lrs: list[float]) -> str:
-    """
-    >>> _at(0, 5, ("body", "head"), [0.003, 0.03])
-    'at epoch 0, step 5 (lr 0.003 of body, 0.03 of head).'
-    """
     one, each = f"{lrs[-1]:.3g}", [f"{lr:.3g} of {name}" for name, lr in zip(names, lrs, strict=True)]
     return f"at epoch {epoch}, step {step} (lr {one if len(set(lrs)) == 1 else ', '.join(each)})."

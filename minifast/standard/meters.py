@@ -35,11 +35,9 @@ class MeanMeter:
         self.finish = function.finish if isinstance(function, MeanOf) else float
 
     def reset(self, device: torch.device) -> None:
-        """A new pass begins."""
         self.values, self.weights = ScalarColumn(), ScalarColumn()
 
     def update(self, pred: Any, target: Any, n_samples: int) -> None:
-        """Take in one batch."""
         self.add(self.function(pred, target), n_samples)
 
     def add(self, value: Any, weight: Weight) -> None:
@@ -52,17 +50,14 @@ class MeanMeter:
         self.weights.append(weight)
 
     def compute(self) -> dict[str, float]:
-        """The columns of the epoch row; nan for a mean over nothing."""
         weights = self.weights.read()
         mean = float(np.average(self.values.read(), weights=weights)) if weights.any() else None
         return {self.name: math.nan if mean is None else self.finish(mean)}
 
     def state_dict(self) -> dict[str, Any]:
-        """What was gathered so far, as plain values."""
         return {"values": torch.from_numpy(self.values.read()), "weights": torch.from_numpy(self.weights.read())}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Go on from what `state_dict` gave."""
         self.values, self.weights = ScalarColumn(saved["values"].tolist()), ScalarColumn(saved["weights"].tolist())
 
 

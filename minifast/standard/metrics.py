@@ -18,9 +18,8 @@ from .meters import MeanMeter, MeanOf, Meter, is_object, make_meter, named
 def accuracy(pred: Tensor, target: Tensor) -> Tensor:
     """Share of predictions whose highest score is the target's class, 0..1.
 
-    pred: (n, classes, ...) scores, target: (n, ...) class indices; (n, ..., classes) with (n, ...) is understood too.
-    Targets of the scores' shape that are floating point are probabilities, as mixup and label smoothing make them:
-    their class is the most probable one. Raises ValueError for other shapes.
+    pred: (n, classes, ...) or (n, ..., classes) scores, target: (n, ...) class indices, or probabilities of the scores'
+    shape, as mixup makes them: their class is the most probable one. Raises ValueError for other shapes.
 
     >>> accuracy(torch.tensor([[0.1, 0.9], [0.8, 0.2]]), torch.tensor([1, 1]))
     tensor(0.5000)
@@ -91,10 +90,7 @@ class Metrics(Callback):
         self.names([""])
 
     def names(self, sets: Iterable[str]) -> tuple[str, ...]:
-        """The keys of a complete epoch row, for validation sets of these names.
-
-        Raises ValueError if two of them are the same.
-        """
+        """The keys of a complete epoch row, for validation sets of these names. Raises ValueError if two are one."""
         sets = [check_text("sets", name) for name in check_items("sets", sets, "a list of names")]
         names = ("epoch", "train_loss", *(f"train_{column}" for meter in self._train for column in meter.columns),
                  *(_prefix(name) + column for name in sets for meter in self._scored for column in meter.columns),
@@ -155,7 +151,6 @@ class Metrics(Callback):
             state.metrics["time"] = state.metrics.pop("time")  # the last column
 
     def state_dict(self) -> dict[str, Any]:
-        """What the training data of this epoch has given so far."""
         return {"n_trained": self._n_trained,
                 "train": [meter.state_dict() for meter in self._train] if self._n_trained else []}
 

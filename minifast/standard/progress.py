@@ -17,9 +17,9 @@ class Progress(Callback):
     """One bar for the whole fit and a table of its epochs.
 
     A terminal gets a bar that vanishes at the end, a notebook the same as text in one cell output, a pipe or file one
-    plain line per epoch. Output that cannot be written (a closed pipe) is given up with one log message; training goes
-    on. Where training waits for its data for a fifth of the time or more, the bar shows how long, and a line, once in a
-    fit, says what to do. `title`: in front of the bar instead of the epoch.
+    plain line per epoch. Output that cannot be written (a closed pipe) is given up with one log message. Where training
+    waits for its data for a fifth of the time or more, the bar shows how long, and a line says once what to do.
+    `title`: in front of the bar instead of the epoch.
     """
 
     order = Order.RECORD

@@ -115,8 +115,7 @@ def _flat(pred: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 def _check(pred: Tensor, target: Tensor) -> None:
     if pred.ndim < 2 or pred.shape[:1] + pred.shape[2:] != target.shape:
         raise ValueError(f"outputs of shape {tuple(pred.shape)} do not fit targets of shape {tuple(target.shape)}: "
-                         "wanted (n, classes, ...) and (n, ...), or both of one shape. For others pass pred=\"scores\" "
-                         "and take them apart in the function.")
+                         "wanted (n, classes, ...) and (n, ...), or one shape. For others pass pred=\"scores\".")
 
 
 _KINDS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {

@@ -1,8 +1,7 @@
-"""How one fit is made of its parts and run: arguments checked, a `State` made, what it sets put back.
+"""How one fit is made of its parts and run: `prepare`, which changes nothing, and `run`, which puts back what it sets.
 
-A fit is `prepare`, which changes nothing, and `run`. The LR finder is a fit like any other, in a sandbox.
+The LR finder is a fit like any other, in a sandbox.
 """
-import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,8 +14,7 @@ from ..core.checks import check_loader, check_trainable, check_valid
 from ..core.emitter import Emitter
 from ..core.gradient import add_gradient
 from ..core.ownership import CHECKPOINTS, FINITE_CHECK, check_callbacks, owner_of, resolve
-from ..core.source import Source
-from ..core.state import State
+from ..core.state import Source, State, log
 from ..data.dataloaders import DataLoaders
 from ..data.loader import count_steps, is_one_shot, micro_batches, valid_sets
 from ..errors import check_flag, check_int, check_number, check_path, quoted
@@ -42,8 +40,6 @@ from .sandbox import sandbox
 if TYPE_CHECKING:
     from ..resume.where import Resume
 
-log = logging.getLogger("minifast")
-
 
 class FitOptions(TypedDict, total=False):
     """What every `fit*` method takes, as described in `Learner.fit`."""
@@ -62,7 +58,6 @@ def prepare(parts: Parts, n_epochs: int, lr: Any, schedule: Scheduler | None, *,
             **options: Unpack[FitOptions]) -> State:
     """The state of a fit that could begin now. Raises whatever is wrong with it; changes nothing.
 
-    parts: what the fit is made of.
     n_epochs: passes over the training data; with `minutes` among the options as many as fit into the time.
     lr: the peak learning rate, in every form.
     schedule: None for the callback that owns the learning rate, else a constant rate.
@@ -73,7 +68,7 @@ def prepare(parts: Parts, n_epochs: int, lr: Any, schedule: Scheduler | None, *,
     lrs = spread_lrs(lr, parts.groups.names)
     minutes, steps_per_epoch = options.get("minutes"), options.get("steps_per_epoch")
     _check_data(parts, n_epochs, minutes, steps_per_epoch)
-    added = [*([schedule] if schedule else []), *([TimeLimit(minutes)] if minutes else [])]
+    added = [cb for cb in (schedule, TimeLimit(minutes) if minutes else None) if cb is not None]
     users = _owners(parts.callbacks, [*check_callbacks(options.get("callbacks", ()), "callbacks"), *added])
     is_verbose = _is_verbose(parts, options)
     accumulate = micro_batches(parts.dls.train, options.get("accumulate", 1), options.get("effective_batch_size"))
@@ -200,8 +195,7 @@ def _check_data(parts: Parts, n_epochs: int, minutes: float | None, steps_per_ep
     train, still = parts.dls.train, norms_in_eval(parts.groups, parts.train_bn)
     if minutes is not None and is_one_shot(train):
         raise ValueError(f"minutes={minutes:g} takes as many passes over the training data as fit into the time, but "
-                         f"it is an iterator ({type(train).__name__}), good for one. Pass a DataLoader, a list, or an "
-                         "object whose __iter__ starts a new pass.")
+                         f"it is an iterator ({type(train).__name__}), good for one. Pass a DataLoader or a list.")
     check_loader(train, n_epochs if minutes is None else 1, (m for m in parts.model.modules() if m not in still),
                  steps_per_epoch)
     for _, loader in valid_sets(parts.dls.valid):
@@ -213,10 +207,9 @@ def _owners(learners: Sequence[Callback], given: list[Callback]) -> list[Callbac
     callbacks = resolve(check_callbacks(learners, "learn.callbacks"), given)
     if any(isinstance(callback, Recorder) for callback in callbacks):
         raise ValueError("a Learner has its own Recorder: read learn.recorder instead of passing another one.")
-    if owner_of("lr", callbacks) is None:
-        callbacks.append(ConstantLR())
-    if owner_of(FINITE_CHECK, callbacks) is None:
-        callbacks.append(FiniteLoss())
+    for role, usual in (("lr", ConstantLR), (FINITE_CHECK, FiniteLoss)):
+        if owner_of(role, callbacks) is None:
+            callbacks.append(usual())
     return callbacks
 
 

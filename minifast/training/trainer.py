@@ -22,8 +22,7 @@ from ..machine.signals import DeferredInterrupt
 from ..optim.rates import LR, check_rate, spread_lrs
 from ..schedules.cycles import epochs_and_schedule, epochs_of_cycles
 from ..schedules.lr import ConstantLR, CosineAnnealing, FlatCos, OneCycle, check_div
-from ..schedules.plan import Plan, plan_of
-from ..schedules.scheduler import Scheduler
+from ..schedules.scheduler import Plan, Scheduler, plan_of
 from ..show.screen import say
 from ..show.tables import shown
 from ..standard.metrics import Metrics
@@ -96,10 +95,7 @@ class Trainer(Parts):
 
     def fit_flat_cos(self, n_epoch: int | None = None, lr: LR | None = None, *, pct_start: float = 0.75,
                      div_final: float = 1e5, **options: Unpack[FitOptions]) -> None:
-        """Train for `n_epoch` epochs by `FlatCos`: constant, then a half-cosine down.
-
-        options: as in `fit`; with `minutes`, `n_epoch` may be left out.
-        """
+        """Train for `n_epoch` epochs by `FlatCos`; options: as in `fit`; with `minutes`, `n_epoch` may be left out."""
         n_epochs = _epochs("n_epoch", n_epoch, options, "fit_flat_cos(3, 0.01)")
         fitting.fit(self, n_epochs, self._peak("lr", lr), FlatCos(pct_start, div_final), **options)
 
@@ -118,8 +114,7 @@ class Trainer(Parts):
         """Train the last layer group for `freeze_epochs`, then all of them for `epochs`, both by one cycle.
 
         First with peak base_lr (frozen, pct_start 0.99), then with slice(base_lr/2/lr_mult, base_lr/2), `pct_start`
-        and div_factor=`div`. options: as in `fit`, for both; minutes are for both together, shared like the epochs.
-        Source: fastai 2's fine_tune.
+        and div_factor=`div`. options: as in `fit`; minutes are shared like the epochs. Source: fastai 2's fine_tune.
         """
         epochs, freeze_epochs = check_int("epochs", epochs), check_int("freeze_epochs", freeze_epochs)
         base_lr = check_rate("base_lr", base_lr, example="fine_tune(3, 2e-3)")
@@ -179,8 +174,6 @@ class Trainer(Parts):
         with sandbox(self, callbacks):
             yield self
 
-    # ---- validation and prediction
-
     def validate(self, dl: Iterable[Batch] | str | None = None) -> dict[str, float]:
         """The validation loss and the metrics over `dl`, None for the validation data: keys as in an epoch row.
 
@@ -237,8 +230,6 @@ class Trainer(Parts):
         """The data that `validate(dl)` reads. Raises ValueError or TypeError if there is none."""
         self.check_assigned()
         return eval_data(self.dls, dl)  # type: ignore[no-any-return]
-
-    # ---- files
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the weights, plain tensors, to `path`; gives the path. Raises FileNotFoundError without the folder.
