@@ -105,8 +105,9 @@ class Trainer(Parts):
 
         Source: SGDR (arXiv 1608.03983); no warm-up, as in fastai 2.
         """
+        n_cycles, cycle_len = check_int("n_cycles", n_cycles), check_int("cycle_len", cycle_len)
         schedule = CosineAnnealing(n_cycles, cycle_mult, warmup_frac=0.0)
-        n_epochs = epochs_of_cycles(check_int("cycle_len", cycle_len), n_cycles, cycle_mult)
+        n_epochs = epochs_of_cycles(cycle_len, n_cycles, cycle_mult)
         fitting.fit(self, n_epochs, self._peak("lr_max", lr_max), schedule, **options)
 
     def fine_tune(self, epochs: int, base_lr: float = 2e-3, *, freeze_epochs: int = 1, lr_mult: float = 100,
