@@ -32,8 +32,7 @@ from .schedules.lr import (
     OneCycle,
     PolynomialLR,
 )
-from .schedules.plan import Plan
-from .schedules.scheduler import Scheduler
+from .schedules.scheduler import Plan, Scheduler
 from .schedules.time_limit import TimeLimit
 from .standard.finite import FiniteLoss
 from .standard.metrics import Metrics, accuracy, error_rate, rmse, top_k_accuracy

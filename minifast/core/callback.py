@@ -113,17 +113,16 @@ class Callback:
             raise ValueError(f"this is not the state of {self!r:.200}: it holds {', '.join(map(repr, saved))}, "
                              f"expected {', '.join(map(repr, self.saves))}.")
         for name in self.saves:
+            vars(self).pop(name, None)
             if name in saved:
                 setattr(self, name, snapshot.clone(saved[name]))
-            else:
-                vars(self).pop(name, None)
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         for name in ("owns", "sets", "saves"):
-            if isinstance(vars(cls).get(name), str):
-                raise TypeError(f"{cls.__name__}.{name} must be a tuple of names, got {vars(cls)[name]!r}: write "
-                                f"({vars(cls)[name]!r},) with a comma.")
+            if isinstance(given := vars(cls).get(name), str):
+                raise TypeError(f"{cls.__name__}.{name} must be a tuple of names, got {given!r}: write ({given!r},) "
+                                "with a comma.")
         if "sets" in vars(cls):
             cls.owns = vars(cls)["sets"]
             del cls.sets

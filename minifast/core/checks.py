@@ -13,6 +13,7 @@ from ..base.losses import ignored_label, is_cross_entropy, is_loss
 from ..base.nest import describe
 from ..data.loader import is_one_shot, n_batches, smallest_batch
 from ..data.tensor_loader import TensorLoader
+from ..errors import quoted
 
 ELEMENTWISE = (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss)
 ELEMENTWISE_FUNCTIONS = (nn.functional.mse_loss, nn.functional.l1_loss, nn.functional.smooth_l1_loss,
@@ -27,20 +28,21 @@ def check_loader(loader: Iterable[Batch], n_epochs: int, modules: Iterable[nn.Mo
                          f"{n_epochs} epochs are asked for. Pass a DataLoader, a list, or an object whose __iter__ "
                          "starts a new pass.")
     if n_batches(loader) == 0:
-        samples = n_items(loader)
-        has = f"{samples} samples, " if samples is not None else ""
-        raise ValueError(f"the training data yields 0 batches: {has}batch_size {getattr(loader, 'batch_size', None)}, "
-                         f"drop_last={getattr(loader, 'drop_last', False)}. Lower batch_size or set drop_last=False.")
+        raise ValueError(f"the training data yields 0 batches: {_sizes(loader)}, drop_last="
+                         f"{getattr(loader, 'drop_last', False)}. Lower batch_size or set drop_last=False.")
     reaches_the_last = steps_per_epoch is None  # a shortened epoch may end before it: then torch has the last word
     if reaches_the_last and any(isinstance(module, _BatchNorm) for module in modules) and smallest_batch(loader) == 1:
+        which, given, remedy = "the last", f" ({_sizes(loader)})", "Set drop_last=True or another batch_size"
         if isinstance(loader, Sequence):
             which = "the last" if n_samples(None, loader[-1]) == 1 else "a"
             given, remedy = "", "Leave it out, or put it together with another"
-        else:
-            which, remedy = "the last", "Set drop_last=True or another batch_size"
-            given = f" ({n_items(loader)} samples, batch_size {getattr(loader, 'batch_size', None)})"
         raise ValueError(f"{which} training batch has 1 sample{given}, and the model's BatchNorm cannot take "
                          f"statistics of one. {remedy}.")
+
+
+def _sizes(loader: Iterable[Batch]) -> str:
+    n = n_items(loader)
+    return ("" if n is None else f"{n} samples, ") + f"batch_size {getattr(loader, 'batch_size', None)}"
 
 
 def check_valid(loader: Iterable[Batch] | None) -> None:
@@ -77,16 +79,8 @@ def check_target(pred: Any, target: Any, loss_func: Any) -> None:
         raise ValueError(f"the model's output {tuple(pred.shape)} and the target {tuple(target.shape)} would be "
                          "broadcast against each other by the loss. Give both one shape, e.g. by "
                          "target.unsqueeze(1) or output.squeeze(1).")
-    if is_cross_entropy(loss_func) and pred.ndim >= 2 and target.shape != pred.shape:
-        _check_labels(pred, target)
-        labels = target[target != ignored_label(loss_func)]
-        if labels.numel() and not (labels.min() >= 0 and labels.max() < pred.shape[1]):
-            raise ValueError(f"labels must be 0..{pred.shape[1] - 1} for the model's {pred.shape[1]} outputs, got "
-                             f"{int(labels.min())}..{int(labels.max())}. Give the model one output per class, or "
-                             "number the labels from 0.")
-
-
-def _check_labels(pred: Tensor, target: Tensor) -> None:
+    if not is_cross_entropy(loss_func) or pred.ndim < 2 or target.shape == pred.shape:
+        return
     shape = (pred.shape[0], *pred.shape[2:])
     if target.shape != shape:
         one_column = target.shape == (shape[0], 1)
@@ -95,20 +89,24 @@ def _check_labels(pred: Tensor, target: Tensor) -> None:
                          f"{tuple(target.shape)}. {hint}.")
     if target.dtype not in (torch.int64, torch.uint8):
         raise ValueError(f"labels must be int64 class indices, got {describe(target)}. Call target.long().")
+    labels = target[target != ignored_label(loss_func)]
+    if labels.numel() and not (labels.min() >= 0 and labels.max() < pred.shape[1]):
+        raise ValueError(f"labels must be 0..{pred.shape[1] - 1} for the model's {pred.shape[1]} outputs, got "
+                         f"{int(labels.min())}..{int(labels.max())}. Give the model one output per class, or number "
+                         "the labels from 0.")
 
 
 def check_loss(loss: Any) -> None:
     """Raise ValueError or TypeError if `loss` cannot be trained on."""
-    given = describe(loss) if isinstance(loss, Tensor) else f"{loss!r:.80} ({type(loss).__name__})"
+    wanted = "loss_func must return a scalar tensor with grad, got"
     if not isinstance(loss, Tensor):
         hint = " A sum and its count are a tuple: return (sum, count)." if isinstance(loss, list) else ""
-        raise TypeError(f"loss_func must return a scalar tensor with grad, got {given}.{hint}")
+        raise TypeError(f"{wanted} {quoted(loss)}.{hint}")
     if loss.ndim:
-        raise ValueError(f"loss_func must return a scalar tensor with grad, got {given}. "
-                         "Did you leave reduction='none'?")
+        raise ValueError(f"{wanted} {describe(loss)}. Did you leave reduction='none'?")
     if not loss.requires_grad:
-        raise ValueError(f"loss_func must return a scalar tensor with grad, got {given} without. Was the model's "
-                         "output detached, or does the loss go through .item(), .argmax() or integers?")
+        raise ValueError(f"{wanted} {describe(loss)} without. Was the model's output detached, or does the loss go "
+                         "through .item(), .argmax() or integers?")
 
 
 def check_passes(what: str, n_seen: int, n_expected: int | None = None) -> None:

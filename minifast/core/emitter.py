@@ -20,8 +20,10 @@ class Emitter:
 
     def __init__(self, callbacks: Iterable[Callback], state: State) -> None:
         self.state, self.callbacks = state, sorted(callbacks, key=lambda cb: cb.order)
-        self.hooks = {event: tuple(getattr(cb, name) for cb in self.callbacks if _overrides(cb, name))
-                      for name, event in EVENTS.items()}
+        self.hooks: dict[Event, tuple[Any, ...]] = {}
+        for name, event in EVENTS.items():
+            hooks = [getattr(cb, name) for cb in self.callbacks]
+            self.hooks[event] = tuple(hook for hook in hooks if getattr(hook, "__func__", hook) is not event)
 
     def evaluating(self) -> ExitStack:
         """The block in which the model is looked at: what callbacks change for it is put back at its end."""
@@ -38,10 +40,7 @@ class Emitter:
 
     @contextmanager
     def fit(self) -> Iterator[None]:
-        """`before_fit` of all on entering; `after_fit`, last first, of those that came so far, however it ends.
-
-        Every `after_fit` runs, even if another fails; the first failure is the one that is raised.
-        """
+        """`before_fit` of all; at the end `after_fit`, last first, of all that came. Raises the first failure."""
         opened: list[Callback] = []
         failure: BaseException | None = None
         try:
@@ -59,11 +58,11 @@ class Emitter:
                     failure = error
                 else:
                     failure.add_note(f"and then {type(cb).__name__}.after_fit failed: {error!r}")
-        if failure is not None:
-            try:
+        try:
+            if failure is not None:
                 raise failure
-            finally:
-                del failure  # its traceback holds this frame: a cycle, in which the state would live on
+        finally:
+            del failure  # its traceback holds this frame: a cycle, in which the state would live on
 
     def _call(self, event: Event, cb: Callback) -> None:
         hook = getattr(cb, event.__name__)
@@ -76,16 +75,14 @@ class Emitter:
     def _explain(self, event: Event, hook: Any, error: Exception) -> None:
         owner = type(getattr(hook, "__self__", hook)).__name__
         where = f"in {owner}.{event.__name__}: epoch {self.state.epoch}, step {self.state.step}"
-        if isinstance(error, Cancel):
-            kind = next(kind for kind in (CancelBatch, CancelEpoch, CancelFit, Cancel) if isinstance(error, kind))
-            meant_for = _MEANT_FOR.get(kind, ())
-            if event.__name__ in meant_for:
-                return
+        if not isinstance(error, Cancel):
+            return error.add_note(where)
+        meant_for = next((names for kind, names in _MEANT_FOR.items() if isinstance(error, kind)), ())
+        if event.__name__ not in meant_for:
             wrong = RuntimeError(f"{type(error).__name__} has no meaning in {event.__name__}: raise it in one of "
                                  f"{', '.join(name for name in EVENTS if name in meant_for)}.")
             wrong.add_note(where)
             raise wrong from error
-        error.add_note(where)
 
 
 def evaluating(callbacks: Iterable[Callback], model: nn.Module) -> ExitStack:
@@ -119,8 +116,3 @@ def _explained(cb: Callback, model: nn.Module) -> Iterator[None]:
         raise
     finally:
         del inside  # its traceback holds this frame
-
-
-def _overrides(cb: Callback, name: str) -> bool:
-    hook = getattr(cb, name)
-    return getattr(hook, "__func__", hook) is not EVENTS[name]

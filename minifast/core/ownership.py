@@ -4,7 +4,7 @@ from typing import Any, Protocol, cast
 
 from torch import Tensor
 
-from ..errors import check_items
+from ..errors import check_items, quoted
 from .callback import Callback
 from .state import State
 
@@ -14,17 +14,12 @@ FINITE_CHECK = "the finite check"  # refuses updates that are not finite
 
 
 class FiniteCheck(Protocol):
-    """What others ask of the callback that refuses updates which are not finite."""
+    """What others ask of the callback that refuses updates which are not finite: see `FiniteLoss`."""
 
-    def check(self, state: State) -> None:
-        """Raise what was found so far: for what is about to keep the weights."""
-
-    def check_gradient(self, state: State, norm: Tensor) -> None:
-        """Refuse the gradient of this update if its `norm`, (), is not finite: for what clips, in `before_step`."""
-
+    def check(self, state: State) -> None: ...
+    def check_gradient(self, state: State, norm: Tensor) -> None: ...
     @property
-    def to_zero(self) -> Tensor | None:
-        """() bool on the device, where a refused gradient is to be zeroed since the optimizer does not skip it."""
+    def to_zero(self) -> Tensor | None: ...
 
 
 def check_callbacks(callbacks: Any, where: str) -> list[Callback]:
@@ -34,12 +29,10 @@ def check_callbacks(callbacks: Any, where: str) -> list[Callback]:
     checked = check_items(where, callbacks, "a list of callbacks")
     for callback in checked:
         if isinstance(callback, type):
-            name = callback.__name__
-            raise TypeError(f"{where} must hold callbacks, but {name} is a class: pass an instance, did you mean "
-                            f"{name}(...)?")
+            raise TypeError(f"{where} must hold callbacks, but {callback.__name__} is a class: pass an instance, did "
+                            f"you mean {callback.__name__}(...)?")
         if not isinstance(callback, Callback):
-            raise TypeError(f"{where} must hold callbacks, got {callback!r:.80} ({type(callback).__name__}). "
-                            "Subclass minifast.Callback.")
+            raise TypeError(f"{where} must hold callbacks, got {quoted(callback)}. Subclass minifast.Callback.")
     return checked
 
 
@@ -51,12 +44,10 @@ def resolve(learners: Sequence[Callback], fits: Sequence[Callback]) -> list[Call
     """
     taken = {hyper for callback in fits for hyper in callback.owns}
     callbacks = [callback for callback in learners if not taken & set(callback.owns)] + list(fits)
-    seen: set[int] = set()
     owners: dict[str, Callback] = {}
-    for callback in callbacks:
-        if id(callback) in seen:
+    for i, callback in enumerate(callbacks):
+        if any(callback is other for other in callbacks[:i]):
             raise ValueError(f"the same callback is given twice: {callback!r:.200}. Make a second one if you want two.")
-        seen.add(id(callback))
         for hyper in callback.owns:
             if hyper in owners:
                 raise ValueError(f"both {owners[hyper]!r:.200} and {callback!r:.200} set {hyper!r}, one would "

@@ -4,7 +4,7 @@
 and its state is the only argument of theirs. This file imports `callback` for annotations alone.
 """
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from typing import TYPE_CHECKING, Any
@@ -15,9 +15,9 @@ from torch.optim import Optimizer
 
 from ..base.batch import Batch, UnpackBatch
 from ..base.losses import Weight
+from ..data.waiting import Waiting
 from ..machine.signals import DeferredInterrupt
 from ..record.record import FitRecord
-from .source import Source
 from .window import Window
 
 if TYPE_CHECKING:
@@ -26,13 +26,41 @@ if TYPE_CHECKING:
 log = logging.getLogger("minifast")
 
 
+@dataclass
+class Entry:
+    """Where a resumed fit enters its first epoch."""
+
+    n_done: int  # batches of the epoch that are behind
+    iterator: Iterator[Batch] | None = None  # the rest of the pass; None: a new pass
+    limit: int | None = None  # the epoch ends before batch `limit`; None: with its loader
+    is_cut: bool = False  # the rest of the epoch is left out
+    window: Mapping[str, Any] | None = None  # the gradients that were gathered, if a window was open
+
+
+@dataclass(slots=True)
+class Source:
+    """The passes of one fit over its training data; `passes.training_pass` reads and writes it."""
+
+    limit: int | None = None  # batches per epoch at most; None: all that the loader has
+    waiting: Waiting = field(default_factory=Waiting)  # how long training waited for its batches so far
+    newest: Batch = None  # the newest training batch as its loader gave it: what a checkpoint compares
+    entry: Entry | None = None  # where a resumed fit enters its first epoch; the pass takes it
+
+    def take_entry(self) -> Entry:
+        """Where the pass that begins now enters its epoch: at its start, but in the first epoch of a resumed fit."""
+        entry, self.entry = self.entry or Entry(0, limit=self.limit), None
+        return entry
+
+    def note(self, batch: Batch) -> None:
+        self.newest = batch
+
+
 @dataclass(slots=True, repr=False)  # a repr of fields that are not set yet would be an error
 class State:
     """What one fit reads and changes; the only argument of every event, dropped when the fit ends.
 
     The first block is set before `before_fit` and holds for the whole fit. The fields without a value are written by
-    the loop as it goes: reading one too early is an AttributeError. There are no others: what a callback wants to
-    remember is kept by the callback.
+    the loop as it goes: reading one too early is an AttributeError. What a callback wants to remember, it keeps itself.
     """
 
     model: nn.Module
@@ -45,7 +73,6 @@ class State:
     unpack: UnpackBatch  # batch -> (inputs, target)
     group_names: tuple[str, ...]  # of the layer groups, first layers first
     lrs: tuple[float, ...]  # peak learning rate of each layer group; a schedule with peaks of its own replaces them
-    weight_decays: tuple[float, ...]  # of each of the optimizer's param_groups, as the fit began
     n_epochs: int | None  # None: until a callback ends the fit
     steps_per_epoch: int | None  # weight updates per epoch; None where only the finder trains on an unsized loader
     n_steps: int  # weight updates in the whole fit: the length of its schedules
@@ -53,6 +80,7 @@ class State:
     valid_sets: Sequence[tuple[str, Iterable[Batch]]]  # (name, loader) of each; a single one has the name ""
     callbacks: Sequence["Callback"]
     record: FitRecord  # its rows end with the newest step of this fit
+    weight_decays: tuple[float, ...] = ()  # of each of the optimizer's param_groups, as the fit began
     accumulate: int = 1  # micro-batches per weight update
     n_batches: int | None = None  # micro-batches per epoch, as far as that is known
     norms_in_eval: tuple[nn.Module, ...] = ()  # frozen norm layers that do not train

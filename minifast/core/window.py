@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..base.losses import Weight, nonzero
+from ..base.nest import to_device
 from ..optim import fused
 
 
@@ -15,23 +16,26 @@ class Window:
     """Adds up the gradients of `size` micro-batches so that they are those of one big batch.
 
     The big batch's loss is the mean over its samples (or tokens, ...: whatever the losses are means over). So each
-    micro-batch's mean is weighted by its samples, relative to the first one's: even micro-batches are not scaled at
-    all before the division at the end. The last window of an epoch, after batch `n_batches` (None: unknown), may be
-    short. A window that lost a micro-batch is dropped whole.
+    micro-batch's mean is weighted by its samples, relative to the first one's: even ones are not scaled before the
+    division at the end. The last window of an epoch, after batch `n_batches` (None: unknown), may be short. A window
+    that lost a micro-batch is dropped whole.
     """
 
     def __init__(self, opt: Optimizer, size: int, n_batches: int | None) -> None:
         self._size, self._n_batches = size, n_batches
         self._params = [p for group in opt.param_groups for p in group["params"]]
         self._is_dropped = self.is_full = False
-        self._is_sum = self.is_open = False
         self._one, self._run = torch.ones(()), fused.backward()
-        self._loss: Any = 0.0  # the sum of the losses so far, or the one there is
-        self._unit: float = 1  # the weight of the first micro-batch
-        self.weight: Weight = 0  # what the losses so far are means over
         self.loss_scale: Tensor | None = None  # () the gradient that backward begins with, if not 1: for fp16
         self._forget()
         opt.zero_grad()
+
+    def _forget(self) -> None:
+        self._is_sum = self._size > 1
+        self._loss: Any = 0.0  # the sum of the losses so far, or the one there is
+        self._unit: float = 1  # the weight of the first micro-batch
+        self.weight: Weight = 0  # what the losses so far are means over
+        self.is_open = False  # whether gradients wait for a step
 
     def admits(self, batch_index: int) -> bool:
         """Batch `batch_index` of the epoch begins: whether its window is still wanted."""
@@ -45,13 +49,12 @@ class Window:
         if not self._is_sum:
             self._back(loss)
             self._loss, self.weight = loss.detach(), weight
-        elif isinstance(weight, Tensor):
-            self._back(loss * weight / self._unit)  # in this order: an integer tensor / 5 would be float32
-            self._loss = loss.detach() * weight + self._loss
-            self.weight = self.weight + weight
         else:
-            self._unit = self._unit if self.is_open else weight or 1
-            self._back(loss if weight == self._unit else loss * (weight / self._unit))
+            if isinstance(weight, Tensor):
+                self._back(loss * weight / self._unit)  # in this order: an integer tensor / 5 would be float32
+            else:
+                self._unit = self._unit if self.is_open else weight or 1
+                self._back(loss if weight == self._unit else loss * (weight / self._unit))
             self._loss = loss.detach() * weight + self._loss
             self.weight = self.weight + weight
         self.is_open = True
@@ -111,11 +114,9 @@ class Window:
             raise ValueError(f"this is not the state of a window of gradients: {saved!r:.200}")
         for p, grad in zip(self._params, saved["grads"], strict=True):
             p.grad = None if grad is None else grad.to(p.device, copy=True)
-        self._is_sum, self._unit, self._is_dropped = saved["is_sum"], saved["unit"], saved["is_dropped"]
+        self._is_sum, self.is_open, self._is_dropped = flags
         device = self._params[0].device if self._params else torch.device("cpu")
-        self._loss, self.weight = (value.to(device) if isinstance(value, Tensor) else value
-                                   for value in (saved["loss"], saved["weight"]))
-        self.is_open = saved["is_open"]
+        self._loss, self._unit, self.weight = to_device(numbers, device)
 
     def _back(self, loss: Tensor) -> None:
         """`loss.backward(self.loss_scale)`, by the shortest way."""
@@ -131,11 +132,6 @@ class Window:
 
     def _grads(self) -> list[Tensor]:
         return [p.grad for p in self._params if p.grad is not None]
-
-    def _forget(self) -> None:
-        self._is_sum = self._size > 1
-        self._loss, self._unit, self.weight = 0.0, 1, 0
-        self.is_open = False  # whether gradients wait for a step
 
 
 def _is_number(value: Any) -> bool:

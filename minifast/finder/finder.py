@@ -49,11 +49,8 @@ class LRFinder(Callback):
         self._forget()
 
     def _forget(self) -> None:
-        self._lrs: list[float] = []
-        self._losses: list[float] = []
-        self._smooth: list[float] = []
+        self._rows: list[tuple[float, float, float]] = []  # learning rate, loss, smoothed loss
         self._ema, self._best, self._stopped = Ema(), math.inf, CUT_SHORT
-        self._is_done = False
         self._pass_length: int | None = None
 
     def ramps(self, group_names: Sequence[str]) -> tuple[tuple[float, float], ...]:
@@ -76,34 +73,26 @@ class LRFinder(Callback):
     def after_step(self, state: State) -> None:
         loss = float(state.step_loss)  # the one place that waits for the device: it has to know when to stop
         smooth = self._ema.add(loss)
-        self._lrs.append(self._newest[-1])
-        self._losses.append(loss)
-        self._smooth.append(smooth)
+        self._rows.append((self._newest[-1], loss, smooth))
         self._best = min(self._best, smooth)
         if not math.isfinite(loss):
             self._stopped = f"the loss is {loss}"
         elif self.stop_div and state.step >= self.num_it // 10 and smooth > self._best + 3 * abs(self._best):
             self._stopped = "the loss diverged"
-        elif len(self._lrs) == self.num_it:
+        elif len(self._rows) == self.num_it:
             self._stopped = ALL_TRIED
-        else:
-            return
-        self._is_done = True
 
     def after_batch(self, state: State) -> None:
-        self._end()  # not in after_step: other callbacks are to hear of the last step too
+        if self._stopped != CUT_SHORT:  # not in after_step: other callbacks are to hear of the last step too
+            raise CancelFit
 
     def after_epoch(self, state: State) -> None:
         self._pass_length = self._pass_length or state.step
-        self._end()
-
-    def _end(self) -> None:
-        if self._is_done:
-            raise CancelFit
+        self.after_batch(state)
 
     def result(self) -> LRFind:
         """What was found. Fewer than about 10 usable points, or no descent: no suggestions, and the reason."""
-        lrs, losses, smooth = np.array(self._lrs), np.array(self._losses), np.array(self._smooth)
+        lrs, losses, smooth = np.array(self._rows, dtype=float).reshape(-1, 3).T.copy()
         exploded = self._stopped not in (ALL_TRIED, CUT_SHORT)
         verdict, reason = judge(lrs, losses, smooth, self.num_it, self._stopped, exploded)
         found = suggested(lrs, smooth, self.num_it, verdict)
@@ -114,8 +103,7 @@ class LRFinder(Callback):
 def _check_ramp(starts: Sequence[float], ends: Sequence[float]) -> None:
     for start, end in zip(starts, ends, strict=True):
         if start >= end:
-            raise ValueError(f"start_lr must be below end_lr, got {start:g} and {end:g}. "
-                             "Pass e.g. lr_find(1e-7, 10).")
+            raise ValueError(f"start_lr must be below end_lr, got {start:g} and {end:g}. Pass e.g. lr_find(1e-7, 10).")
         if not math.isfinite(end / start):
             raise ValueError(f"start_lr={start:g} and end_lr={end:g} are so far apart that their ratio is infinite. "
                              "Pass e.g. lr_find(1e-7, 10).")

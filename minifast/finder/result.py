@@ -23,7 +23,7 @@ class LRFind:
     """What the LR finder found. Arrays are float64, one entry per weight update, the last one included.
 
     Of several runs (`lr_find(repeats=3)`) the curves are the median at each learning rate that more than half of the
-    runs reached; a run that stopped before counts as above all others there. The suggestions are read off that curve.
+    runs reached; a run that stopped before counts as above all others. The suggestions are read off that curve.
     """
 
     lrs: Column  # learning rate of the last layer group, (n,)
@@ -53,31 +53,23 @@ class LRFind:
 
     def __str__(self) -> str:
         """The run in words: what people ask about it."""
-        n, several = len(self.lrs), len(self.runs) > 1
+        n, (first, *others) = len(self.lrs), self.runs
         passes = f" = {n / self.pass_length:.1f} epochs of {self.pass_length} batches" if self.pass_length else ""
-        ended = f"stopped at {self.lrs[-1]:.2g} because {self.stopped}" if n else f"stopped because {self.stopped}"
-        runs = f"median of {len(self.runs)} runs, " if several else ""
-        found = ", ".join(f"{rule} {lr:.2e}{self._spread(rule) if several else ''}"
-                          for rule, lr in self.suggestions.items() if lr is not None)
+        at = f" at {self.lrs[-1]:.2g}" if n else ""
+        runs = f"median of {len(self.runs)} runs, " if others else ""
+        spread = {rule: " ({:.1e} to {:.1e})".format(*ends) for rule, ends in self.spread.items() if ends and others}
+        found = ", ".join(f"{rule} {lr:.2e}{spread.get(rule, '')}" for rule, lr in self.suggestions.items()
+                          if lr is not None)
         verdict = f"verdict: {self.verdict}" + (f" ({self.reason})" if self.reason else "")
-        return (f"{runs}{n} learning rates{passes}; training loss; {ended}\n"
-                f"suggestions: {found + '; ' if found else 'none, '}{verdict}{self._note()}")
-
-    def _spread(self, rule: str) -> str:
-        lowest, highest = self.spread[rule] or (math.nan, math.nan)
-        return f" ({lowest:.1e} to {highest:.1e})"
-
-    def _note(self) -> str:
-        """Said of runs that could not differ: they look like certainty and are none."""
-        first, *others = self.runs
         same = others and all(np.array_equal(run.losses, first.losses, equal_nan=True) for run in others)
-        return "; all runs are the same, for neither data order nor model is random" if same else ""
+        note = "; all runs are the same, for neither data order nor model is random" if same else ""
+        return (f"{runs}{n} learning rates{passes}; training loss; stopped{at} because {self.stopped}\n"
+                f"suggestions: {found + '; ' if found else 'none, '}{verdict}{note}")
 
     def __repr__(self) -> str:
         """Short: a notebook shows it below the lines that `lr_find` has printed."""
-        runs = f"{len(self.runs)} runs, " if len(self.runs) > 1 else ""
-        return (f"LRFind(suggestion={self.suggestion}, {self.verdict}, {runs}{len(self.lrs)} learning rates, "
-                f"{self.stopped})")
+        runs = f"{len(self.runs)} runs, " * (len(self.runs) > 1) + f"{len(self.lrs)} learning rates"
+        return f"LRFind(suggestion={self.suggestion}, {self.verdict}, {runs}, {self.stopped})"
 
     def plot(self, skip_start: int = 10, skip_end: int = 5, suggestions: bool = True, *,
              ax: "Axes | None" = None) -> "Axes":
@@ -95,18 +87,15 @@ class LRFind:
         lrs, losses = self.lrs[shown], self.smooth_losses[shown]
         ax = plots.axes(ax)
         ax.plot(lrs, losses, color="C0")
-        highest = losses
-        if self.band is not None:
-            low, highest = (edge[shown] for edge in self.band)
-            if np.isfinite(low).any():  # a band without a point has no limits: on a log axis that is an error
-                ax.fill_between(lrs, low, highest, color="C0", alpha=0.2, linewidth=0, label=f"{len(self.runs)} runs")
+        low, highest = (losses, losses) if self.band is None else (edge[shown] for edge in self.band)
+        if self.band is not None and np.isfinite(low).any():  # on a log axis a band without a point is an error
+            ax.fill_between(lrs, low, highest, color="C0", alpha=0.2, linewidth=0, label=f"{len(self.runs)} runs")
         finite = losses[np.isfinite(losses)]
-        if finite.size:
-            top = max(finite[0], finite.min() + 4 * abs(finite.min()))
-            if np.nanmax(highest) > 2 * top > 0:  # without stop_div: the explosion would flatten what there is to see
-                ax.set_ylim(top=1.1 * top)
+        top = max(finite[0], finite.min() + 4 * abs(finite.min())) if finite.size else 0.0
+        if top > 0 and np.nanmax(highest) > 2 * top:  # without stop_div: the explosion would flatten all the rest
+            ax.set_ylim(top=1.1 * top)
         ax.set(xscale="log", xlabel="learning rate", ylabel="training loss (smoothed)")
-        marked = [(rule, lr) for rule, lr in self.suggestions.items() if lr is not None] if suggestions else []
+        marked = [(rule, lr) for rule, lr in self.suggestions.items() if lr is not None and suggestions]
         for i, (rule, lr) in enumerate(marked):
             ax.plot(lr, np.interp(math.log(lr), np.log(self.lrs), self.smooth_losses), "o", color=f"C{i + 1}",
                     label=f"{rule}: {lr:.2e}")

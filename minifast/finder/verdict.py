@@ -3,27 +3,19 @@ import numpy as np
 
 from ..suggest import MIN_POINTS, Curve, largest_fall, needed_fall, suggestions, usable
 
-OK = "ok"
-FLAT = "flat"
-NOISY = "too noisy"
-EDGE = "at the edge of the range"
-SHORT = "too few points"
+OK, FLAT, NOISY, EDGE, SHORT = "ok", "flat", "too noisy", "at the edge of the range", "too few points"
 
-# The figures below are those of tests/benchmarks/finder.py.
 # A descent has to exceed the scatter of the batch losses. Smoothed white noise of 100 points falls by 0.35 of its
-# scatter (median of 400 draws; 95 %: 0.73, 99 %: 0.97); of 40 points by 0.43 (95 %: 0.95, 99 %: 1.41). A convnet on
-# digits falls by 6 to 12 before it is trained; afterwards there is little left to learn, and it falls by 0.1 to 1.0.
+# scatter (median of 400 draws of tests/benchmarks/finder.py; 99 %: 0.97). A convnet on digits falls by 6 to 12 before
+# it is trained, by 0.1 to 1.0 afterwards.
 MIN_FALL_OF_SCATTER = 1.0
-
 # Where the fall is lost in the scatter: with less scatter than 10 % of the loss's level, a descent worth having would
-# have shown, so the curve is flat; with more, nobody can tell. The same convnet scatters by 3 to 8 % when new, by 28 to
-# 76 % when trained.
+# have shown, so the curve is flat; with more, nobody can tell. That convnet scatters by 3 to 8 % when new, later by 28
+# to 76 %.
 MAX_SCATTER_OF_FLAT = 0.1
-
 # What counts as falling (or rising) at an end of the range: the means of two neighbouring tenths of the rates differ by
 # more than 3 standard errors, by more than a descent needs, and by more than 5 % of the whole descent.
-STANDARD_ERRORS = 3.0
-SHARE_OF_DESCENT = 0.05
+STANDARD_ERRORS, SHARE_OF_DESCENT = 3.0, 0.05
 
 
 def judge(lrs: Curve, losses: Curve, smooth_losses: Curve, num_it: int, stopped: str,
@@ -36,12 +28,9 @@ def judge(lrs: Curve, losses: Curve, smooth_losses: Curve, num_it: int, stopped:
     * "flat": the loss does not fall by more than 1 % of its level and by more than its noise.
     * "too noisy": it falls by no more than the losses of single batches scatter, and those scatter widely.
 
-    Args:
-        lrs: shape (N,), positive and increasing.
-        losses: shape (N,), the batch losses; the last may be nan or inf.
-        smooth_losses: shape (N,), the same smoothed.
-        num_it: learning rates that the finder was asked to try.
-        stopped: why it ended, in words; `exploded`: whether that was the loss.
+    lrs, losses, smooth_losses: shape (N,); the rates increase, the last loss may be nan or inf.
+    num_it: learning rates that the finder was asked to try.
+    stopped: why it ended, in words; exploded: whether that was the loss.
 
     >>> lrs = np.geomspace(1e-7, 10, 100)
     >>> losses = 2 - 1.5 / (1 + (0.003 / lrs)) + (lrs / 2) ** 2
@@ -59,13 +48,11 @@ def judge(lrs: Curve, losses: Curve, smooth_losses: Curve, num_it: int, stopped:
         scatter, fall, needed = _scatter(usable(lrs, losses, num_it)[1]), largest_fall(kept), needed_fall(kept)
         width = max(3, min(num_it // 10, n // 4))
         enough = max(needed, STANDARD_ERRORS * scatter * np.sqrt(2 / width), SHARE_OF_DESCENT * fall)
-        first = _fall(losses[: 2 * width])
+        first, hint = _fall(losses[: 2 * width]), f"try a smaller start_lr, e.g. {lrs[0] / 100:.1g}"
         if first > enough:
-            return EDGE, (f"the loss falls by {first:.3g} within the first {2 * width} learning rates already; try a "
-                          f"smaller start_lr, e.g. {lrs[0] / 100:.1g}")
+            return EDGE, f"the loss falls by {first:.3g} within the first {2 * width} learning rates already; {hint}"
         if reason and -first > enough:
-            return EDGE, (f"the loss rises from the first learning rates on, by {-first:.3g} within {2 * width}; try "
-                          f"a smaller start_lr, e.g. {lrs[0] / 100:.1g}")
+            return EDGE, f"the loss rises from the first learning rates on, by {-first:.3g} within {2 * width}; {hint}"
         if reason:
             at = f"{stopped} at {lrs[-1]:.2g}, after {n} learning rates: " if exploded else ""
             return FLAT, at + reason

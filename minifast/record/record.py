@@ -157,7 +157,7 @@ class FitRecord:
         for i, name in enumerate(name for name in tables.columns(self.epochs) if _is_valid_loss(name)):
             points = [(end - 1, row[name]) for end, row in zip(self.epoch_ends, self.epochs, strict=True)
                       if name in row]
-            label = ", ".join(["validation", *filter(None, [name.removesuffix("valid_loss").rstrip("_")])])
+            label = f"validation, {name}".removesuffix("valid_loss").rstrip("_, ")
             ax.plot(*zip(*points, strict=True), color=f"C{1 + i % 9}", marker="o", label=label)
         finite = losses[np.isfinite(losses)]
         if finite.size and finite.min() > 0 and finite.max() > 100 * np.median(finite):
@@ -177,16 +177,13 @@ class FitRecord:
         ax = plots.axes(ax)
         metrics = list(dict.fromkeys(name.removeprefix("train_") for name in names))
         for name in names:
-            rows = [(row["epoch"], row[name]) for row in self.epochs if name in row]
-            color = metrics.index(name.removeprefix("train_")) % 10
-            ax.plot(*zip(*rows, strict=True), color=f"C{color}", marker="o", label=name,
-                    linestyle="--" if name.startswith("train_") else "-")
+            points = [(row["epoch"], row[name]) for row in self.epochs if name in row]
+            ax.plot(*zip(*points, strict=True), color=f"C{metrics.index(name.removeprefix('train_')) % 10}", marker="o",
+                    label=name, linestyle="--" if name.startswith("train_") else "-")
         plots.count_on_x(ax, "epoch")
         ax.set_ylabel(names[0] if len(names) == 1 else "metric")
-        if len(names) > 4:  # above the axes: inside, they would hide the curves
-            ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, fontsize="small")
-        else:
-            ax.legend()
+        above: Any = {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": 3, "frameon": False, "fontsize": "small"}
+        ax.legend(**above if len(names) > 4 else {})  # above the axes: inside, so many would hide the curves
         return ax
 
     def _check_any(self) -> None:
@@ -203,9 +200,9 @@ class FitRecord:
         else:
             lrs = ["lr"] if len(self.group_names) == 1 else [f"lr_{name}" for name in self.group_names]
             names = ["step", *lrs, "momentum", "loss", "smooth_loss", *self.columns]
-            columns = (*self.lr_columns, self.mom_column, self.losses.tolist(), self.smooth_losses.tolist(),
-                       *(self.column(name).tolist() for name in self.columns))
-            rows = [[step, *values] for step, values in enumerate(zip(*columns, strict=True))]
+            columns = (range(len(self)), *self.lr_columns, self.mom_column, self.losses.tolist(),
+                       self.smooth_losses.tolist(), *(self.column(name).tolist() for name in self.columns))
+            rows = list(map(list, zip(*columns, strict=True)))
         with open(path, "w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([names, *rows])
 

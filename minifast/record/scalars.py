@@ -15,7 +15,7 @@ class ScalarColumn:
     """Append 0-dimensional tensors (or numbers) without waiting for the device; read them as float64.
 
     What was appended stays on the device until someone reads, or until 1,024 are waiting: then all of it comes over
-    in one copy. So a run of any length holds 8 bytes a row and at most 1,024 small tensors.
+    in one copy, to 8 bytes a row.
 
     >>> column = ScalarColumn()
     >>> column.append(torch.tensor(0.5)); column.append(torch.tensor(2.0))
@@ -52,8 +52,7 @@ class ScalarColumn:
     def _flush(self) -> None:
         tensors = [value for value in self._waiting if isinstance(value, Tensor)]
         if tensors:
-            # .cpu() first: some accelerators have no float64
-            read = iter(torch.stack(tensors).cpu().double().tolist())
+            read = iter(torch.stack(tensors).cpu().double().tolist())  # .cpu() first: some devices have no float64
             self._values.extend(next(read) if isinstance(value, Tensor) else value for value in self._waiting)
             self._waiting.clear()
 

@@ -29,8 +29,7 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 from ..base import rng
 from ..base.batch import Batch
 from ..base.nest import tensors
-from ..core.source import Entry
-from ..core.state import State
+from ..core.state import Entry, State
 from ..core.window import Window
 from ..data.feed import begin, end_workers
 from ..data.tensor_loader import TensorLoader

@@ -29,19 +29,18 @@ class PiecewiseLR(Scheduler):
         try:
             pieces = tuple((share, piece) for share, piece in check_items("pieces", self.pieces, "pairs"))
         except (TypeError, ValueError):
-            raise TypeError(f"pieces must be (share, schedule) pairs, got {self.pieces!r:.80}.") from None
-        for i, (share, piece) in enumerate(pieces):
-            check_number(f"the share in pieces[{i}]", share, above=0, maximum=1)
-            if not isinstance(piece, Scheduler):
-                raise TypeError(f"pieces must be (share, schedule) pairs, got {piece!r:.80} as a schedule.")
-        total = sum(share for share, _ in pieces)
+            pieces = ((1, None),)  # refused in the next line
+        if not all(isinstance(piece, Scheduler) for _, piece in pieces):
+            raise TypeError(f"pieces must be (share, schedule) pairs, got {self.pieces!r:.80}.")
+        total = sum(check_number(f"the share in pieces[{i}]", pair[0], above=0, maximum=1)
+                    for i, pair in enumerate(pieces))
         if not math.isclose(total, 1, abs_tol=1e-6):
             raise ValueError(f"the shares of the pieces must add up to 1, got {total:g}.")
-        if len({piece.owns for _, piece in pieces}) > 1:
-            raise ValueError(f"the pieces must own the same hyper-parameters, got "
-                             f"{', '.join('+'.join(piece.owns) for _, piece in pieces)}.")
+        owned = [piece.owns for _, piece in pieces]
+        if len(set(owned)) > 1:
+            raise ValueError(f"the pieces must own the same hyper-parameters, got {', '.join(map('+'.join, owned))}.")
         object.__setattr__(self, "pieces", pieces)
-        object.__setattr__(self, "owns", pieces[0][1].owns)
+        object.__setattr__(self, "owns", owned[0])
 
     def value(self, hyper: str, step: int, n_steps: int) -> float:
         i, start, end = piece_at(step, n_steps, [share for share, _ in self.pieces])
@@ -49,14 +48,11 @@ class PiecewiseLR(Scheduler):
 
     def cycle_ends(self, n_steps: int) -> tuple[int, ...]:
         """Where the cycles of the pieces end in a falling rate (a warm-up is no cycle), and the last step."""
-        shares = [share for share, _ in self.pieces]
-        ends = {n_steps - 1}
-        start = 0
+        ends, start = {n_steps - 1}, 0
         while start < n_steps and "lr" in self.owns:
-            i, _, end = piece_at(start, n_steps, shares)
-            piece, n = self.pieces[i][1], end - start
-            ends |= {start + last for last in piece.cycle_ends(n)
-                     if last and piece.value("lr", last, n) < piece.value("lr", last - 1, n)}
+            i, _, end = piece_at(start, n_steps, [share for share, _ in self.pieces])
+            ends |= {start + last for last in self.pieces[i][1].cycle_ends(end - start)
+                     if last and self.value("lr", start + last, n_steps) < self.value("lr", start + last - 1, n_steps)}
             start = end
         return tuple(sorted(ends))
 
@@ -67,9 +63,9 @@ class Schedule(Scheduler):
 
     shapes: hyper-parameter -> function of the 0-based step and the number of steps, or the name of one, with its
     function as `shape`. "lr" and "weight_decay" are fractions of each group's own (so norms and biases stay without
-    decay); "momentum", and any other key of the optimizer's param_groups, is the value itself. What is scheduled is
-    restored when the fit ends, but for the learning rate, which every fit sets. Raises TypeError for what cannot be
-    called, and ValueError before the fit for a hyper-parameter that the optimizer does not have.
+    decay); "momentum", and any other key of the optimizer's param_groups, is the value itself. All but the learning
+    rate is restored when the fit ends. Raises TypeError for what cannot be called, and ValueError before the fit for a
+    hyper-parameter that the optimizer does not have.
 
     >>> from minifast.schedules import cosine
     >>> [round(wd, 3) for wd in Schedule("weight_decay", cosine).values(4)["weight_decay"]]
@@ -83,7 +79,7 @@ class Schedule(Scheduler):
         shapes: Any = {self.shapes: self.shape} if isinstance(self.shapes, str) else self.shapes
         if isinstance(shapes, tuple) and all(isinstance(pair, tuple) and len(pair) == 2 for pair in shapes):
             shapes = dict(shapes)  # the form in which it is kept
-        if not isinstance(shapes, Mapping) or not shapes:
+        if not (isinstance(shapes, Mapping) and shapes):
             raise TypeError(f"Schedule takes a name and a shape, or a dict of them, got {self.shapes!r:.80}. "
                             'Pass e.g. Schedule("weight_decay", cosine).')
         for hyper, shape in shapes.items():
@@ -101,13 +97,8 @@ class Schedule(Scheduler):
                                  f"{', '.join(state.opt.defaults)}.")
 
     def __repr__(self) -> str:
-        """With the names of its functions, not their addresses.
-
-        >>> from minifast.schedules import cosine
-        >>> Schedule({"lr": cosine})
-        Schedule({'lr': cosine})
-        """
-        shapes = [f"{hyper!r}: {getattr(shape, '__name__', repr(shape))}" for hyper, shape in dict(self.shapes).items()]  # type: ignore[arg-type]
+        """With the names of its functions, not their addresses: Schedule({'lr': cosine})."""
+        shapes = [f"{hyper!r}: {getattr(shape, '__name__', repr(shape))}" for hyper, shape in self.shapes]  # type: ignore[str-unpack]
         return f"Schedule({{{', '.join(shapes)}}})"
 
     def value(self, hyper: str, step: int, n_steps: int) -> float:

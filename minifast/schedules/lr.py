@@ -25,7 +25,6 @@ class ConstantLR(Scheduler):
     {'lr': [0.1, 0.1, 0.1]}
     """
 
-
     def value(self, hyper: str, step: int, n_steps: int) -> float:
         return shapes.constant(step, n_steps)
 
@@ -44,8 +43,8 @@ class LinearLR(Scheduler):
     end: float = 0.0
 
     def __post_init__(self) -> None:
-        _check_fraction("start", self.start)
-        _check_fraction("end", self.end)
+        _check_fraction("start", self.start, minimum=0)
+        _check_fraction("end", self.end, minimum=0)
 
     def value(self, hyper: str, step: int, n_steps: int) -> float:
         return shapes.linear(step, n_steps, self.start, self.end)
@@ -83,8 +82,8 @@ class PolynomialLR(Scheduler):
     power: float = 2.0
 
     def __post_init__(self) -> None:
-        _check_fraction("start", self.start)
-        _check_fraction("end", self.end)
+        _check_fraction("start", self.start, minimum=0)
+        _check_fraction("end", self.end, minimum=0)
         check_number("power", self.power, above=0)
 
     def value(self, hyper: str, step: int, n_steps: int) -> float:
@@ -98,8 +97,7 @@ class CircularLR(Scheduler):
     div: the peak divided by the lowest rate, > 0. cut_div: the cycle's length divided by the rise's, >= 1. n_cycles,
     cycle_mult: ints >= 1; cycle c is cycle_mult**c times as long as the first. moms: (high, low) momentum, cycled the
     other way round, each in [0, 1); None leaves it alone. A cycle shorter than cut_div steps rises for one step, with
-    a warning. Raises ValueError for values out of range. Source: fastai 0.7's `use_clr`; Smith 2015
-    (arXiv 1506.01186).
+    a warning. Raises ValueError for values out of range. Source: fastai 0.7's `use_clr`; Smith 2015 (arXiv 1506.01186).
 
     >>> [round(lr, 3) for lr in CircularLR(32, 5).values(15)["lr"]][::3]
     [0.031, 1.0, 0.758, 0.516, 0.273]
@@ -124,14 +122,11 @@ class CircularLR(Scheduler):
             warnings.warn(f"a cycle of {shortest} steps is shorter than cut_div={self.cut_div:g}: its rise takes one "
                           "step instead of none. Lower cut_div or train longer cycles.", stacklevel=2)
 
-    def cycle_ends(self, n_steps: int) -> tuple[int, ...]:
-        return shapes.cycle_ends(n_steps, self.n_cycles, self.cycle_mult)
-
     def value(self, hyper: str, step: int, n_steps: int) -> float:
         at, length = shapes.cycle_at(step, n_steps, self.n_cycles, self.cycle_mult)
         if hyper == "lr":
             return shapes.circular(at, length, self.div, self.cut_div)
-        return shapes.circular_momentum(at, length, self.cut_div, *_two(self.moms))
+        return shapes.circular_momentum(at, length, self.cut_div, *(self.moms or ()))
 
 
 @dataclass(frozen=True)
@@ -158,14 +153,11 @@ class CircularLRBeta(Scheduler):
         check_cycles(self.n_cycles, self.cycle_mult)
         own_momentum(self, self.moms)
 
-    def cycle_ends(self, n_steps: int) -> tuple[int, ...]:
-        return shapes.cycle_ends(n_steps, self.n_cycles, self.cycle_mult)
-
     def value(self, hyper: str, step: int, n_steps: int) -> float:
         at, length = shapes.cycle_at(step, n_steps, self.n_cycles, self.cycle_mult)
         if hyper == "lr":
             return shapes.circular_beta(at, length, self.div, self.pct)
-        return shapes.circular_beta_momentum(at, length, self.pct, *_two(self.moms))
+        return shapes.circular_beta_momentum(at, length, self.pct, *(self.moms or ()))
 
 
 @dataclass(frozen=True)
@@ -224,9 +216,6 @@ class CosineAnnealing(Scheduler):
         check_cycles(self.n_cycles, self.cycle_mult)
         check_number("warmup_frac", self.warmup_frac, minimum=0, maximum=1)
 
-    def cycle_ends(self, n_steps: int) -> tuple[int, ...]:
-        return shapes.cycle_ends(n_steps, self.n_cycles, self.cycle_mult)
-
     def value(self, hyper: str, step: int, n_steps: int) -> float:
         return shapes.cosine_restarts(step, n_steps, self.n_cycles, self.cycle_mult, self.warmup_frac)
 
@@ -262,17 +251,10 @@ def check_cycles(n_cycles: int, cycle_mult: int) -> None:
 
 def check_div(name: str, value: Any) -> None:
     """Raise ValueError unless the peak can be divided by `value`."""
-    check_number(name, value, above=0)
-    if value * MOST_TIMES < 1:
+    if check_number(name, value, above=0) * MOST_TIMES < 1:
         raise ValueError(f"{name} must be at least {1 / MOST_TIMES:g}, got {quoted(value)}.")
 
 
-def _check_fraction(name: str, value: Any, above: float | None = None) -> None:
-    check_number(name, value, above=above, minimum=0 if above is None else None)
-    if value > MOST_TIMES:
+def _check_fraction(name: str, value: Any, **least: Any) -> None:
+    if check_number(name, value, **least) > MOST_TIMES:
         raise ValueError(f"{name} must be at most {MOST_TIMES:g} times the peak, got {quoted(value)}.")
-
-
-def _two(moms: Moms) -> tuple[float, float]:
-    high, low = moms or (0.0, 0.0)
-    return high, low

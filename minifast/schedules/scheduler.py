@@ -1,7 +1,9 @@
-"""What every schedule callback has in common: it writes before each batch, and can be looked at before that."""
+"""What every schedule has in common: it writes before each batch, and can be looked at before that, as a plan."""
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..core.callback import Callback, Order
 from ..core.state import State
@@ -10,6 +12,7 @@ from ..optim.hypers import has_momentum, set_lrs, set_momentum
 from ..optim.rates import check_lr, spread_lrs
 from ..show.plots import plot_hypers
 from ..show.tables import Table
+from .shapes import cycle_ends
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,6 +28,8 @@ class Scheduler(Callback):
     order = Order.HYPER
     owns = ("lr",)
     max_lr: Any = None  # a peak of the schedule's own, in every form of a learning rate; None: the fit's
+    n_cycles: int = 1
+    cycle_mult: int = 1
 
     def value(self, hyper: str, step: int, n_steps: int) -> float:
         """What update `step` (0-based) of `n_steps` uses.
@@ -40,7 +45,7 @@ class Scheduler(Callback):
         >>> CircularLR(n_cycles=3).cycle_ends(15)
         (4, 9, 14)
         """
-        return (n_steps - 1,)
+        return cycle_ends(n_steps, self.n_cycles, self.cycle_mult)
 
     def check_steps(self, n_steps: int) -> None:
         """Warn or raise if `n_steps` updates are not what the schedule is made for."""
@@ -62,7 +67,6 @@ class Scheduler(Callback):
         """What each of `n_steps` updates will use: {"lr": [...], "momentum": [...]}, as far as it is scheduled.
 
         peak: the peak learning rate, > 0; None: the schedule's own `max_lr` (of the last layer group), else 1.0.
-
         Raises ValueError for n_steps < 1 and a peak that is no number > 0.
         """
         n_steps = check_int("n_steps", n_steps)
@@ -89,11 +93,57 @@ class Scheduler(Callback):
                            title=repr(self), ax=ax)
 
 
-def write(state: State, hyper: str, value: float) -> None:
-    """Write one scheduled value into the optimizer; learning rates are scaled by `state.lr_scale` here and only here.
+@dataclass(frozen=True, eq=False, repr=False)
+class Plan:
+    """The hyper-parameters of every step of a fit that has not been run; prints as a table of its epochs.
 
-    The values are plain floats.
+    values: "lr" -> (steps, layer groups), "momentum" and others -> (steps,), as far as they are scheduled; float64.
     """
+
+    n_epochs: int
+    steps_per_epoch: int
+    group_names: tuple[str, ...]
+    values: dict[str, NDArray[np.float64]]
+    title: str = ""
+
+    @property
+    def n_steps(self) -> int:
+        """Weight updates in the whole fit."""
+        return self.n_epochs * self.steps_per_epoch
+
+    def table(self) -> Table:
+        """What the first step of each epoch uses, and the last step of all: rows of epoch, step, lr, ..."""
+        steps = sorted({*range(0, self.n_steps, self.steps_per_epoch), self.n_steps - 1})
+        return Table({"epoch": step // self.steps_per_epoch, "step": step} | self._row(step) for step in steps)
+
+    def plot(self, *, ax: "Axes | None" = None) -> "Axes":
+        """Draw every scheduled hyper-parameter against the step."""
+        return plot_hypers(self.values, self.group_names, self.title, ax)
+
+    def __repr__(self) -> str:
+        return (f"{self.title}: {self.n_epochs} epochs of {self.steps_per_epoch} steps = {self.n_steps} weight "
+                f"updates; first step of each epoch, and the last\n{self.table()}")
+
+    def _row(self, step: int) -> dict[str, float]:
+        row: dict[str, float] = {}
+        for hyper, column in self.values.items():
+            values = np.atleast_1d(column[step]).tolist()
+            names = [hyper] if len(values) == 1 else [f"{hyper} {name}" for name in self.group_names]
+            row |= dict(zip(names, values, strict=True))
+        return row
+
+
+def plan_of(schedule: Scheduler, n_epochs: int, steps_per_epoch: int, group_names: tuple[str, ...], lr: Any) -> Plan:
+    """What a fit with `schedule` does to each layer group; lr: its peak, where the schedule has none of its own."""
+    lrs = np.array(spread_lrs(lr if schedule.max_lr is None else schedule.max_lr, group_names))
+    values = {hyper: np.array(column) for hyper, column in schedule.values(n_epochs * steps_per_epoch, 1.0).items()}
+    if "lr" in values:
+        values["lr"] = values["lr"][:, None] * lrs
+    return Plan(n_epochs, steps_per_epoch, group_names, values, repr(schedule))
+
+
+def write(state: State, hyper: str, value: float) -> None:
+    """Write one scheduled value into the optimizer; learning rates are scaled by `state.lr_scale`, only here."""
     if hyper == "lr":
         scale = value * state.lr_scale
         set_lrs(state.opt, [lr * scale for lr in state.lrs])
@@ -108,17 +158,14 @@ def write(state: State, hyper: str, value: float) -> None:
 
 
 def own_momentum(schedule: Scheduler, moms: Any, counts: tuple[int, ...] = (2,)) -> None:
-    """Check `moms` and make a frozen schedule their owner; a single number is a constant momentum.
-
-    Raises ValueError unless there are as many as one of `counts`, each in [0, 1).
-    """
+    """Check `moms`, as many as one of `counts`, and make a frozen schedule their owner; a number is a constant one."""
     if moms is None:
         return
     is_number = isinstance(moms, (int, float)) or getattr(moms, "ndim", None) == 0
     try:
-        values = (moms, moms) if is_number else tuple(check_items("moms", moms, "momentums"))
+        values = [moms, moms] if is_number else check_items("moms", moms, "momentums")
     except TypeError:
-        values = ()
+        values = []
     if len(values) not in counts:
         raise ValueError(f"moms must hold {' or '.join(map(str, counts))} momentums or be None, got {moms!r:.80}. "
                          "Pass e.g. moms=(0.95, 0.85).")

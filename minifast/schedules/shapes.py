@@ -1,9 +1,8 @@
 """Schedules as pure functions of (step, n_steps). Imports nothing but `math`.
 
-A learning-rate shape gives a *fraction of the peak* at 0-based `step` of `n_steps`: multiply it by the peak of each
-layer group. A momentum shape gives the momentum itself. Nothing here remembers anything, so a preview, a resumed run
-and a plot are the code that runs. `n_steps` counts weight updates; the value is the one that update `step` uses, so
-the value "at the end" (progress 1) is approached by the last update and never reached.
+A learning-rate shape gives a *fraction of the peak* at 0-based `step` of `n_steps` weight updates: multiply it by the
+peak of each layer group. A momentum shape gives the momentum itself. Nothing here remembers anything, so a preview, a
+resumed run and a plot are the code that runs. The end (progress 1) is approached by the last update and never reached.
 """
 import math
 from collections.abc import Callable, Sequence

@@ -16,10 +16,8 @@ class TimeLimit(Callback):
     Schedules run on the share of the time that is used up, or of the steps that are done, whichever is larger: so
     they reach their end when the fit ends, by the clock or by its epochs. The time counts from the first batch, with
     validation, and over a kill and resume. The fit ends with the first weight update after the time (or, where every
-    batch is cancelled, without one), validation and all: a little later than `minutes`. As the clock is never twice
-    the same, no two such fits have equal bits.
-
-    Raises ValueError unless minutes > 0.
+    batch is cancelled, without one), validation and all: a little later than `minutes`. No two such fits have equal
+    bits. Raises ValueError unless minutes > 0.
 
     >>> TimeLimit(minutes=30)
     TimeLimit(minutes=30.0)

@@ -29,18 +29,15 @@ class MeanOf:
 class MeanMeter:
     """The mean of a function's batch values, weighted by samples; with function None, of the loss by its weight."""
 
-    def __init__(self, name: str, function: Callable[[Any, Any], Any] | None) -> None:
+    def __init__(self, name: str, function: Any = None) -> None:
         self.name, self.columns = name, (name,)
         self.function = function.each if isinstance(function, MeanOf) else function
         self.finish = function.finish if isinstance(function, MeanOf) else float
 
     def reset(self, device: torch.device) -> None:
-        """A new pass begins."""
         self.values, self.weights = ScalarColumn(), ScalarColumn()
 
     def update(self, pred: Any, target: Any, n_samples: int) -> None:
-        """Take in one batch."""
-        assert self.function is not None
         self.add(self.function(pred, target), n_samples)
 
     def add(self, value: Any, weight: Weight) -> None:
@@ -53,22 +50,15 @@ class MeanMeter:
         self.weights.append(weight)
 
     def compute(self) -> dict[str, float]:
-        """The columns of the epoch row; nan for a mean over nothing."""
         weights = self.weights.read()
-        if not weights.any():
-            return {self.name: math.nan}
-        return {self.name: self.finish(float(np.average(self.values.read(), weights=weights)))}
+        mean = float(np.average(self.values.read(), weights=weights)) if weights.any() else None
+        return {self.name: math.nan if mean is None else self.finish(mean)}
 
     def state_dict(self) -> dict[str, Any]:
-        """What was gathered so far, as plain values."""
         return {"values": torch.from_numpy(self.values.read()), "weights": torch.from_numpy(self.weights.read())}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Go on from what `state_dict` gave."""
-        self.values, self.weights = ScalarColumn(), ScalarColumn()
-        for value, weight in zip(saved["values"].tolist(), saved["weights"].tolist(), strict=True):
-            self.values.append(value)
-            self.weights.append(weight)
+        self.values, self.weights = ScalarColumn(saved["values"].tolist()), ScalarColumn(saved["weights"].tolist())
 
 
 class ObjectMeter:
@@ -115,8 +105,7 @@ Meter = MeanMeter | ObjectMeter
 
 def make_meter(metric: Any) -> Meter:
     """What gathers `metric`, under its name."""
-    name = metric_name(metric)
-    return ObjectMeter(name, metric) if is_object(metric) else MeanMeter(name, metric)
+    return (ObjectMeter if is_object(metric) else MeanMeter)(metric_name(metric), metric)
 
 
 def metric_name(metric: Any) -> str:

@@ -14,15 +14,12 @@ from ..core.state import State
 from ..errors import check_flag, check_items, check_text
 from .meters import MeanMeter, MeanOf, Meter, is_object, make_meter, named
 
-OTHER_COLUMNS = ("epoch", "train_loss", "time")  # of an epoch row, beside the validation losses and the metrics
-
 
 def accuracy(pred: Tensor, target: Tensor) -> Tensor:
     """Share of predictions whose highest score is the target's class, 0..1.
 
-    pred: (n, classes, ...) scores, target: (n, ...) class indices; (n, ..., classes) with (n, ...) is understood too.
-    Targets of the scores' shape that are floating point are probabilities, as mixup and label smoothing make them:
-    their class is the most probable one. Raises ValueError for other shapes.
+    pred: (n, classes, ...) or (n, ..., classes) scores, target: (n, ...) class indices, or probabilities of the scores'
+    shape, as mixup makes them: their class is the most probable one. Raises ValueError for other shapes.
 
     >>> accuracy(torch.tensor([[0.1, 0.9], [0.8, 0.2]]), torch.tensor([1, 1]))
     tensor(0.5000)
@@ -72,9 +69,8 @@ class Metrics(Callback):
     `keys()`, or its attribute `names`.
 
     Of several validation sets each has columns of its own, e.g. `noisy_valid_loss`, `noisy_accuracy`. train: also
-    compute the metrics over the training data, as `train_accuracy` etc. These see what the model puts out while it
-    trains (weights that move, dropout, augmented inputs), every batch whose gradient is taken; metric objects are
-    copied for it.
+    compute the metrics over the training data, as `train_accuracy` etc., from what the model puts out while it trains
+    (weights that move, dropout, augmented inputs), every batch whose gradient is taken; metric objects are copied.
     """
 
     order = Order.SETUP  # first: in `after_validate` the row is complete for all others
@@ -82,8 +78,9 @@ class Metrics(Callback):
     def __init__(self, metrics: Iterable[Any] = (), *, train: bool = False) -> None:
         metrics = check_items("metrics", metrics, "a list of metrics", example="metrics=[accuracy]")
         train = check_flag("train", train)
-        self._loss = MeanMeter("valid_loss", None)
+        self._loss = MeanMeter("valid_loss")
         self._valid = [make_meter(metric) for metric in metrics]
+        self._scored: list[Meter] = [self._loss, *self._valid]
         self._train = [make_meter(copy.deepcopy(metric) if is_object(metric) else metric)
                        for metric in (metrics if train else [])]
         self._n_trained = 0  # training batches seen in this epoch
@@ -93,14 +90,11 @@ class Metrics(Callback):
         self.names([""])
 
     def names(self, sets: Iterable[str]) -> tuple[str, ...]:
-        """The keys of a complete epoch row, for validation sets of these names.
-
-        Raises ValueError if two of them are the same.
-        """
+        """The keys of a complete epoch row, for validation sets of these names. Raises ValueError if two are one."""
         sets = [check_text("sets", name) for name in check_items("sets", sets, "a list of names")]
         names = ("epoch", "train_loss", *(f"train_{column}" for meter in self._train for column in meter.columns),
-                 *(_prefix(name) + column for name in sets for meter in (self._loss, *self._valid)
-                   for column in meter.columns), "time")
+                 *(_prefix(name) + column for name in sets for meter in self._scored for column in meter.columns),
+                 "time")
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
             raise ValueError(f"two columns of the epoch table would be called {twice!r}. Give one metric another "
@@ -131,7 +125,7 @@ class Metrics(Callback):
         parts, self._parts = self._parts[first:], []
         with torch.no_grad():
             for pred, target, n_samples in parts:
-                self._update(self._train, target, n_samples, pred)
+                self._update(self._train, pred, target, n_samples)
         self._n_trained += 1
 
     def before_validate(self, state: State) -> None:
@@ -142,9 +136,9 @@ class Metrics(Callback):
         if state.valid_set != self._set:
             self._note_set()
             self._set = state.valid_set
-            self._reset([self._loss, *self._valid], state)
+            self._reset(self._scored, state)
         self._loss.add(state.loss, state.loss_weight)
-        self._update(self._valid, state.target, state.n_samples, scores(state.pred))
+        self._update(self._valid, scores(state.pred), state.target, state.n_samples)
 
     def after_validate(self, state: State) -> None:
         self._note_set()
@@ -156,7 +150,6 @@ class Metrics(Callback):
             state.metrics["time"] = state.metrics.pop("time")  # the last column
 
     def state_dict(self) -> dict[str, Any]:
-        """What the training data of this epoch has given so far."""
         return {"n_trained": self._n_trained,
                 "train": [meter.state_dict() for meter in self._train] if self._n_trained else []}
 
@@ -172,7 +165,7 @@ class Metrics(Callback):
             with named(meter.name):
                 meter.reset(state.device)
 
-    def _update(self, meters: Iterable[Meter], target: Any, n_samples: int, pred: Any) -> None:
+    def _update(self, meters: Iterable[Meter], pred: Any, target: Any, n_samples: int) -> None:
         for meter in meters:
             with named(meter.name):
                 meter.update(pred, target, n_samples)
@@ -184,8 +177,7 @@ class Metrics(Callback):
 
     def _note_set(self) -> None:
         if self._set is not None:
-            prefix = _prefix(self._set)
-            self._row |= self._columns([self._loss, *self._valid], prefix, self._row)
+            self._row |= self._columns(self._scored, _prefix(self._set), self._row)
 
     def _columns(self, meters: Iterable[Meter], prefix: str, others: Iterable[str]) -> dict[str, float]:
         """The columns of `meters`, which must differ from each other and from `others`."""
@@ -193,7 +185,7 @@ class Metrics(Callback):
         for meter in meters:
             with named(meter.name):
                 columns = {prefix + name: value for name, value in meter.compute().items()}
-                twice = sorted(columns.keys() & {*row, *others, *OTHER_COLUMNS})
+                twice = sorted(columns.keys() & {*row, *others, "epoch", "train_loss", "time"})
                 if twice:
                     raise ValueError(f"two columns of the epoch table would be called {', '.join(twice)}. Rename one, "
                                      "e.g. by MetricCollection(..., prefix='my_').")

@@ -1,6 +1,7 @@
 """What a person sees while training: a bar where there is a screen, and one line per epoch everywhere."""
 import time
-from typing import Any
+from itertools import zip_longest
+from textwrap import wrap
 
 from ..core.callback import Callback, Order
 from ..core.state import State
@@ -16,9 +17,9 @@ class Progress(Callback):
     """One bar for the whole fit and a table of its epochs.
 
     A terminal gets a bar that vanishes at the end, a notebook the same as text in one cell output, a pipe or file one
-    plain line per epoch. Output that cannot be written (a closed pipe) is given up with one log message; training goes
-    on. Where training waits for its data for a fifth of the time or more, the bar shows how long, and a line, once in a
-    fit, says what to do. `title`: in front of the bar instead of the epoch.
+    plain line per epoch. Output that cannot be written (a closed pipe) is given up with one log message. Where training
+    waits for its data for a fifth of the time or more, the bar shows how long, and a line says once what to do.
+    `title`: in front of the bar instead of the epoch.
     """
 
     order = Order.RECORD
@@ -48,13 +49,14 @@ class Progress(Callback):
     def after_epoch(self, state: State) -> None:
         if self.title:
             return
-        lines, names = [], list(state.metrics)
-        if not set(names) <= set(self._columns):  # the first row, or one with a metric that is new
-            self._columns, header = names, _header(names, self._screen.width())
-            self._widths = [max(map(len, parts)) for parts in zip(*header, strict=True)]
-            lines += [self._line(parts) for parts in header]
-        lines.append(self._line([_cell(name, state.metrics.get(name)) for name in self._columns]))
-        self._screen.line("\n".join(lines))
+        lines: list[list[str]] = []
+        row = {name: shown(value) for name, value in state.metrics.items()}
+        if not row.keys() <= set(self._columns):  # the first row, or one with a metric that is new
+            self._columns = list(row)
+            lines, self._widths = _header(self._columns, self._screen.width())
+        row["time"] = _duration(state.metrics["time"])
+        lines.append([row.get(name, "") for name in self._columns])
+        self._screen.line("\n".join(map(self._line, lines)))
 
     def after_fit(self, state: State) -> None:
         state.say = self._say_outside
@@ -69,59 +71,39 @@ class Progress(Callback):
 
     def _look(self, state: State, doing: str = "") -> None:
         waiting = state.source.waiting
-        if not self._is_told:
-            said = notice(waiting, state.train_dl, state.device)
-            if said:
-                self._screen.line(said)
-                self._is_told = True
+        if not self._is_told and (said := notice(waiting, state.train_dl, state.device)):
+            self._screen.line(said)
+            self._is_told = True
         if self._screen.has_bar:
             loss, lr = state.record.smooth_loss(), float(state.opt.param_groups[-1]["lr"])
             # the rate gives way: a line of 80 columns has no room for both
             last = f"{waiting.share:.0%} waiting for data" if waiting.is_long else f"lr {lr:.2e}"
             note = doing or (f"loss {shown(loss)}, {last}" if state.step else "")
-            n_epochs = "" if state.n_epochs is None else f"/{state.n_epochs}"
-            at = state.elapsed or 0  # what a limit in time says
-            done = max(at, state.step) if state.n_epochs is not None else at
-            self._screen.bar(done, self.title or f"epoch {state.epoch + 1}{n_epochs}", note)
+            is_timed = state.n_epochs is None
+            done = max(state.elapsed or 0, 0 if is_timed else state.step)
+            title = f"epoch {state.epoch + 1}" + ("" if is_timed else f"/{state.n_epochs}")
+            self._screen.bar(done, self.title or title, note)
         self._next_look = time.perf_counter() + REFRESH
 
 
-def _header(names: list[str], width: int) -> list[list[str]]:
-    """The header's lines, cells as wide as their columns; names are broken into several if one line is too long.
+def _header(names: list[str], width: int) -> tuple[list[list[str]], list[int]]:
+    """The header's lines and the widths of its columns; names are broken into words if one line is too long.
 
     >>> _header(["epoch", "noisy_valid_loss"], 80)
-    [['epoch', 'noisy_valid_loss']]
+    ([['epoch', 'noisy_valid_loss']], [5, 16])
     >>> _header(["epoch", "noisy_valid_loss"], 20)
-    [['     ', '     noisy'], ['epoch', 'valid_loss']]
+    ([['', 'noisy'], ['epoch', 'valid_loss']], [5, 10])
     """
-    parts = [[name] for name in names]
-    if sum(max(_least(name), len(name)) + 2 for name in names) - 2 > width:
-        parts = [_broken(name) for name in names]
-    height = max(map(len, parts))
-    widths = [max(_least(name), *map(len, column)) for name, column in zip(names, parts, strict=True)]
-    columns = [[part.rjust(width) for part in [""] * (height - len(column)) + column]
-               for column, width in zip(parts, widths, strict=True)]
-    return [list(line) for line in zip(*columns, strict=True)]
+    for parts in ([[name] for name in names], [_broken(name) for name in names]):
+        widths = [max(0 if words == ["epoch"] else CELL, *map(len, words)) for words in parts]
+        if sum(widths) + 2 * len(widths) - 2 <= width:
+            break
+    return [list(line) for line in zip_longest(*map(reversed, parts), fillvalue="")][::-1], widths
 
 
 def _broken(name: str) -> list[str]:
-    """A name in several lines of words, the lower ones as long as fits in a column."""
-    lines: list[str] = []
-    for word in reversed(name.split("_")):
-        if lines and len(word) + 1 + len(lines[0]) <= CELL:
-            lines[0] = f"{word}_{lines[0]}"
-        else:
-            lines.insert(0, word)
-    return lines
-
-
-def _least(name: str) -> int:
-    """The width that the values of a column need."""
-    return len(name) if name == "epoch" else CELL
-
-
-def _cell(name: str, value: Any) -> str:
-    return _duration(value) if name == "time" and value is not None else shown(value)
+    lines = wrap(name.replace("_", " "), CELL, break_long_words=False, break_on_hyphens=False)
+    return [line.replace(" ", "_") for line in lines] or [name]
 
 
 def _duration(seconds: float) -> str:

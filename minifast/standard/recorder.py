@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 class Recorder(Callback):
     """Writes down every weight update and every epoch without waiting for the device; always `learn.recorder`.
 
-    It reads what the optimizer really used, right after the step. `fits`: the records of earlier fits, oldest first.
-    `lr_find`: the newest result of the LR finder, or None.
+    It reads what the optimizer really used. `fits`: the records of earlier fits, oldest first. `lr_find`: the newest
+    result of the LR finder, or None.
     """
 
     order = Order.SETUP  # first: a step that another callback ends the fit in has moved the weights all the same
@@ -28,8 +28,7 @@ class Recorder(Callback):
         self.fits: list[FitRecord] = []
         self.lr_find: LRFind | None = None
         self.newest = self._record = FitRecord()  # _record: of the fit under way
-        self._is_new, self._epoch = True, -1
-        self._first_step, self._began = 0, 0.0
+        self._is_new, self._epoch, self._first_step, self._began = True, -1, 0, 0.0
 
     def before_fit(self, state: State) -> None:
         self._record, self._is_new, self._epoch = state.record, True, -1
@@ -153,8 +152,8 @@ class Recorder(Callback):
              ax: "Axes | None" = None) -> "Axes":
         """Draw the newest LR finder run: see `LRFind.plot`. Raises RuntimeError before the first run of `lr_find`."""
         if self.lr_find is None:
-            raise RuntimeError("there is no LR finder run to plot. Call learn.lr_find() first; learning rates and "
-                               "losses of a fit are drawn by plot_lr() and plot_losses().")
+            raise RuntimeError("there is no LR finder run to plot. Call learn.lr_find() first; a fit is drawn by "
+                               "plot_lr() and plot_losses().")
         return self.lr_find.plot(skip_start, skip_end, suggestions, ax=ax)
 
     def __repr__(self) -> str:

@@ -12,7 +12,6 @@ from ..errors import check_choice, check_text
 from .meters import metric_name
 
 FLUSH_BYTES = 2**26  # outputs and targets that may wait on the device before they are moved to the host
-KINDS = ("scores", "probabilities", "labels")
 
 
 class WholeSet:
@@ -28,10 +27,8 @@ class WholeSet:
     (n,), unless targets are (n, labels) with several labels; pixels count as samples. Targets that are probabilities
     (mixup) are taken for several labels: leave `train_metrics` off there. name: the column's, None for the function's.
 
-    Outputs and targets are kept in host memory until the end of the pass: of labels 8 bytes a sample, of the others
-    the size of the outputs. They are moved there 64 MiB at a time.
-
-    Raises ValueError for another `pred`, TypeError for a function that cannot be called.
+    Outputs and targets are kept in host memory until the end of the pass, moved there 64 MiB at a time. Raises
+    ValueError for another `pred`, TypeError for a function that cannot be called.
 
     >>> def errors(y_true, y_pred): return float((y_true != y_pred).sum())
     >>> metric = WholeSet(errors, pred="labels")
@@ -45,7 +42,7 @@ class WholeSet:
                  **options: Any) -> None:
         if not callable(function) or isinstance(function, type):
             raise TypeError(f"function must be a function (y_true, y_pred) -> number, got {function!r:.80}.")
-        check_choice("pred", pred, KINDS)
+        check_choice("pred", pred, tuple(_KINDS))
         self.function, self.pred, self.options = function, pred, options
         self.__name__ = metric_name(function) if name is None else check_text("name", name)
         self.reset()
@@ -118,9 +115,8 @@ def _flat(pred: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 def _check(pred: Tensor, target: Tensor) -> None:
     if pred.ndim < 2 or pred.shape[:1] + pred.shape[2:] != target.shape:
         raise ValueError(f"outputs of shape {tuple(pred.shape)} do not fit targets of shape {tuple(target.shape)}: "
-                         "wanted (n, classes, ...) and (n, ...), or both of one shape. For others pass pred=\"scores\" "
-                         "and take them apart in the function.")
+                         "wanted (n, classes, ...) and (n, ...), or one shape. For others pass pred=\"scores\".")
 
 
 _KINDS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
-    "scores": _scores, "labels": _labels, "probabilities": _probabilities}
+    "scores": _scores, "probabilities": _probabilities, "labels": _labels}

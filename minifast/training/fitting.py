@@ -1,11 +1,11 @@
-"""How one fit is made of its parts and run: arguments checked, a `State` made, what it sets put back.
+"""How one fit is made of its parts and run: `prepare`, which changes nothing, and `run`, which puts back what it sets.
 
-A fit is `prepare`, which changes nothing, and `run`. The LR finder is a fit like any other, in a sandbox.
+The LR finder is a fit like any other, in a sandbox.
 """
-import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from ..core import loop
@@ -14,8 +14,7 @@ from ..core.checks import check_loader, check_trainable, check_valid
 from ..core.emitter import Emitter
 from ..core.gradient import add_gradient
 from ..core.ownership import CHECKPOINTS, FINITE_CHECK, check_callbacks, owner_of, resolve
-from ..core.source import Source
-from ..core.state import State
+from ..core.state import Source, State, log
 from ..data.dataloaders import DataLoaders
 from ..data.loader import count_steps, is_one_shot, micro_batches, valid_sets
 from ..errors import check_flag, check_int, check_number, check_path, quoted
@@ -41,8 +40,6 @@ from .sandbox import sandbox
 if TYPE_CHECKING:
     from ..resume.session import Resume
 
-log = logging.getLogger("minifast")
-
 
 class FitOptions(TypedDict, total=False):
     """What every `fit*` method takes, as described in `Learner.fit`."""
@@ -61,18 +58,17 @@ def prepare(parts: Parts, n_epochs: int, lr: Any, schedule: Scheduler | None, *,
             **options: Unpack[FitOptions]) -> State:
     """The state of a fit that could begin now. Raises whatever is wrong with it; changes nothing.
 
-    parts: what the fit is made of.
     n_epochs: passes over the training data; with `minutes` among the options as many as fit into the time.
     lr: the peak learning rate, in every form.
     schedule: None for the callback that owns the learning rate, else a constant rate.
     is_sized: whether the training data must know its length, or be told `steps_per_epoch`.
     """
     parts.check_assigned()
-    _check(parts, **options)
+    _check(parts, options)
     lrs = spread_lrs(lr, parts.groups.names)
     minutes, steps_per_epoch = options.get("minutes"), options.get("steps_per_epoch")
     _check_data(parts, n_epochs, minutes, steps_per_epoch)
-    added = [*([schedule] if schedule else []), *([TimeLimit(minutes)] if minutes else [])]
+    added = [cb for cb in (schedule, TimeLimit(minutes) if minutes else None) if cb is not None]
     users = _owners(parts.callbacks, [*check_callbacks(options.get("callbacks", ()), "callbacks"), *added])
     is_verbose = _is_verbose(parts, options)
     accumulate = micro_batches(parts.dls.train, options.get("accumulate", 1), options.get("effective_batch_size"))
@@ -89,26 +85,21 @@ def prepare(parts: Parts, n_epochs: int, lr: Any, schedule: Scheduler | None, *,
 
 def fit(parts: Parts, n_epochs: int, lr: Any, schedule: Scheduler | None, **options: Unpack[FitOptions]) -> None:
     """Train for `n_epochs` with peaks `lr` by `schedule`: see `prepare`."""
-    unknown = options.keys() - FitOptions.__annotations__.keys()
-    if unknown:
-        raise TypeError(f"there is no argument {', '.join(sorted(unknown))}. Those of every fit are "
-                        f"{', '.join(FitOptions.__annotations__)}.")
     parts.check_assigned()
-    given = check_callbacks(options.get("callbacks", ()), "callbacks")
+    given = options["callbacks"] = check_callbacks(options.get("callbacks", ()), "callbacks")
     finder = next((cb for cb in (*given, *parts.callbacks) if isinstance(cb, LRFinder)), None)
     if finder is not None:
-        return _find(parts, finder, lr, **options | {"callbacks": given})
-    state = prepare(parts, n_epochs, lr, schedule, **options | {"callbacks": given})
+        return _find(parts, finder, lr, given, options)
+    state = prepare(parts, n_epochs, lr, schedule, **options)
     check_trainable(parts.model, state.group_names)
     run(parts, state, options.get("wd"), options.get("resume", False))
 
 
-def _find(parts: Parts, finder: LRFinder, lr: Any, **options: Unpack[FitOptions]) -> None:
+def _find(parts: Parts, finder: LRFinder, lr: Any, given: list[Callback], options: FitOptions) -> None:
     """Run the finder as a fit in a sandbox: its result is all that stays. It takes as many passes as it needs."""
-    _check(parts, **options)
-    given, resume = list(options["callbacks"]), options.get("resume", False)
-    if resume:  # otherwise nothing is looked for: the finder saves nothing
-        _check_resume(parts, [*given, *parts.callbacks], resume)
+    _check(parts, options)
+    if options.get("resume"):  # otherwise nothing is looked for: the finder saves nothing
+        _check_resume(parts, [*given, *parts.callbacks], options["resume"])
     running = [finder, *(cb for cb in given if cb.in_lr_find)]
     is_verbose, wd = _is_verbose(parts, options), options.get("wd")
     with DeferredInterrupt(is_held=True), sandbox(parts, running[1:]):
@@ -129,8 +120,7 @@ def _find(parts: Parts, finder: LRFinder, lr: Any, **options: Unpack[FitOptions]
 
 def run(parts: Parts, state: State, wd: float | None = None, resume: "Resume" = False,
         emitter: Callable[[Sequence[Callback], State], Emitter] = Emitter) -> None:
-    """Run the fit that `prepare` has made. Signals end it between two batches; what surrounds the loop is done whole.
-    """
+    """Run the fit that `prepare` has made. Signals end it between two batches, and nothing around the loop."""
     with DeferredInterrupt(is_held=True), _prepared(parts, state, wd):
         if is_kept(state.callbacks, resume):
             from ..resume.session import run as run_kept  # here, so that `import minifast` takes no longer for it
@@ -144,10 +134,9 @@ def new_state(parts: Parts, **fields: Any) -> State:
     defaults: dict[str, Any] = {
         "model": parts.model, "forward": parts.forward, "loss_func": parts.loss, "gradient": add_gradient,
         "opt": parts.opt, "update": updater(parts.opt), "device": parts.device, "unpack": parts.unpack,
-        "group_names": parts.groups.names, "lrs": (), "weight_decays": _weight_decays(parts), "n_epochs": 1,
-        "steps_per_epoch": None, "n_steps": 1, "train_dl": parts.dls.train, "valid_sets": valid_sets(parts.dls.valid),
-        "callbacks": (), "record": FitRecord(parts.groups.names),
-        "norms_in_eval": norms_in_eval(parts.groups, parts.train_bn)}
+        "group_names": parts.groups.names, "lrs": (), "n_epochs": 1, "steps_per_epoch": None, "n_steps": 1,
+        "train_dl": parts.dls.train, "valid_sets": valid_sets(parts.dls.valid), "callbacks": (),
+        "record": FitRecord(parts.groups.names), "norms_in_eval": norms_in_eval(parts.groups, parts.train_bn)}
     return State(**defaults | fields)
 
 
@@ -176,25 +165,27 @@ def _check_resume(parts: Parts, callbacks: Sequence[Callback], resume: "Resume")
         Where(callbacks, parts.fits_ended, resume).candidates()
 
 
-def _check(parts: Parts, *, wd: float | None = None, callbacks: Iterable[Callback] = (),
-           steps_per_epoch: int | None = None, accumulate: int = 1, effective_batch_size: int | None = None,
-           minutes: float | None = None, resume: "Resume" = False, verbose: bool | None = None) -> None:
+_CHECKS: dict[str, Callable[[str, Any], Any]] = {  # of an option that is not None
+    "wd": partial(check_number, minimum=0), "steps_per_epoch": check_int, "verbose": check_flag,
+    "minutes": partial(check_number, above=0, example="fit(1e-3, minutes=10)")}
+
+
+def _check(parts: Parts, options: FitOptions) -> None:
     """Raise for an option out of range, parts that do not belong together, or a fit that is under way."""
     if parts.is_fitting:
         raise RuntimeError("this Learner is already fitting: a callback, or another thread, called it again.")
+    unknown = options.keys() - FitOptions.__annotations__.keys()
+    if unknown:
+        raise TypeError(f"there is no argument {', '.join(sorted(unknown))}. Those of every fit are "
+                        f"{', '.join(FitOptions.__annotations__)}.")
+    resume = options.get("resume", False)
     if not isinstance(resume, (bool, str, os.PathLike)):
         raise TypeError(f'resume must be "auto", True, False, or the path of a checkpoint, got {quoted(resume)}.')
     if not isinstance(resume, bool):
         check_path("resume", resume)
-    if wd is not None:
-        check_number("wd", wd, minimum=0)
-    if steps_per_epoch is not None:
-        check_int("steps_per_epoch", steps_per_epoch)
-    if minutes is not None:
-        check_number("minutes", minutes, above=0, example="fit(1e-3, minutes=10)")
-    check_int("accumulate", accumulate)
-    if verbose is not None:
-        check_flag("verbose", verbose)
+    for name, value in options.items():
+        if name in _CHECKS and value is not None:
+            _CHECKS[name](name, value)
     label_groups(parts.opt, len(parts.groups))
     parts.check_together()
 
@@ -204,8 +195,7 @@ def _check_data(parts: Parts, n_epochs: int, minutes: float | None, steps_per_ep
     train, still = parts.dls.train, norms_in_eval(parts.groups, parts.train_bn)
     if minutes is not None and is_one_shot(train):
         raise ValueError(f"minutes={minutes:g} takes as many passes over the training data as fit into the time, but "
-                         f"it is an iterator ({type(train).__name__}), good for one. Pass a DataLoader, a list, or an "
-                         "object whose __iter__ starts a new pass.")
+                         f"it is an iterator ({type(train).__name__}), good for one. Pass a DataLoader or a list.")
     check_loader(train, n_epochs if minutes is None else 1, (m for m in parts.model.modules() if m not in still),
                  steps_per_epoch)
     for _, loader in valid_sets(parts.dls.valid):
@@ -217,15 +207,10 @@ def _owners(learners: Sequence[Callback], given: list[Callback]) -> list[Callbac
     callbacks = resolve(check_callbacks(learners, "learn.callbacks"), given)
     if any(isinstance(callback, Recorder) for callback in callbacks):
         raise ValueError("a Learner has its own Recorder: read learn.recorder instead of passing another one.")
-    if owner_of("lr", callbacks) is None:
-        callbacks.append(ConstantLR())
-    if owner_of(FINITE_CHECK, callbacks) is None:
-        callbacks.append(FiniteLoss())
+    for role, usual in (("lr", ConstantLR), (FINITE_CHECK, FiniteLoss)):
+        if owner_of(role, callbacks) is None:
+            callbacks.append(usual())
     return callbacks
-
-
-def _weight_decays(parts: Parts) -> tuple[float, ...]:
-    return tuple(group.get("weight_decay", 0.0) for group in parts.opt.param_groups)
 
 
 @contextmanager
@@ -238,7 +223,7 @@ def _prepared(parts: Parts, state: State, wd: float | None) -> Iterator[None]:
     try:
         if wd is not None:
             set_weight_decay(parts.opt, parts.groups, wd, parts.wd_norm_bias)
-            state.weight_decays = _weight_decays(parts)
+        state.weight_decays = tuple(group.get("weight_decay", 0.0) for group in parts.opt.param_groups)
         yield
     except BaseException as error:
         forget_unmade(parts.opt)

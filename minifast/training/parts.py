@@ -66,15 +66,14 @@ class Parts:
         """The layer groups, first layers first; printed, a table of what they hold and how they are trained."""
         label_groups(self.opt, len(self._groups))
         self._groups.lrs = group_lrs(self.opt, len(self._groups))
-        decays = [[group.get("weight_decay") for group in self.opt.param_groups if group["layer_group"] == i]
-                  for i in range(len(self._groups))]
-        self._groups.wds = [max((wd for wd in of_group if wd is not None), default=None) for of_group in decays]
+        wds = [(group["layer_group"], group["weight_decay"]) for group in self.opt.param_groups
+               if group.get("weight_decay") is not None]
+        self._groups.wds = [max((wd for at, wd in wds if at == i), default=None) for i in range(len(self._groups))]
         return self._groups
 
     @property
     def forward(self) -> Callable[..., Any]:
-        """What a fit calls with the inputs: the model, or with `compile` its compiled form, which shares its weights.
-        """
+        """What a fit calls with the inputs: the model, or with `compile` its compiled form with the same weights."""
         if self._compile_options is None:
             return self.model
         if self._compiled._orig_mod is not self.model:  # learn.model was assigned
@@ -99,8 +98,7 @@ class Parts:
             raise TypeError(f"loss_func must be a function (output, target) -> loss, got {self.loss_func!r:.80}. "
                             "Pass e.g. nn.CrossEntropyLoss().")
         callbacks = check_callbacks(self.callbacks, "callbacks")
-        if not isinstance(self.callbacks, list):
-            self.callbacks = callbacks
+        self.callbacks = self.callbacks if isinstance(self.callbacks, list) else callbacks
         if not isinstance(self.metrics, list):
             self.metrics = list(self.metrics) if isinstance(self.metrics, tuple) else [self.metrics]
         Metrics(self.metrics)  # refuses what is no metric, and two of one name

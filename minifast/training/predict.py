@@ -47,16 +47,15 @@ def sample_losses(loss_func: Any, pred: Any, target: Any) -> Tensor:
 
     A loss that takes the mean by its `reduction` is called without it; any other is called sample by sample.
     """
-    n = n_samples(target, pred)
-    losses, ignored = None, getattr(loss_func, "ignore_index", None)
+    n, losses, ignored = n_samples(target, pred), None, getattr(loss_func, "ignore_index", None)
+    parameters = inspect.signature(loss_func).parameters if inspect.isfunction(loss_func) else {}
     if getattr(loss_func, "reduction", None) == "mean":
         unreduced = copy.copy(loss_func)
         unreduced.reduction = "none"
         losses = unreduced(pred, target)
-    elif inspect.isfunction(loss_func) and "reduction" in inspect.signature(loss_func).parameters:
+    elif "reduction" in parameters:
         losses = loss_func(pred, target, reduction="none")
-        default = inspect.signature(loss_func).parameters.get("ignore_index")
-        ignored = None if default is None else default.default
+        ignored = parameters["ignore_index"].default if "ignore_index" in parameters else None
     if isinstance(losses, Tensor) and losses.ndim and losses.shape[0] == n:
         if ignored is not None and losses.shape == target.shape and not target.is_floating_point():
             counted = (target != ignored).reshape(n, -1).sum(1).clamp(min=1)  # the mean over what is not ignored
@@ -72,17 +71,15 @@ def sample_of(nest: Any, i: int) -> Any:
 
 
 def _cat(leaves: list[Any], sizes: list[int]) -> Any:
-    if isinstance(leaves[0], Tensor):
-        if (any(leaf.ndim > 1 and len(leaf) != n for leaf, n in zip(leaves, sizes, strict=True))
-                and all(leaf.ndim > 1 and leaf.shape[1] == n for leaf, n in zip(leaves, sizes, strict=True))
-                and len({(len(leaf), *leaf.shape[2:]) for leaf in leaves}) == 1):
-            return torch.cat(leaves, 1)
-        parts = [leaf.reshape(-1) if leaf.ndim == 0 else leaf for leaf in leaves]
-        odd = next((part for part in parts if part.shape[1:] != parts[0].shape[1:]), None)
-        if odd is not None:
-            raise ValueError(f"the batches do not fit together: {describe(parts[0])} and {describe(odd)} differ beyond "
-                             "the first dimension. Pad all of them to one size, or call predict batch by batch.")
-        return torch.cat(parts)
-    return None if leaves[0] is None else leaves
-
-
+    if not isinstance(leaves[0], Tensor):
+        return None if leaves[0] is None else leaves
+    if (any(leaf.ndim > 1 and len(leaf) != n for leaf, n in zip(leaves, sizes, strict=True))
+            and all(leaf.ndim > 1 and leaf.shape[1] == n for leaf, n in zip(leaves, sizes, strict=True))
+            and len({(len(leaf), *leaf.shape[2:]) for leaf in leaves}) == 1):
+        return torch.cat(leaves, 1)
+    parts = [torch.atleast_1d(leaf) for leaf in leaves]
+    odd = next((part for part in parts if part.shape[1:] != parts[0].shape[1:]), None)
+    if odd is not None:
+        raise ValueError(f"the batches do not fit together: {describe(parts[0])} and {describe(odd)} differ beyond the "
+                         "first dimension. Pad all of them to one size, or call predict batch by batch.")
+    return torch.cat(parts)

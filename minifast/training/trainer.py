@@ -19,11 +19,10 @@ from ..data.feed import feed
 from ..data.loader import count_steps, generators, in_order, valid_sets
 from ..errors import check_flag, check_int, check_number, check_path
 from ..machine.signals import DeferredInterrupt
-from ..optim.rates import LR, check_lr, check_rate, spread_lrs
+from ..optim.rates import LR, check_rate, spread_lrs
 from ..schedules.cycles import epochs_and_schedule, epochs_of_cycles
 from ..schedules.lr import ConstantLR, CosineAnnealing, FlatCos, OneCycle, check_div
-from ..schedules.plan import Plan, plan_of
-from ..schedules.scheduler import Scheduler
+from ..schedules.scheduler import Plan, Scheduler, plan_of
 from ..show.screen import say
 from ..show.tables import shown
 from ..standard.metrics import Metrics
@@ -39,8 +38,6 @@ if TYPE_CHECKING:
 
 class Trainer(Parts):
     """Trains `model` on `dls` and remembers how it went. `Learner` describes the arguments."""
-
-    # ---- training
 
     def fit(self, lr: LR, n_cycle: int = 1, *, cycle_len: int | None = None, cycle_mult: int = 1,
             use_clr: Sequence[float] | None = None, use_clr_beta: Sequence[float] | None = None,
@@ -89,23 +86,18 @@ class Trainer(Parts):
 
         cycle_len: epochs; with `minutes` it may be left out.
         max_lr: the peak, None for the learner's `lr`.
-        cyc_len, lr_max: fastai's names of the first two.
-        options: as in `fit`.
+        cyc_len, lr_max: fastai's names of the first two. options: as in `fit`.
         """
-        name, cycle_len = _one_of("cycle_len", cycle_len, "cyc_len", cyc_len)
-        n_epochs = _epochs(name, cycle_len, options, "fit_one_cycle(3, 0.1)")
-        name, max_lr = _one_of("max_lr", max_lr, "lr_max", lr_max)
+        n_epochs = _epochs(*_one_of("cycle_len", cycle_len, "cyc_len", cyc_len), options, "fit_one_cycle(3, 0.1)")
+        peak = self._peak(*_one_of("max_lr", max_lr, "lr_max", lr_max))
         schedule = OneCycle(None, div_factor, pct_start, final_div=final_div, moms=moms)
-        fitting.fit(self, n_epochs, self._peak(name, max_lr), schedule, **options)
+        fitting.fit(self, n_epochs, peak, schedule, **options)
 
     def fit_flat_cos(self, n_epoch: int | None = None, lr: LR | None = None, *, pct_start: float = 0.75,
                      div_final: float = 1e5, **options: Unpack[FitOptions]) -> None:
-        """Train for `n_epoch` epochs by `FlatCos`: constant, then a half-cosine down.
-
-        options: as in `fit`; with `minutes`, `n_epoch` may be left out.
-        """
+        """Train for `n_epoch` epochs by `FlatCos`; options: as in `fit`; with `minutes`, `n_epoch` may be left out."""
         n_epochs = _epochs("n_epoch", n_epoch, options, "fit_flat_cos(3, 0.01)")
-        fitting.fit(self, n_epochs, self.lr if lr is None else lr, FlatCos(pct_start, div_final), **options)
+        fitting.fit(self, n_epochs, self._peak("lr", lr), FlatCos(pct_start, div_final), **options)
 
     def fit_sgdr(self, n_cycles: int, cycle_len: int, lr_max: LR | None = None, *, cycle_mult: int = 2,
                  **options: Unpack[FitOptions]) -> None:
@@ -123,8 +115,7 @@ class Trainer(Parts):
         """Train the last layer group for `freeze_epochs`, then all of them for `epochs`, both by one cycle.
 
         First with peak base_lr (frozen, pct_start 0.99), then with slice(base_lr/2/lr_mult, base_lr/2), `pct_start`
-        and div_factor=`div`. options: as in `fit`, for both; minutes are for both together, shared like the epochs.
-        Source: fastai 2's fine_tune.
+        and div_factor=`div`. options: as in `fit`; minutes are shared like the epochs. Source: fastai 2's fine_tune.
         """
         epochs, freeze_epochs = check_int("epochs", epochs), check_int("freeze_epochs", freeze_epochs)
         base_lr = check_rate("base_lr", base_lr, example="fine_tune(3, 2e-3)")
@@ -132,10 +123,9 @@ class Trainer(Parts):
         check_div("div", div)
         options["callbacks"] = check_callbacks(options.get("callbacks", ()), "callbacks")
         first, second = OneCycle(pct_start=0.99), OneCycle(None, div, pct_start)
-        both, minutes = freeze_epochs + epochs, options.pop("minutes", None)
-        head, rest = options.copy(), options.copy()
+        minutes, head, rest = options.get("minutes"), options.copy(), options.copy()
         if minutes is not None:
-            minutes = check_number("minutes", minutes, above=0)
+            both, minutes = freeze_epochs + epochs, check_number("minutes", minutes, above=0)
             head["minutes"], rest["minutes"] = minutes * freeze_epochs / both, minutes * epochs / both
         fitting.prepare(self, freeze_epochs, base_lr, first, **head)  # what is wrong is said before anything is frozen
         rest["resume"] = fitting.resume_of_next(self, options)
@@ -162,7 +152,7 @@ class Trainer(Parts):
             raise TypeError(f"schedule must be a schedule such as OneCycle(0.1), got {schedule!r:.80}.")
         n_epochs = check_int("n_epochs", n_epochs, example="plan(3, OneCycle(0.1))")
         per_epoch, _, _ = count_steps(self.dls.train, steps_per_epoch, accumulate)
-        return plan_of(schedule, n_epochs, per_epoch or 1, self._groups.names, self.lr if lr is None else lr)
+        return plan_of(schedule, n_epochs, per_epoch or 1, self._groups.names, self._peak("lr", lr))
 
     @contextmanager
     def sandbox(self, callbacks: Iterable[Callback] = ()) -> Iterator[Self]:
@@ -172,7 +162,7 @@ class Trainer(Parts):
         hyper-parameters; all global random generators and those of the loaders; the Recorder; the learner's own
         attributes; and what the learner's callbacks, and `callbacks`, keep by their `state_dict`. What a fit inside it
         writes to files and services stays written. Inside, workers of a DataLoader are new ones. Costs a copy of model
-        and optimizer state in memory and no file. Raises ValueError for one-pass data.
+        and optimizer state in memory. Raises ValueError for one-pass data.
 
         >>> learn = Trainer(torch.nn.Linear(1, 1), ([(torch.ones(2, 1), torch.ones(2, 1))], None),
         ...                 torch.nn.MSELoss(), verbose=False)
@@ -185,13 +175,10 @@ class Trainer(Parts):
         with sandbox(self, callbacks):
             yield self
 
-    # ---- validation and prediction
-
     def validate(self, dl: Iterable[Batch] | str | None = None) -> dict[str, float]:
         """The validation loss and the metrics over `dl`, None for the validation data: keys as in an epoch row.
 
         Of several validation sets each has keys of its own, like noisy_valid_loss; `dl` may be the name of one.
-
         Random generators are left as they were. Raises ValueError if there is no data.
         """
         data = self.eval_data(dl)
@@ -208,16 +195,14 @@ class Trainer(Parts):
         shuffles, on the CPU; nests of tensors stay nests. losses: one per sample, (n,), over what the loss does not
         ignore. Random generators are left as they were.
         """
-        loss_func = self.loss_func
-        if check_flag("with_loss", with_loss) and loss_func is None:
+        if check_flag("with_loss", with_loss) and self.loss_func is None:
             raise ValueError("with_loss=True needs a loss_func on the Learner.")
         data = self.eval_data(dl)
         if isinstance(data, Mapping):
-            raise ValueError(f"there are several validation sets: pass one of them, e.g. "
-                             f"get_preds({next(iter(data))!r}).")
+            raise ValueError(f"there are several validation sets: pass one, e.g. get_preds({next(iter(data))!r}).")
         with self.eval_mode(data):
             batches = feed(in_order(data), self.device, None, DeferredInterrupt())
-            return predict_all(self.model, batches, self.unpack, loss_func if with_loss else None)
+            return predict_all(self.model, batches, self.unpack, self.loss_func if with_loss else None)
 
     @torch.no_grad()
     def predict(self, x: Any) -> Any:
@@ -245,10 +230,7 @@ class Trainer(Parts):
     def eval_data(self, dl: Iterable[Batch] | str | None) -> Iterable[Batch]:
         """The data that `validate(dl)` reads. Raises ValueError or TypeError if there is none."""
         self.check_assigned()
-        data: Iterable[Batch] = eval_data(self.dls, dl)
-        return data
-
-    # ---- files
+        return eval_data(self.dls, dl)  # type: ignore[no-any-return]
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the weights to `path` (*.safetensors: for other programs too) and give it. Its folder has to exist."""
@@ -269,7 +251,7 @@ class Trainer(Parts):
 
         path: the folder of the run (then it is its last fit's), of a fit, or a best.ckpt. The weights are those that
         were validated: of an `EMA`, the average. Raises FileNotFoundError if there is none, ValueError for one that is
-        damaged or does not fit, and then changes nothing.
+        damaged or does not fit; then nothing changes.
         """
         from ..resume.folder import load_best
         best = load_best(self.model, check_path("path", path))
@@ -279,10 +261,7 @@ class Trainer(Parts):
 
     def _peak(self, name: str, lr: Any) -> Any:
         """The peak `lr` of a fit, checked under the `name` that was typed; None: the learner's."""
-        if lr is None:
-            return self.lr
-        spread_lrs(lr, self._groups.names, name)
-        return check_lr(name, lr)
+        return self.lr if lr is None else spread_lrs(lr, self._groups.names, name)
 
 
 def _one_of(name: str, value: Any, alias: str, aliased: Any) -> tuple[str, Any]:
