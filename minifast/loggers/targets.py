@@ -22,10 +22,12 @@ from .base import Logger, load, now, opening, settings
 class CSVLogger(Logger):
     """Writes the epoch rows (epoch, train_loss, valid_loss, metrics, time in s) to a CSV file, as each epoch ends.
 
-    path: the file; its folder is made, and it is replaced as a whole. append: go on after the rows that it holds. A
-    column that appears later is empty in earlier rows. A resumed fit goes on where its state was saved. The steps are
-    written by `learn.recorder.to_csv`. Raises OSError in `before_fit` if the file cannot be written; an error later is
-    logged once, and what is missing is written when that is possible again.
+    path: the file; its folder is made.
+    append: go on after the rows that it holds, as in the second of two fits; else the first epoch replaces them.
+
+    A column that appears later is added to the header: the file is then written anew, in one move, and earlier rows
+    have an empty cell there. A resumed fit goes on where its state was saved. `learn.recorder.to_csv` writes steps.
+    Raises OSError in `before_fit` if the file cannot be written; an error later is logged once, and training goes on.
 
     >>> CSVLogger("epochs.csv")
     CSVLogger(path='epochs.csv', append=False)
@@ -41,20 +43,28 @@ class CSVLogger(Logger):
 
     def open(self, state: State) -> None:
         self.target = os.fspath(self.path)
+        self._columns: list[str] = []  # of the header; none: the file is not what it should be, and is written anew
+        self._rows: list[dict[str, Any]] = []  # all that the file should hold
         with opening(self):
             _make_writable(Path(self.path))
-            self._rows = _read_csv(Path(self.path)) if self.append else []  # all that the file should hold
+            if self.append:
+                self._columns, self._rows = _read_csv(Path(self.path))
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        super().load_state_dict(saved)
+        self._columns = []
 
     def write_epoch(self, step: int, row: dict[str, Any]) -> None:
-        rows = [*self._rows, {name: "" if value is None else str(scalar(value)) for name, value in row.items()}]
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, tables.columns(rows), restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        _append(Path(self.path), b"")  # fails as `open` does, if it fails
-        with replacing(Path(self.path).resolve()) as file:  # a link stays a link
-            file.write(text.getvalue().encode())
-        self._rows = rows
+        cells = {name: "" if value is None else str(scalar(value)) for name, value in row.items()}
+        columns, self._columns = self._columns, []  # should this fail half way, all of it is written anew
+        if columns and cells.keys() <= set(columns):
+            _append(Path(self.path), _csv_lines(columns, [cells]))
+        else:
+            columns = list(dict.fromkeys([*columns, *tables.columns([*self._rows, cells])]))
+            with replacing(Path(self.path).resolve()) as file:  # a link stays a link
+                file.write(_csv_lines(columns, [dict(zip(columns, columns, strict=True)), *self._rows, cells]))
+        self._columns = columns
+        self._rows.append(cells)
 
 
 @dataclass(eq=False)
@@ -251,7 +261,13 @@ def _append(path: Path, lines: bytes) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def _read_csv(path: Path) -> list[dict[str, Any]]:
+def _csv_lines(columns: list[str], rows: list[dict[str, Any]]) -> bytes:
+    text = io.StringIO(newline="")
+    csv.DictWriter(text, columns, restval="", lineterminator="\n").writerows(rows)
+    return text.getvalue().encode()
+
+
+def _read_csv(path: Path) -> tuple[list[str], list[dict[str, Any]]]:
     with open(path, newline="", encoding="utf-8") as file:
         header, *rows = [*csv.reader(file)] or [[]]
-    return [dict(zip(header, row, strict=False)) for row in rows]
+    return header, [dict(zip(header, row, strict=False)) for row in rows]
