@@ -331,8 +331,6 @@ def test_what_is_refused_without_a_learner(call, error, message):
     ("make(net, train_bn=1)", TypeError, "train_bn must be True or False, got 1 (int)"),
     ("make(net, verbose='no')", TypeError, "verbose must be True or False, got 'no' (str)"),
     ("make(net, compile=1)", TypeError, "compile must be True, False or a dict of options of torch.compile, got 1"),
-    ("make(net, graph=1)", TypeError, "graph must be True or False, got 1 (int)"),
-    ("make(net, graph=True, compile=True)", ValueError, "compile= and graph=True cannot be combined: pass one of them"),
     ("make(net, unpack=3)", TypeError, "unpack must be a function batch -> (inputs, target), got 3"),
     ("make(net, seed=-1)", ValueError, "seed must be an int >= 0 and <= 4294967295, got -1 (int)"),
     ("make(net, seed=1.5)", ValueError, "seed must be an int >= 0 and <= 4294967295, got 1.5 (float)"),

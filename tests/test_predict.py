@@ -498,7 +498,8 @@ def test_a_file_that_asks_to_run_code_is_refused(tmp_path, monkeypatch, write, n
     write(nest(Evil(sentinel)), path)
     learn = learner(model=net())
     before = everything(learn)
-    with pytest.raises(ValueError, match=r"weights\.pth was not loaded: it asks to run code \(.*\): refused"):
+    said = "was not loaded: it asks to run code" if write is torch.save else "is damaged, or holds more than"
+    with pytest.raises(ValueError, match=rf"weights\.pth {said}"):
         learn.load(path)
     assert not sentinel.exists()
     assert everything(learn) == before
