@@ -7,12 +7,17 @@ from types import SimpleNamespace
 
 os.environ["MPLBACKEND"] = "Agg"  # before anything imports matplotlib, and for the processes that tests start
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny models: on a busy machine threads that wait for each other cost seconds
+# Bytecode is kept, whatever the environment says: without it each run rewrites the asserts of all tests again, and each
+# process that a test starts compiles the package again.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 import numpy as np
 import pytest
 import torch
 from helpers import FakeRun
 from hypothesis import settings
+from tables import pytest_addoption, pytest_pycollect_makeitem, pytest_runtest_protocol  # noqa: F401 (hooks)
 
 pytest.register_assert_rewrite("resuming")
 

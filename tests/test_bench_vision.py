@@ -74,5 +74,5 @@ def test_some_pictures_of_some_classes(program):
 
 
 def test_without_the_file_a_sentence_says_so(program, tmp_path):
-    with pytest.raises(SystemExit, match=r"^cifar10_jpeg.npz is not in .*: pass --data, the folder that holds"):
+    with pytest.raises(SystemExit, match=r"^cifar10_jpeg.npz is not in .*: pass --data or set MINIFAST_DATA"):
         program.main(["--data", str(tmp_path)])

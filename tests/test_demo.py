@@ -5,19 +5,17 @@ import shutil
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers import real_data
 from PIL import Image
 from torch import nn
 
 from minifast import Learner, accuracy, demo, digits
 from minifast.__main__ import main
 from minifast.vision import image_folders
-
-MNIST = Path(__file__).resolve().parents[2] / "shared" / "data" / "mnist_sample.tgz"
 
 
 @pytest.fixture(autouse=True)
@@ -128,9 +126,7 @@ def test_a_schedule_that_is_cut_short_is_one_line_of_warning(folder, tmp_path, c
 
 @pytest.mark.slow
 def test_on_a_sample_of_mnist(tmp_path):
-    if not MNIST.exists():
-        pytest.skip(f"there is no {MNIST.name} beside this checkout")
-    shutil.unpack_archive(MNIST, tmp_path, filter="data")
+    shutil.unpack_archive(real_data("mnist_sample.tgz"), tmp_path, filter="data")
     dls = images_of(tmp_path / "mnist_sample")
     assert [loader.tensors[0].shape for loader in (dls.train, dls.valid)] == [(12396, 1, 28, 28), (2038, 1, 28, 28)]
     torch.manual_seed(0)

@@ -371,7 +371,6 @@ TABLE: dict[str, dict[str, P]] = {
         "train_metrics": flag(), "callbacks": CALLBACKS,
         "device": P("cpu", (none, is_text, a(torch.device), is_count)),
         "seed": count(1, none), "compile": P(False, (is_flag, is_mapping), work=is_of_torch_compile),
-        "graph": flag(False),
         "unpack": function(minifast.split_batch), "verbose": flag(False)},
     "Learner.fit": {
         "lr": rate(), "n_cycle": count(also={"callbacks": New(ends)}), "cycle_len": count(1, none),
