@@ -263,6 +263,7 @@ def refusal(options, capsys):
 HINT = "(--help lists the options)"
 
 
+@pytest.mark.table
 @pytest.mark.parametrize(
     ("options", "line"),
     [

@@ -187,6 +187,7 @@ class Callable:
         return 0.0
 
 
+@pytest.mark.table
 @pytest.mark.parametrize(("metric", "name"), [
     (accuracy, "accuracy"),
     (rmse, "rmse"),
@@ -281,6 +282,7 @@ def test_top_k_accuracy(k, expected):
         assert accuracy(SCORES, TARGET).item() == 1 - error_rate(SCORES, TARGET).item() == expected
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("metric", [accuracy, partial(top_k_accuracy, k=2)])
 @pytest.mark.parametrize("layout", ["classes second", "classes last"])
 @pytest.mark.parametrize("extra", [(), (7,), (7, 3)])  # nothing, a sequence, an image
@@ -293,6 +295,7 @@ def test_shapes_of_scores(metric, layout, extra):
     assert metric(given, target) == expected
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("metric", [accuracy, error_rate, top_k_accuracy])
 @pytest.mark.parametrize(("scores", "target"), [((4, 3), (4, 1)), ((4, 3), (5,)), ((4,), (4,)), ((4, 1), (4, 1))])
 def test_scores_and_targets_that_do_not_fit(metric, scores, target):

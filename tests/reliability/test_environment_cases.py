@@ -178,6 +178,7 @@ OBJECTS = {"all_gather_object", "gather_object", "broadcast_object_list", "scatt
 PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "Unpickler"}
 
 
+@pytest.mark.table
 @pytest.mark.case("X9")
 @pytest.mark.parametrize("file", sorted(PACKAGE.rglob("*.py")), ids=lambda file: str(file.relative_to(PACKAGE)))
 def test_no_object_is_sent_to_another_process_and_none_is_pickled(file):

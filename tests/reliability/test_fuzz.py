@@ -712,6 +712,7 @@ def owner_of(name):
     return OWNERS[name if name in OWNERS else name.partition(".")[0]]()
 
 
+@pytest.mark.table
 @each
 def test_the_table_holds_what_works(name, param, folder):
     call(owner_of(name), name, with_others(name, param, TABLE[name][param].make()))
