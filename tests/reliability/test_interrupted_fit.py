@@ -124,6 +124,7 @@ def test_it_says_where_it_was_saved_and_where_it_goes_on(tmp_path, capsys):
     assert capsys.readouterr().out.splitlines()[0] == f"{file}: resumed in epoch 1, 3 batches and 9 of 18 updates"
 
 
+@pytest.mark.table
 @pytest.mark.case("I2", "I14")
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, KeyboardInterrupt])
 @pytest.mark.parametrize("nth", range(5))

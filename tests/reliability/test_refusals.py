@@ -284,6 +284,7 @@ def outcome_of(learn, file):
     return None
 
 
+@pytest.mark.table
 @pytest.mark.slow
 @pytest.mark.case("X3", "X11")
 @pytest.mark.parametrize("odd", [Ellipsis, *ODD], ids=lambda odd: "missing" if odd is Ellipsis else repr(odd)[:12])

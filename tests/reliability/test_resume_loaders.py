@@ -403,6 +403,7 @@ def test_other_worker_processes_go_on_with_a_warning(tmp_path, is_random, worker
     assert len(said) == 1 + (is_random and workers == (0, 2))
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("name", ["with a state", "tensors", "own sampler at once", "stream", "tape",
                                   "in the main process, own generator"])
 @pytest.mark.parametrize("every_seconds", [None, 1e-9])
