@@ -32,9 +32,10 @@ settings.register_profile("minifast", derandomize=True, deadline=None, database=
 settings.load_profile("minifast")
 
 
-def pytest_collection_modifyitems(items):
-    """Quick tests first: what fails fails soon."""
-    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+def pytest_collection_modifyitems(config, items):
+    """Quick tests first: what fails fails soon. Among several processes slow ones first: or one ends long after all."""
+    first = hasattr(config, "workerinput")
+    items.sort(key=lambda item: any(map(item.get_closest_marker, ("slow", "nightly"))) is not first)
 
 
 def pytest_runtest_setup(item):

@@ -51,20 +51,26 @@ class Table(pytest.Item):
     def report(self, nextitem):
         """One report of all rows: failed if a row failed, else skipped if a row was skipped."""
         rows = list(self.parent._genfunctions(self.name, self.obj))
-        following = [*rows[1:], nextitem]
-        reports = [(row, report) for row, after in zip(rows, following, strict=True)
+        for row in rows:
+            own = {mark.name for mark in row.callspec.marks} - {"case"}
+            if own:
+                return self._report("failed", f"{row.name} has marks that its table would ignore: {sorted(own)}")
+        reports = [(row, report) for row, after in zip(rows, [*rows[1:], nextitem], strict=True)
                    for report in runtestprotocol(row, log=False, nextitem=after)]
+        seconds = sum(report.duration for _, report in reports)
         failed = [(row, report) for row, report in reports if report.failed]
-        skipped = [(row, report) for row, report in reports if report.skipped]
-        outcome, why = "passed", None
+        skipped = [report for _, report in reports if report.skipped]
         if failed:
-            outcome, why = "failed", self._told(failed, len(rows))
-        elif skipped:
-            reasons = {report.longrepr[2] for _, report in skipped}
-            outcome, why = "skipped", (str(self.path), self.location[1],
-                                       f"{len(skipped)} of {len(rows)} rows: {'; '.join(sorted(reasons))}")
+            return self._report("failed", self._told(failed, len(rows)), seconds)
+        if skipped:
+            reasons = "; ".join(sorted({report.longrepr[2] for report in skipped}))
+            why = str(self.path), self.location[1], f"{len(skipped)} of {len(rows)} rows: {reasons}"
+            return self._report("skipped", why, seconds)
+        return self._report("passed", None, seconds)
+
+    def _report(self, outcome, why, seconds=0.0):
         return pytest.TestReport(self.nodeid, self.location, dict.fromkeys(self.keywords, 1), outcome, why, "call",
-                                 duration=sum(report.duration for _, report in reports))  # fmt: skip
+                                 duration=seconds)  # fmt: skip
 
     def _told(self, failed, n_rows):
         names = list(dict.fromkeys(row.name for row, _ in failed))

@@ -547,7 +547,7 @@ def fits_with_workers(persistent, number):
     return [*steps, len(learn.recorder.losses), len(learn.recorder.epochs)]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 @both
 @pytest.mark.parametrize("persistent", [False, True])

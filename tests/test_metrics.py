@@ -144,7 +144,7 @@ def test_an_object_is_reset_updated_and_computed_once_an_epoch():
     assert metric.calls == ["reset", "update", "update", "compute"] * 2
 
 
-@pytest.mark.slow  # their import
+@pytest.mark.nightly  # their import
 def test_torchmetrics():
     torchmetrics = pytest.importorskip("torchmetrics")
     collection = torchmetrics.MetricCollection([torchmetrics.MeanSquaredError(), torchmetrics.MeanAbsoluteError()])
@@ -159,7 +159,7 @@ def test_torchmetrics():
 
 
 @pytest.mark.case("N8")
-@pytest.mark.slow  # their import
+@pytest.mark.nightly  # their import
 def test_torchmetrics_agrees_on_uneven_batches():
     classification = pytest.importorskip("torchmetrics.classification")
     theirs = [classification.MulticlassAccuracy(4, average="micro"),
@@ -484,7 +484,7 @@ def theirs():
 
 
 @pytest.mark.filterwarnings("ignore:Metric `Spearman")  # that it keeps all samples
-@pytest.mark.parametrize("make", [ours, pytest.param(theirs, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("make", [ours, pytest.param(theirs, marks=pytest.mark.nightly)])
 @pytest.mark.parametrize("killed_after", range(1, 5))
 def test_train_metrics_go_over_a_kill_in_the_middle_of_an_epoch(make, killed_after):
     """State of a callback: the first `killed_after` batches in one Metrics, the others in another."""
@@ -581,7 +581,7 @@ def test_a_metric_of_the_whole_set_is_right_for_uneven_batches():
     assert abs(of_batches - row["f1"]) > 0.01, "so the mean of the batches would have been wrong"
 
 
-@pytest.mark.slow  # their import
+@pytest.mark.nightly  # their import
 def test_it_agrees_with_torchmetrics():
     classification = pytest.importorskip("torchmetrics.classification")
     learn = two_classes()

@@ -46,7 +46,7 @@ def test_a_race_that_fails_leaves_no_trace(n, error):
     assert snapshot(learn) == before
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_worker_processes_end_with_the_race():
     import multiprocessing

@@ -105,7 +105,8 @@ LOADERS = {
 }
 WITHOUT_WORKERS = [name for name in LOADERS if "workers" not in name]
 WITH_WORKERS = [
-    pytest.param(name, marks=[pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")])
+    pytest.param(name, marks=[pytest.mark.slow if name == "2 workers, generator" else pytest.mark.nightly,
+                              pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")])
     for name in LOADERS
     if name not in WITHOUT_WORKERS
 ]
@@ -213,7 +214,6 @@ def test_lr_find_leaves_no_trace(ending, is_worn, optimizer):
     assert len(learn.opt.seen) > steps or "at once" in ending or "before_fit" in ending  # it did train
 
 
-@pytest.mark.table
 @pytest.mark.case("L7")
 @pytest.mark.parametrize("loader", [*WITHOUT_WORKERS, *WITH_WORKERS])
 def test_lr_find_leaves_the_generators_of_the_data_alone(loader):

@@ -712,7 +712,7 @@ BROKEN = {"one": {7}, "the first": {0}, "the last": {19}, "a tail": set(range(10
 
 
 @pytest.mark.table
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.case("N9")
 @pytest.mark.parametrize("where", BROKEN.values(), ids=BROKEN)
 @pytest.mark.parametrize("bad", BAD.values(), ids=BAD)
@@ -745,7 +745,7 @@ def _calls(steps):
     return [step // 4 * 5 + step % 4 for step in steps]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.case("N9")
 @pytest.mark.parametrize("bad", BAD.values(), ids=BAD)
 @pytest.mark.parametrize("at", [0, 1, 30])

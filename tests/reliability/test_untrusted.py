@@ -338,7 +338,7 @@ def bombs():
     return {name: make() for name, (make, _) in BOMBS.items()}
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.case("X4")
 @pytest.mark.parametrize("door", DOORS)
 def test_bombs_are_refused_in_little_memory_and_time(tmp_path, bombs, door):
@@ -489,7 +489,7 @@ def damaged(whole, trial, numbers):
     return bytes(data)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.case("K4", "K5", "X11")
 def test_2000_damaged_files_are_refused_or_without_effect(tmp_path):
     save_tree(TREE, tmp_path / "tree.pt")
