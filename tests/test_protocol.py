@@ -888,6 +888,7 @@ class Computed(Callback):
         return ("b",)
 
 
+@pytest.mark.table
 @pytest.mark.parametrize(("callback", "owns"), [
     (Former(), ("lr", "momentum")), (Former("momentum"), ("momentum",)), (type("Sub", (Former,), {})(), Former.owns),
     (type("Sub", (Former,), {"owns": ("c",)})(), ("c",)), (Frozen(), ("a",)), (Frozen(("d",)), ("d",)),
