@@ -87,7 +87,7 @@ def test_on_digits_it_prints_tables_and_writes_plots(tmp_path):
     assert_plots(tmp_path / "plots" / "here")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_default_run_reaches_what_the_readme_says(tmp_path, capsys):
     reached = demo.run(digits(16), tmp_path)
     assert reached["one cycle"] >= 0.98

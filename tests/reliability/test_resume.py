@@ -462,7 +462,7 @@ def test_two_fits_in_a_folder_are_refused(tmp_path):
     assert len(caught) == 1
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.case("K8")
 def test_another_process_is_refused_while_one_trains(tmp_path):
     code = textwrap.dedent(f"""

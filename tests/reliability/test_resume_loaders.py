@@ -311,6 +311,7 @@ def test_exact_or_it_warns(tmp_path, name):
     assert len(silent) < 3 * PER_EPOCH - 1, "and so it is exact"
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", EXACT | DOUBTFUL)
 @pytest.mark.case("S4")
 def test_after_an_epoch(tmp_path, name):

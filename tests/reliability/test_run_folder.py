@@ -206,7 +206,7 @@ def test_two_processes_and_a_kill(tmp_path, whole):
     assert result(learn) == whole, "the lock ends with its process"
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.case("K8")
 def test_this_process_keeps_another_one_out(tmp_path, whole):
     said = []

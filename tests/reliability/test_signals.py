@@ -195,8 +195,8 @@ def test_at_any_instant_the_state_is_one_that_an_uninterrupted_run_passes_throug
         assert {"lr_find", "training", "validation"} <= result["phases"].keys()
 
 
-@amounts
+@pytest.mark.nightly
 @pytest.mark.case("I2", "I5", "I12")
-def test_three_ctrl_c_in_a_row_leave_a_learner_that_trains(n):
-    result = trials(signal.SIGINT, n, seed=5, burst=3)
+def test_three_ctrl_c_in_a_row_leave_a_learner_that_trains():
+    result = trials(signal.SIGINT, TRIALS, seed=5, burst=3)
     assert result["wrong"] == []
