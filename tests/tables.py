@@ -3,6 +3,8 @@
 `@pytest.mark.table` makes a table of a parametrised test. Each row runs as it would alone, with fixtures of its own.
 `pytest --rows "tests/test_arguments.py::test_counts[...]"` collects the rows singly, to run one of them.
 """
+import traceback
+
 import pytest
 from _pytest.mark.structures import get_unpacked_marks
 from _pytest.runner import runtestprotocol
@@ -50,7 +52,10 @@ class Table(pytest.Item):
 
     def report(self, nextitem):
         """One report of all rows: failed if a row failed, else skipped if a row was skipped."""
-        rows = list(self.parent._genfunctions(self.name, self.obj))
+        try:
+            rows = list(self.parent._genfunctions(self.name, self.obj))
+        except Exception:
+            return self._report("failed", f"its rows cannot be made:\n{traceback.format_exc()}")
         for row in rows:
             own = {mark.name for mark in row.callspec.marks} - {"case"}
             if own:

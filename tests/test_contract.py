@@ -403,14 +403,14 @@ PAIRS = list(itertools.combinations(MAKE, 2))
 
 
 @pytest.mark.table
-@pytest.mark.parametrize("pair", filter(meet, PAIRS), ids="-".join)
+@pytest.mark.parametrize("pair", list(filter(meet, PAIRS)), ids="-".join)
 def test_two_that_meet_train_or_are_refused(make, pair):
     train_or_refuse(make, pair)
 
 
 @pytest.mark.table
 @pytest.mark.nightly
-@pytest.mark.parametrize("pair", itertools.filterfalse(meet, PAIRS), ids="-".join)
+@pytest.mark.parametrize("pair", list(itertools.filterfalse(meet, PAIRS)), ids="-".join)
 def test_two_that_do_not_meet_train_or_are_refused(make, pair):
     train_or_refuse(make, pair)
 

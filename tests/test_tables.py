@@ -69,3 +69,9 @@ def test_a_row_with_a_mark_of_its_own_would_be_misunderstood(run):
     outcome = run(ROWS.replace("[1, 2, 3]", "[1, pytest.param(2, marks=pytest.mark.nightly), 3]"))
     outcome.assert_outcomes(failed=1)
     outcome.stdout.fnmatch_lines(["*has marks that its table would ignore: *nightly*"])
+
+
+def test_rows_that_cannot_be_made_are_a_failure(run):
+    outcome = run(ROWS.replace('parametrize("x"', 'parametrize("y"'))
+    outcome.assert_outcomes(failed=1)
+    outcome.stdout.fnmatch_lines(["its rows cannot be made:", "*function uses no argument 'y'*"])
