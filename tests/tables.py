@@ -54,7 +54,7 @@ class Table(pytest.Item):
         """One report of all rows: failed if a row failed, else skipped if a row was skipped."""
         try:
             rows = list(self.parent._genfunctions(self.name, self.obj))
-        except Exception:
+        except (Exception, pytest.fail.Exception):
             return self._report("failed", f"its rows cannot be made:\n{traceback.format_exc()}")
         for row in rows:
             own = {mark.name for mark in row.callspec.marks} - {"case"}
