@@ -807,7 +807,7 @@ def check(name, param, value, owner):
     return True
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.case("A1", "A2", "A3", "A4", "A5", "A6", "A7", "A9", "A10", "A11", "A12", "A13", "A15")
 @each
 def test_junk(name, param, folder):
