@@ -7,12 +7,17 @@ from types import SimpleNamespace
 
 os.environ["MPLBACKEND"] = "Agg"  # before anything imports matplotlib, and for the processes that tests start
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny models: on a busy machine threads that wait for each other cost seconds
+# Bytecode is kept, whatever the environment says: without it each run rewrites the asserts of all tests again, and each
+# process that a test starts compiles the package again.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 import numpy as np
 import pytest
 import torch
 from helpers import FakeRun
 from hypothesis import settings
+from tables import pytest_addoption, pytest_pycollect_makeitem, pytest_runtest_protocol  # noqa: F401 (hooks)
 
 pytest.register_assert_rewrite("resuming")
 
@@ -27,9 +32,12 @@ settings.register_profile("minifast", derandomize=True, deadline=None, database=
 settings.load_profile("minifast")
 
 
-def pytest_collection_modifyitems(items):
-    """Quick tests first: what fails fails soon."""
-    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+def pytest_collection_modifyitems(config, items):
+    """Quick tests first: what fails fails soon. Among several processes slow ones first: or one ends long after all."""
+    moving = [item.nodeid for item in items if " at 0x" in item.nodeid]
+    assert not moving, f"an address in the id of a test: each process has another one. Give ids to {moving[0]}"
+    first = hasattr(config, "workerinput")
+    items.sort(key=lambda item: any(map(item.get_closest_marker, ("slow", "nightly"))) is not first)
 
 
 def pytest_runtest_setup(item):

@@ -1,7 +1,9 @@
 """What several test files share: tiny data, a learner on it, and observers that do not rely on the Recorder."""
 
 import hashlib
+import os
 import random
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -134,6 +136,18 @@ class Unwaiting(Callback):
     def after_fit(self, state):
         self.after_batch(state)
         finite.reads_at_once = self.kept
+
+
+def real_data(name):
+    """The path of a file of real data in the folder that MINIFAST_DATA names; without it the test is skipped."""
+    import pytest
+
+    folder = os.environ.get("MINIFAST_DATA")
+    if not folder:
+        pytest.skip(f"MINIFAST_DATA is not set: it names a folder of real data, here for {name}")
+    if not Path(folder, name).is_file():
+        pytest.skip(f"there is no {name} in the folder that MINIFAST_DATA names")
+    return Path(folder, name)
 
 
 def batches(n=2, size=4, *, seed=0, dtype=torch.float32):

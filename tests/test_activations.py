@@ -196,6 +196,7 @@ def test_watching_changes_nothing():
     assert trained(plain) == trained(watched)
 
 
+@pytest.mark.table
 @pytest.mark.case("I12")
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 @pytest.mark.parametrize("event", ["before_batch", "after_pred", "after_step", "before_validate", "after_fit"])

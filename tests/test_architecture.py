@@ -131,6 +131,7 @@ def complaint(other):
     return f"core (floor {FLOOR['core']}) imports {other} (floor {FLOOR[other]})"
 
 
+@pytest.mark.table
 @pytest.mark.parametrize(
     ("source", "others"),
     [

@@ -124,18 +124,21 @@ def product(calls, values, text):
             for call, name in calls for value, shown in values]
 
 
+@pytest.mark.table
 @pytest.mark.case("A1", "A13")
 @table(product(COUNTS, NOT_A_COUNT, "{name} must be an int >= 1, got {shown}"))
 def test_counts(learn, call, error, message):
     refuse_and_leave(learn, call, error, message)
 
 
+@pytest.mark.table
 @pytest.mark.case("A2")
 @table(product(RATES, NOT_A_RATE, "{name} must be a finite number > 0, got {shown}"))
 def test_rates(learn, call, error, message):
     refuse_and_leave(learn, call, error, message)
 
 
+@pytest.mark.table
 @pytest.mark.case("A2", "A3", "A4", "A5", "A7", "L6")
 @table([
     # what fits take
@@ -253,6 +256,7 @@ def test_what_a_learner_refuses(learn, call, error, message):
     assert len(learn.recorder.lrs) == 3, "the next fit works as if nothing had been asked"
 
 
+@pytest.mark.table
 @pytest.mark.case("A5", "A6", "L6")
 @table([
     ("CircularLR(0)", ValueError, "div must be a finite number > 0, got 0 (int)"),
@@ -309,6 +313,7 @@ def test_what_is_refused_without_a_learner(call, error, message):
     assert rngs() == before
 
 
+@pytest.mark.table
 @pytest.mark.case("A2", "A7", "A12", "A15")
 @table([
     ("Learner(loaders(), net, mse)", TypeError, "model and data are swapped: got Learner(DataLoaders, Net). The call "
@@ -379,6 +384,7 @@ def test_what_the_constructor_refuses(call, error, message):
     make(net).fit(0.1)
 
 
+@pytest.mark.table
 @pytest.mark.case("B1", "B2", "B8")
 @table([
     ("make(net, loaders(13)).fit(0.1)", ValueError, "the last training batch has 1 sample (13 samples, batch_size 4), "
@@ -424,6 +430,7 @@ def test_what_is_refused_before_the_first_batch(call, error, message):
 SCALAR = "loss_func must return a scalar tensor with grad, got "
 
 
+@pytest.mark.table
 @pytest.mark.case("A11", "B4", "B6")
 @table([
     ("make(net, loss_func=nn.MSELoss(reduction='none')).fit(0.1)", ValueError, SCALAR + "float32 (4, 1). Did you leave "
@@ -520,6 +527,7 @@ def test_a_refused_fine_tune_freezes_nothing(learn):
         assert everything(learn) == before, call
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("file", sorted(PACKAGE.rglob("*.py")), ids=lambda file: str(file.relative_to(PACKAGE)))
 def test_no_check_is_an_assert(file):
     """`python -O` removes asserts. What is left of them tells mypy about a type: isinstance, or not None."""

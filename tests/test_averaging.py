@@ -443,6 +443,7 @@ AVERAGES = [partial(EMA, 0.8), partial(EMA, half_life=3), partial(SWA, 0.3, appl
             partial(SWA, 0.2, every=2)]
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("make_average", AVERAGES)
 @pytest.mark.parametrize(("event", "n"), [("after_step", 1), ("after_step", 8), ("after_step", 10),
                                           ("after_batch", 10), ("after_epoch", 2), ("after_step", 14)])

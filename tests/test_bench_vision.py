@@ -23,7 +23,7 @@ def data(program, folder):  # noqa: F811
     return program.load(folder / FILE, program.SIZES["quick"], CPU)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_program_prints_its_tables_and_writes_its_figures(program, folder, tmp_path, capsys):  # noqa: F811
     program.main(["--data", str(folder), "--quick", "--seeds", "1", "--device", "cpu",
                   "--json", str(tmp_path / "out.json"), "--plot", str(tmp_path / "out.png")])
@@ -40,7 +40,7 @@ def test_the_program_prints_its_tables_and_writes_its_figures(program, folder, t
     assert Path(tmp_path / "out.png").stat().st_size > 10_000
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("change", [{"lr": 0.09}, {"batch_size": 40}])
 def test_a_difference_in_any_ingredient_is_seen(program, data, monkeypatch, change):
     by_hand = program.by_hand
@@ -52,7 +52,7 @@ def test_a_difference_in_any_ingredient_is_seen(program, data, monkeypatch, chan
         program.check_same_updates(data, program.SIZES["quick"], CPU, seed=0)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_another_augmentation_is_seen(program, data, monkeypatch):
     by_hand = program.by_hand
 
@@ -74,5 +74,5 @@ def test_some_pictures_of_some_classes(program):
 
 
 def test_without_the_file_a_sentence_says_so(program, tmp_path):
-    with pytest.raises(SystemExit, match=r"^cifar10_jpeg.npz is not in .*: pass --data, the folder that holds"):
+    with pytest.raises(SystemExit, match=r"^cifar10_jpeg.npz is not in .*: pass --data or set MINIFAST_DATA"):
         program.main(["--data", str(tmp_path)])

@@ -40,7 +40,7 @@ def program(*arguments, **options):
 # ---- the programs
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_every_suite_runs_and_what_is_not_there_is_said(tmp_path):
     from run import SUITES, about
     path, picture = tmp_path / "run.json", tmp_path / "run.png"
@@ -220,7 +220,7 @@ def test_the_command_in_the_results_names_no_path(results, monkeypatch):
 # ---- peers: those that are not installed
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_peer_that_is_missing_is_named_with_the_reason(monkeypatch):
     import peers
     from harness import Options

@@ -58,6 +58,7 @@ def lrs(learn):
 # ---- the schedules reach their end
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
 @pytest.mark.parametrize("seconds", [7.0, 6.0, 59.9, 200.0, lambda step: 0.5 if step < 20 else 13.0])
 def test_every_schedule_begins_at_its_beginning_and_ends_at_its_end(clock, schedule, seconds):

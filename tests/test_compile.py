@@ -9,12 +9,18 @@ import pytest
 import torch
 from helpers import batches, bits, learner, trained
 from torch import nn
-from torch._dynamo.testing import CompileCounter
 from torch.optim import SGD, AdamW, RMSprop
 
 from minifast import EMA, AutoMicrobatch, GradientClip, Learner, MixedPrecision, OneCycle, Unfreeze
 
 pytestmark = pytest.mark.slow  # tracing takes a second or two
+
+
+def compile_counter():
+    """A backend that counts what it compiles."""
+    from torch._dynamo.testing import CompileCounter  # here: importing it takes seconds of every collection
+
+    return CompileCounter()
 
 
 @pytest.fixture(autouse=True)
@@ -70,7 +76,7 @@ def test_the_model_stays_what_it_was(tmp_path):
 
 def test_schedules_and_modes_compile_it_once_each():
     """One graph for training and one for validation, however often hyper-parameters move and modes change."""
-    counter = CompileCounter()
+    counter = compile_counter()
     learn = make(counter, norm=True)
     learn.fit_one_cycle(3, OneCycle(0.1).max_lr)
     assert counter.frame_count == 2
@@ -83,7 +89,7 @@ def test_schedules_and_modes_compile_it_once_each():
 
 def test_a_last_batch_that_is_smaller_compiles_it_once_more():
     """Then torch takes the number of samples for one that varies; nothing else compiles it again."""
-    counter = CompileCounter()
+    counter = compile_counter()
     data = batches(4, [6, 6, 6, 5]), batches(2, 6)
     compiled = learner(*data, model=make_model(True), opt_func=AdamW, compile={"backend": counter})
     plain = learner(*data, model=make_model(True), opt_func=AdamW)
@@ -103,7 +109,7 @@ def test_a_last_batch_that_is_smaller_compiles_it_once_more():
 
 def test_layers_that_are_thawed_compile_it_once_each():
     """What has a gradient is a part of what was compiled; each set of trained layers is compiled once, in all fits."""
-    counter = CompileCounter()
+    counter = compile_counter()
     learn = make(counter, norm=True)
     learn.fit_one_cycle(5, 0.01, callbacks=[Unfreeze({"0": 0.5})])
     assert counter.frame_count == 4, "two for training, two for validation"
@@ -115,7 +121,7 @@ def test_layers_that_are_thawed_compile_it_once_each():
 @pytest.mark.parametrize("opt_func", [AdamW, SGD, partial(SGD, momentum=0.9), partial(AdamW, foreach=True), RMSprop])
 def test_the_optimizer_is_not_compiled(opt_func):
     """So whatever it is, no hyper-parameter that moves can compile anything."""
-    counter = CompileCounter()
+    counter = compile_counter()
     learn = make(counter, opt_func=opt_func, callbacks=[GradientClip(norm=0.1), EMA(0.9)])
     for peak in (0.01, 0.02, 0.05):
         learn.fit_one_cycle(2, peak, wd=peak)
@@ -140,7 +146,7 @@ def test_frozen_norm_layers_are_right(train_bn):
 @pytest.mark.parametrize("fullgraph", [False, True])
 def test_mixed_precision_and_the_rest_compile_once_each(fullgraph):
     """No graph for each validation, and the predictions are those of the model that is not compiled."""
-    counter = CompileCounter()
+    counter = compile_counter()
     callbacks = [[MixedPrecision("bf16"), GradientClip(norm=0.1), AutoMicrobatch(3)] for _ in range(2)]
     plain = learner(batches(4, 6), batches(2, 6), model=make_model(True), callbacks=callbacks[0])
     compiled = learner(batches(4, 6), batches(2, 6), model=make_model(True), callbacks=callbacks[1],

@@ -112,6 +112,7 @@ def rows(learn, first=0):
                  epochs[-(-first // 4):]])  # fmt: skip
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("name", MAKE)
 def test_repr_rebuilds_it(make, name):
     callback = make(name)
@@ -121,6 +122,7 @@ def test_repr_rebuilds_it(make, name):
     assert again.owns == callback.owns
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("name", MAKE)
 def test_it_serves_for_two_fits(make, name):
     learn, callback = learner(), make(name)
@@ -130,6 +132,7 @@ def test_it_serves_for_two_fits(make, name):
         assert all(torch.isfinite(p).all() for p in learn.model.parameters())
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("name", MAKE)
 def test_it_works_with_accumulation(make, name):
     learn = learner()
@@ -152,6 +155,7 @@ def traces(learn):
             "lists": [list(map(id, values)) for values in (learn.callbacks, learn.metrics)]}  # fmt: skip
 
 
+@pytest.mark.table
 @pytest.mark.case("I12")
 @pytest.mark.parametrize("name", MAKE)
 @pytest.mark.parametrize("ending", ["well", "before_batch", "after_loss", "before_step", "after_valid_batch"])
@@ -167,6 +171,7 @@ def test_it_leaves_no_hooks_and_modes(make, name, ending):
     assert traces(learn) == before
 
 
+@pytest.mark.table
 @pytest.mark.case("L8")
 @pytest.mark.parametrize("name", MAKE)
 def test_inside_lr_find_it_does_nothing_or_leaves_nothing(make, name):
@@ -189,6 +194,7 @@ def test_inside_lr_find_it_does_nothing_or_leaves_nothing(make, name):
 WRITERS = {"CSVLogger", "Checkpoint", "RunLog", "TensorBoardLogger", "WandbLogger"}  # it stays written
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("has_fitted", [False, True])
 @pytest.mark.parametrize("name", [name for name in MAKE if name not in WRITERS])
 def test_a_sandbox_takes_back_what_it_remembers(make, name, has_fitted):
@@ -203,6 +209,7 @@ def test_a_sandbox_takes_back_what_it_remembers(make, name, has_fitted):
     learn.fit(0.01, 1)
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("name", MAKE)
 def test_check_trace_and_profile_leave_it_alone(make, name):
     callback = make(name)
@@ -231,6 +238,7 @@ ONLY_LOOK = ["ActivationStats", "CSVLogger", "EMA", "GradientNorm", "GradientSta
              "TensorBoardLogger", "WandbLogger"]  # fmt: skip
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("name", ONLY_LOOK)
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_what_only_looks_changes_no_bit(make, name, accumulate):
@@ -312,6 +320,7 @@ KILLED = [(name, at) for name in MAKE for at in (2, 4, 6, 9)
           and (name, at) != ("EarlyStopping", 9)]  # it has ended the fit by then  # fmt: skip
 
 
+@pytest.mark.table
 @pytest.mark.parametrize(("name", "at"), KILLED)
 def test_what_it_saves_is_all_that_it_needs(make, name, at):
     """A fit that is killed after batch `at` and goes on with a new callback equals one that was not."""
@@ -361,6 +370,7 @@ class LastAt(Callback):
             self.action(state)
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("name", MAKE)
 def test_the_state_is_a_copy_of_plain_values(make, name):
     learn, callback = learner(), make(name)
@@ -378,8 +388,34 @@ def test_the_state_is_a_copy_of_plain_values(make, name):
 REFUSED = {}  # frozenset of two names -> words of the error
 
 
-@pytest.mark.parametrize("pair", list(itertools.combinations(MAKE, 2)), ids="-".join)
-def test_two_together_train_or_are_refused(make, pair):
+# Where most only set up and tidy: two that meet nowhere else hardly get into each other's way.
+AROUND = {"before_fit", "after_fit", "before_epoch", "after_epoch"}
+
+
+def meet(pair):
+    """Whether both hear the same event inside an epoch, or own the same hyper-parameter."""
+    kinds = [NAMES[name] for name in pair]
+    heard = {event for event in EVENTS if all(getattr(kind, event) is not getattr(Callback, event) for kind in kinds)}
+    return bool(heard - AROUND or set.intersection(*(set(kind.sets) for kind in kinds)))
+
+
+PAIRS = list(itertools.combinations(MAKE, 2))
+
+
+@pytest.mark.table
+@pytest.mark.parametrize("pair", list(filter(meet, PAIRS)), ids="-".join)
+def test_two_that_meet_train_or_are_refused(make, pair):
+    train_or_refuse(make, pair)
+
+
+@pytest.mark.table
+@pytest.mark.nightly
+@pytest.mark.parametrize("pair", list(itertools.filterfalse(meet, PAIRS)), ids="-".join)
+def test_two_that_do_not_meet_train_or_are_refused(make, pair):
+    train_or_refuse(make, pair)
+
+
+def train_or_refuse(make, pair):
     learn = learner()
     callbacks = [make(name) for name in pair]
     if set(callbacks[0].owns) & set(callbacks[1].owns):
@@ -411,6 +447,7 @@ class CancelsAtOnce(Callback):
             raise CancelEpoch
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("name", MAKE)
 @pytest.mark.parametrize("order", [-100, 150, 10_000])
 @pytest.mark.parametrize("epoch", [0, 1])
@@ -421,6 +458,7 @@ def test_an_epoch_that_is_cancelled_at_once(make, name, order, epoch):
     assert "train_loss" not in learn.recorder.epochs[epoch]
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("name", MAKE)
 def test_nothing_of_the_fit_is_held_afterwards(make, name):
     learn, refs = learner(), []

@@ -75,6 +75,7 @@ SHAPES = {  # (x, y) -> batch, the model for it
 }
 
 
+@pytest.mark.table
 @pytest.mark.case("B6")
 @pytest.mark.parametrize(("make", "model"), SHAPES.values(), ids=SHAPES)
 def test_every_shape_of_batch_trains_as_the_plain_one(make, model):
@@ -140,6 +141,7 @@ def test_unpack():
     assert bits(learn.get_preds()[1]) == bits(reference.get_preds()[1])
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("make", [make for make, _ in SHAPES.values()], ids=SHAPES)
 def test_a_batch_is_moved_whole_and_keeps_its_type(make):
     batch = make(torch.ones(4, 3), torch.ones(4, 1))
@@ -237,6 +239,7 @@ LOADERS = {  # a loader of batches(3), the steps_per_epoch that it needs
 }  # fmt: skip
 
 
+@pytest.mark.table
 @pytest.mark.case("B8")
 @pytest.mark.parametrize(("make", "steps"), LOADERS.values(), ids=LOADERS)
 def test_every_kind_of_loader_trains_as_a_list_does(make, steps):
@@ -388,6 +391,7 @@ def test_labels_may_be_probabilities():
     learner([(torch.ones(3, 3), torch.ones(3, 2) / 2)], model=nn.Linear(3, 2), loss_func=nn.CrossEntropyLoss()).fit(0.1)
 
 
+@pytest.mark.table
 @pytest.mark.case("B4")
 @pytest.mark.parametrize("loss_func", [nn.MSELoss(), nn.functional.mse_loss, nn.L1Loss(), nn.functional.l1_loss,
                                        nn.SmoothL1Loss(), nn.HuberLoss(), nn.functional.huber_loss])  # fmt: skip

@@ -5,19 +5,17 @@ import shutil
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers import real_data
 from PIL import Image
 from torch import nn
 
 from minifast import Learner, accuracy, demo, digits
 from minifast.__main__ import main
 from minifast.vision import image_folders
-
-MNIST = Path(__file__).resolve().parents[2] / "shared" / "data" / "mnist_sample.tgz"
 
 
 @pytest.fixture(autouse=True)
@@ -89,7 +87,7 @@ def test_on_digits_it_prints_tables_and_writes_plots(tmp_path):
     assert_plots(tmp_path / "plots" / "here")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_default_run_reaches_what_the_readme_says(tmp_path, capsys):
     reached = demo.run(digits(16), tmp_path)
     assert reached["one cycle"] >= 0.98
@@ -97,7 +95,7 @@ def test_a_default_run_reaches_what_the_readme_says(tmp_path, capsys):
     assert_plots(tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_on_a_folder_of_mixed_images(folder, tmp_path):
     mix(folder)
     done = minifast("--data", folder, "--epochs", 2, "--lr", 0.01, "--seed", 3, "--out", tmp_path / "out", cwd=tmp_path)
@@ -107,7 +105,7 @@ def test_on_a_folder_of_mixed_images(folder, tmp_path):
     assert_plots(tmp_path / "out")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.filterwarnings("ignore:a cycle of")
 def test_without_validation_pictures_a_fifth_is_held_back(folder, tmp_path, capsys):
     for one_tree in (folder, folder / "train"):
@@ -116,7 +114,7 @@ def test_without_validation_pictures_a_fifth_is_held_back(folder, tmp_path, caps
         assert "20 training and 4 validation images of 2 classes, 20x20 pixels, grey" in capsys.readouterr().out
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.filterwarnings("default:a cycle of")
 def test_a_schedule_that_is_cut_short_is_one_line_of_warning(folder, tmp_path, capsys):
     assert main(["--data", str(folder), "--epochs", "1", "--out", str(tmp_path / "out")]) == 0
@@ -126,11 +124,9 @@ def test_a_schedule_that_is_cut_short_is_one_line_of_warning(folder, tmp_path, c
     assert printed.err.count("\n") == 1
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_on_a_sample_of_mnist(tmp_path):
-    if not MNIST.exists():
-        pytest.skip(f"there is no {MNIST.name} beside this checkout")
-    shutil.unpack_archive(MNIST, tmp_path, filter="data")
+    shutil.unpack_archive(real_data("mnist_sample.tgz"), tmp_path, filter="data")
     dls = images_of(tmp_path / "mnist_sample")
     assert [loader.tensors[0].shape for loader in (dls.train, dls.valid)] == [(12396, 1, 28, 28), (2038, 1, 28, 28)]
     torch.manual_seed(0)
@@ -172,7 +168,7 @@ def test_ctrl_c_is_one_line_and_status_130(tmp_path):
     assert (process.returncode, errors) == (130, "minifast: interrupted\n")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_reader_that_leaves_is_no_crash(tmp_path):
     with subprocess.Popen([sys.executable, "-m", "minifast", "--epochs", "1"], cwd=tmp_path, text=True,
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
@@ -267,6 +263,7 @@ def refusal(options, capsys):
 HINT = "(--help lists the options)"
 
 
+@pytest.mark.table
 @pytest.mark.parametrize(
     ("options", "line"),
     [

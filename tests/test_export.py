@@ -94,6 +94,7 @@ def test_plain_torch_reads_a_program_and_needs_no_class(tmp_path):
     assert same(module(x), learn.predict(x))
 
 
+@pytest.mark.table
 @pytest.mark.slow
 @pytest.mark.parametrize(("function", "make"), [
     (lambda layer, x, y: layer(x + y), lambda n: (torch.randn(n, 3), torch.randn(n, 3))),
@@ -288,6 +289,7 @@ def test_trusted_is_a_flag(tmp_path):
         load_exported(tmp_path / "net.pt2", trusted="yes")
 
 
+@pytest.mark.table
 @pytest.mark.slow
 @pytest.mark.parametrize(("change", "message"), [
     (lambda files: zipped({**files, PROGRAM: b"[" * 100_000}), "damaged"),
@@ -443,6 +445,7 @@ def test_the_description_of_a_nest(tmp_path):
 # ---- what is refused before anything is written
 
 
+@pytest.mark.table
 @pytest.mark.parametrize(("options", "error", "message"), [
     ({"labels": "abc"}, TypeError, "labels must be a list of class names, got 'abc'"),
     ({"labels": ["a", 1]}, TypeError, r"labels must be a list of class names, got \['a', 1\]"),

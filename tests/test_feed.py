@@ -26,6 +26,7 @@ def fed(loader, device=CPU, limit=None, **options):
 # ---- when a batch is drawn
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("device", [CPU, META, torch.device("cuda")])
 @pytest.mark.parametrize("limit", [None, 2])
 def test_a_batch_is_drawn_when_it_is_asked_for_and_none_behind_the_limit(monkeypatch, device, limit):
@@ -221,6 +222,7 @@ class Pictures(Dataset):
         return torch.ones(1)
 
 
+@pytest.mark.table
 @pytest.mark.parametrize(("loader", "device", "said"), [
     (DataLoader(TensorDataset(torch.ones(3))), CPU, r"^TensorLoader\(\*dataset.tensors\)"),
     (DataLoader(Pictures()), CPU, r"num_workers= has other processes make them; DataLoaders.in_memory\(dataset\)"),

@@ -117,6 +117,7 @@ NOT_PLAIN = [
 ]  # fmt: skip
 
 
+@pytest.mark.table
 @pytest.mark.case("S15")
 @pytest.mark.parametrize(("value", "message"), NOT_PLAIN, ids=[message for _, message in NOT_PLAIN])
 def test_what_is_not_plain_is_refused_with_its_place_when_it_is_saved(tmp_path, value, message):

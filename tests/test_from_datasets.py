@@ -110,6 +110,7 @@ def test_a_stream_is_read_once_and_in_its_order():
     assert [x[0].item() for xs, _ in dls.train for x in xs] == list(range(6))
 
 
+@pytest.mark.table
 @pytest.mark.parametrize(("arguments", "options", "error", "said"), [
     ((DataLoader(tensors()),), {}, TypeError, r"train must be a data set, got a DataLoader, .* DataLoaders\(train, v"),
     ((tensors(), {"a": 3}), {}, TypeError, r"valid\['a'\] must be a map-style data set, .*IterableDataset, got 3"),

@@ -93,6 +93,7 @@ CALLS = {  # of the two whole fits: cycle_len and use_clr
 }
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("recording", params("circular"))
 def test_circular_lr(recording, optimizer):
@@ -107,6 +108,7 @@ def test_circular_lr(recording, optimizer):
     check_circular(recording, optimizer, batches, fit)
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("recording", params("circular_beta"))
 def test_circular_lr_beta(recording, optimizer):
@@ -117,6 +119,7 @@ def test_circular_lr_beta(recording, optimizer):
     check_circular(recording, optimizer, batches, fit)
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("recording", params("cosine_annealing"))
 def test_cosine_annealing(recording, optimizer):
@@ -131,6 +134,7 @@ def test_cosine_annealing(recording, optimizer):
     assert set(moms) == {0.9}
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("recording", params("one_cycle"))
 def test_one_cycle(recording, optimizer):
@@ -150,6 +154,7 @@ def test_one_cycle(recording, optimizer):
     assert len(lrs) == cycle_len * config["batches_per_epoch"]
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("recording", params("one_cycle"))
 def test_one_cycle_goes_where_fastai_left_it(recording):
     """fastai 1 writes one more step than it trains: the end of the curve, unless the fit was cut short."""
@@ -183,6 +188,7 @@ def test_flat_cosine(recording, optimizer):
 MISSED_RESTARTS = {(3, 2, 2): [24], (6, 1, 2): [12, 28, 60, 124]}  # (n_cycles, cycle_len, cycle_mult): steps
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("recording", params("sgdr"))
 def test_sgdr(recording, optimizer):
@@ -235,6 +241,7 @@ def test_fine_tune_rises_for_99_percent_of_the_frozen_steps():
     assert (lrs[30:, -1].argmax(), moms[30:].argmin()) == (9, 9)
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("recording", [p for p in params("fit") if "fit_opt_sched" not in p.id])
 def test_fit(recording, optimizer):
@@ -265,6 +272,7 @@ def test_phases():
     assert moms == pytest.approx(floats(recording["momentum"]), **EXACT)
 
 
+@pytest.mark.table
 @pytest.mark.parametrize(("call", "epochs"), load("sum_geom")["v07_sum_geom"]["results"].items())
 def test_epochs_of_cycles(call, epochs):
     cycle_len, cycle_mult, cycles = (float(number) for number in call.split(","))
@@ -278,6 +286,7 @@ def test_epochs_of_cycles(call, epochs):
     assert len(lrs) == epochs
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("recording", [p for p in params("lr_find") if "lr" in p.values[0]])
 def test_lr_find(recording, optimizer):

@@ -8,13 +8,14 @@ from torch import nn
 from torch.nn.utils.rnn import pack_sequence
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from minifast import Callback, Learner, TensorLoader, overlap
+from minifast import Callback, Learner, TensorLoader
+from minifast.data import feed as module
 from minifast.data.feed import feed
 from minifast.machine.signals import DeferredInterrupt
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")]
 WIDTH = 256
-OVERLAP = {"beside": 0, "large ones beside": overlap.WORTH, "in line": float("inf")}
+OVERLAP = {"beside": 0, "large ones beside": module.WORTH, "in line": float("inf")}
 
 
 class Samples(Dataset):
@@ -55,7 +56,7 @@ class Busy(Callback):
 
 def trained(make, worth, monkeypatch, **options):
     """Weights, losses and the state of the random generator after a fit."""
-    monkeypatch.setattr(overlap, "WORTH", worth)
+    monkeypatch.setattr(module, "WORTH", worth)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(WIDTH, 64), nn.ReLU(), nn.Dropout(0.2), nn.Linear(64, 1))
     learn = Learner(model, (make(), None), nn.MSELoss(), device="cuda", verbose=False, callbacks=[Busy()])
@@ -98,7 +99,7 @@ def walk(nest):
 @pytest.mark.parametrize("is_pinned", [False, True])
 @pytest.mark.parametrize("worth", OVERLAP.values(), ids=OVERLAP)
 def test_nests_arrive_whole_however_long_the_device_is_busy(worth, is_pinned, monkeypatch):
-    monkeypatch.setattr(overlap, "WORTH", worth)
+    monkeypatch.setattr(module, "WORTH", worth)
     make = torch.Tensor.pin_memory if is_pinned else torch.Tensor.clone
 
     def nests():
@@ -122,7 +123,7 @@ def test_nests_arrive_whole_however_long_the_device_is_busy(worth, is_pinned, mo
 
 
 def test_the_current_stream_may_be_another_one(monkeypatch):
-    monkeypatch.setattr(overlap, "WORTH", 0)
+    monkeypatch.setattr(module, "WORTH", 0)
     stream, sums = torch.cuda.Stream(), []
     with torch.cuda.stream(stream), closing(feed((torch.full((1000, 1000), float(i)).pin_memory() for i in range(20)),
                                                  torch.device("cuda"), None, DeferredInterrupt())) as fed:
@@ -135,9 +136,9 @@ def test_the_current_stream_may_be_another_one(monkeypatch):
 
 def test_the_copies_do_not_queue_behind_the_computation(monkeypatch):
     """The copy of a pinned batch is done while the device still works on what was launched before it."""
-    monkeypatch.setattr(overlap, "WORTH", 0)
+    monkeypatch.setattr(module, "WORTH", 0)
     source = [torch.ones(1000, 1000).pin_memory() for _ in range(2)]
-    side = overlap.SideStream(torch.device("cuda"))
+    side = module.SideStream(torch.device("cuda"))
     side(source[0])  # memory is taken, kernels are loaded
     torch.cuda.synchronize()
     torch.cuda._sleep(2_000_000_000)  # cycles: about a second
@@ -151,7 +152,7 @@ def test_the_copies_do_not_queue_behind_the_computation(monkeypatch):
 
 @pytest.mark.parametrize("worth", OVERLAP.values(), ids=OVERLAP)
 def test_an_error_of_the_loader_is_told_and_the_learner_goes_on(worth, monkeypatch):
-    monkeypatch.setattr(overlap, "WORTH", worth)
+    monkeypatch.setattr(module, "WORTH", worth)
 
     class Broken(Samples):
         def __getitem__(self, i):
@@ -171,7 +172,7 @@ def test_an_error_of_the_loader_is_told_and_the_learner_goes_on(worth, monkeypat
 
 def test_nothing_waits(monkeypatch):
     """torch raises at a call that waits for the device."""
-    monkeypatch.setattr(overlap, "WORTH", 0)
+    monkeypatch.setattr(module, "WORTH", 0)
     batches = [(torch.randn(64, WIDTH).pin_memory(), torch.randn(64, 1).pin_memory()) for _ in range(5)]
     with closing(feed(batches, torch.device("cuda"), None, DeferredInterrupt())) as fed:
         next(fed)

@@ -297,6 +297,7 @@ class Stream(IterableDataset):
         return iter([])
 
 
+@pytest.mark.table
 @pytest.mark.parametrize(("train", "valid", "error", "message"), [
     (Stream(), None, TypeError, "train is an IterableDataset (Stream)"),
     (DataLoader([1]), None, TypeError, "train must be a data set, got a DataLoader, which is a loader"),

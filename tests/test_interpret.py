@@ -270,6 +270,7 @@ def test_several_validation_sets_by_name():
 # ---- what is refused
 
 
+@pytest.mark.table
 @pytest.mark.parametrize(("x", "y", "loss_func", "message"), [
     (torch.ones(4, 1), torch.rand(4, 1), nn.MSELoss(), r"float32 \(3, 1\), with MSELoss is a regression"),
     (torch.ones(4), torch.rand(4), F.l1_loss, "with l1_loss is a regression"),

@@ -84,6 +84,7 @@ REST = {  # (the loop looks between batches and between epochs)
 }
 
 
+@pytest.mark.table
 @both
 @pytest.mark.parametrize("event", EVENTS)
 def test_the_first_one_finishes_the_batch_and_cleans_up(event, number):
@@ -100,6 +101,7 @@ def test_the_first_one_finishes_the_batch_and_cleans_up(event, number):
     assert learn.model.training
 
 
+@pytest.mark.table
 @both
 @pytest.mark.parametrize("event", EVENTS)
 def test_the_learner_is_one_that_the_uninterrupted_fit_passed_through(event, number):
@@ -133,6 +135,7 @@ def test_from_another_thread_while_the_model_computes(number):
     assert len(learn.recorder.losses) == len(learn.opt.seen) == 8
 
 
+@pytest.mark.table
 @both
 @pytest.mark.parametrize("cancel", [CancelEpoch, CancelFit])
 @pytest.mark.parametrize("event", ["before_epoch", "after_pred", "after_step"])
@@ -299,6 +302,7 @@ def test_the_second_one_in_a_cleanup_lets_the_others_clean_up():
     assert "not reached" not in log
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("event", EVENTS)
 def test_one_that_a_callback_raises_by_itself_is_at_once(event):
     error, log = KeyboardInterrupt("mine"), []
@@ -392,6 +396,7 @@ FITS = {
 }  # fmt: skip
 
 
+@pytest.mark.table
 @both
 @pytest.mark.parametrize("handler", [host_handler, signal.SIG_DFL, signal.SIG_IGN, signal.default_int_handler])
 @pytest.mark.parametrize("fit", FITS)
@@ -542,7 +547,7 @@ def fits_with_workers(persistent, number):
     return [*steps, len(learn.recorder.losses), len(learn.recorder.epochs)]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 @both
 @pytest.mark.parametrize("persistent", [False, True])

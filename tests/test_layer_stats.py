@@ -47,6 +47,7 @@ def expected(learn, first):
     return np.array(norms), np.array(ratios)
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW])
 @pytest.mark.parametrize("seed", range(3))

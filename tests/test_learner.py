@@ -168,7 +168,7 @@ def test_attributes_may_be_assigned_between_fits():
     assert learn.recorder.moms.tolist() == [0.5] * 3
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_learners_are_collected():
     code = """
 import gc, weakref, torch

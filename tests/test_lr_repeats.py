@@ -15,6 +15,7 @@ def curves(found):
     return bits([found.lrs, found.losses, found.smooth_losses, found.suggestions, found.stopped, found.reason])
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("is_worn", [False, True], ids=["new", "worn"])
 @pytest.mark.parametrize("loader", WITHOUT_WORKERS)
 def test_no_trace_and_the_first_run_is_lr_finds(loader, is_worn):

@@ -144,7 +144,7 @@ def test_an_object_is_reset_updated_and_computed_once_an_epoch():
     assert metric.calls == ["reset", "update", "update", "compute"] * 2
 
 
-@pytest.mark.slow  # their import
+@pytest.mark.nightly  # their import
 def test_torchmetrics():
     torchmetrics = pytest.importorskip("torchmetrics")
     collection = torchmetrics.MetricCollection([torchmetrics.MeanSquaredError(), torchmetrics.MeanAbsoluteError()])
@@ -159,7 +159,7 @@ def test_torchmetrics():
 
 
 @pytest.mark.case("N8")
-@pytest.mark.slow  # their import
+@pytest.mark.nightly  # their import
 def test_torchmetrics_agrees_on_uneven_batches():
     classification = pytest.importorskip("torchmetrics.classification")
     theirs = [classification.MulticlassAccuracy(4, average="micro"),
@@ -187,6 +187,7 @@ class Callable:
         return 0.0
 
 
+@pytest.mark.table
 @pytest.mark.parametrize(("metric", "name"), [
     (accuracy, "accuracy"),
     (rmse, "rmse"),
@@ -281,6 +282,7 @@ def test_top_k_accuracy(k, expected):
         assert accuracy(SCORES, TARGET).item() == 1 - error_rate(SCORES, TARGET).item() == expected
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("metric", [accuracy, partial(top_k_accuracy, k=2)])
 @pytest.mark.parametrize("layout", ["classes second", "classes last"])
 @pytest.mark.parametrize("extra", [(), (7,), (7, 3)])  # nothing, a sequence, an image
@@ -293,6 +295,7 @@ def test_shapes_of_scores(metric, layout, extra):
     assert metric(given, target) == expected
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("metric", [accuracy, error_rate, top_k_accuracy])
 @pytest.mark.parametrize(("scores", "target"), [((4, 3), (4, 1)), ((4, 3), (5,)), ((4,), (4,)), ((4, 1), (4, 1))])
 def test_scores_and_targets_that_do_not_fit(metric, scores, target):
@@ -481,7 +484,7 @@ def theirs():
 
 
 @pytest.mark.filterwarnings("ignore:Metric `Spearman")  # that it keeps all samples
-@pytest.mark.parametrize("make", [ours, pytest.param(theirs, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("make", [ours, pytest.param(theirs, marks=pytest.mark.nightly)])
 @pytest.mark.parametrize("killed_after", range(1, 5))
 def test_train_metrics_go_over_a_kill_in_the_middle_of_an_epoch(make, killed_after):
     """State of a callback: the first `killed_after` batches in one Metrics, the others in another."""
@@ -578,7 +581,7 @@ def test_a_metric_of_the_whole_set_is_right_for_uneven_batches():
     assert abs(of_batches - row["f1"]) > 0.01, "so the mean of the batches would have been wrong"
 
 
-@pytest.mark.slow  # their import
+@pytest.mark.nightly  # their import
 def test_it_agrees_with_torchmetrics():
     classification = pytest.importorskip("torchmetrics.classification")
     learn = two_classes()

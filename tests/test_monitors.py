@@ -78,6 +78,7 @@ def test_best_is_the_last_improvement(mode, min_delta):
             assert callback.best == (values[better[-1]] if better else None)
 
 
+@pytest.mark.table
 @pytest.mark.parametrize(("name", "mode"), [
     *((name, "min") for name in ("loss", "my_loss", "error_rate", "rmse", "mean_squared_error", "MeanAbsoluteError",
                                  "perplexity", "top_5_error", "dice_loss", "l1_loss")),
@@ -219,6 +220,7 @@ def test_its_repr_rebuilds_it(callback):
     assert vars(twin) == vars(callback)
 
 
+@pytest.mark.table
 @pytest.mark.case("A10")
 @pytest.mark.parametrize(("make", "error", "message"), [
     (lambda: EarlyStopping(accuracy), TypeError, "monitor must be the name of a column .* got <function accuracy"),
@@ -516,6 +518,7 @@ def kill_and_resume(values, killed_after, make):
     return second
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("killed_after", range(1, 8))
 @pytest.mark.parametrize("make", [
     lambda: [ReduceLROnPlateau("accuracy", 0.1, patience=1)],

@@ -73,7 +73,8 @@ def test_there_is_something_to_run():
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # those of nbclient and zmq, in this process; the notebook's are in its outputs
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [NOTEBOOKS[0], *(pytest.param(path, marks=pytest.mark.nightly)
+                                                  for path in NOTEBOOKS[1:])], ids=lambda path: path.stem)
 def test_it_runs_silently_and_leaves_no_file(path, readers_kernel):
     files = set(NBS.rglob("*"))
     done = run(nbformat.read(path, 4), NBS)
@@ -82,7 +83,7 @@ def test_it_runs_silently_and_leaves_no_file(path, readers_kernel):
     assert list(flaws(done)) == []
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.filterwarnings("ignore")
 def test_a_run_that_is_not_silent_is_noticed(tmp_path, readers_kernel):
     cells = ["1 / 0", "import warnings; warnings.warn('careful')", "import sys; print('oops', file=sys.stderr)"]

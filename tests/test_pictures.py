@@ -25,6 +25,7 @@ def test_form(channels):
     assert np.array_equal(pictures, x.permute(0, 2, 3, 1))
 
 
+@pytest.mark.table
 @pytest.mark.parametrize(("x", "expected"), [
     (torch.tensor([[0, 7, 255]], dtype=torch.uint8), [[0, 7, 255]]),
     (torch.tensor([[-5, 7, 300]]), [[0, 7, 255]]),

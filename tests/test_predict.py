@@ -75,6 +75,7 @@ class Wrapped(nn.Module):
 # ---- get_preds
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("make", [
     tensor_loader,
     partial(tensor_loader, shuffle=True),
@@ -462,6 +463,7 @@ def without(*names):
     return {name: value for name, value in NET.items() if name not in names}
 
 
+@pytest.mark.table
 @pytest.mark.parametrize(("content", "message"), [
     (without("0.bias", "2.weight"), r"does not fit the model \(Sequential\): missing 0.bias, 2.weight. Nothing was"),
     (NET | {"3.weight": torch.ones(1)}, r"does not fit the model \(Sequential\): unexpected 3.weight. Nothing was"),
@@ -484,6 +486,7 @@ def test_what_does_not_fit_is_named_and_nothing_is_changed(tmp_path, content, me
     assert everything(learn) == before
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("write", [
     torch.save,
     partial(torch.save, _use_new_zipfile_serialization=False),

@@ -82,6 +82,7 @@ def agrees(learn, plan, momentum=0.9):
 # ---- the preview is the fit
 
 
+@pytest.mark.table
 @every_schedule
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize(("n_epochs", "n_batches"), [(3, 7), (1, 1), (2, 5)])
@@ -95,6 +96,7 @@ def test_values_are_what_a_fit_does(schedule, optimizer, n_epochs, n_batches):
     assert values.get("momentum", [0.9] * len(moms)) == moms
 
 
+@pytest.mark.table
 @every_schedule
 @ignore_short_cycles
 def test_the_plan_is_what_a_fit_does_to_three_groups(schedule):
@@ -107,6 +109,7 @@ def test_the_plan_is_what_a_fit_does_to_three_groups(schedule):
     assert plan.n_steps == 10
 
 
+@pytest.mark.table
 @pytest.mark.parametrize(("fit", "n_epochs", "schedule"), [
     (lambda learn: learn.fit(0.1, 3), 3, None),
     (lambda learn: learn.fit(0.1, 3, cycle_len=1, cycle_mult=2), 7, CosineAnnealing(3, 2)),
@@ -216,6 +219,7 @@ def test_the_table_answers_what_people_ask():
     assert len({len(line) for line in lines}) == 1, "aligned"
 
 
+@pytest.mark.table
 @every_schedule
 @ignore_short_cycles
 def test_tables_and_plots_are_the_values(schedule):
@@ -256,6 +260,7 @@ def test_a_plan_without_a_schedule_is_constant():
 # ---- frozen dataclasses
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("schedule", [one for one in SCHEDULES if not isinstance(one, Schedule)], ids=repr)
 def test_repr_rebuilds_it(schedule):
     """But for `Schedule`, which is made of functions."""
@@ -265,6 +270,7 @@ def test_repr_rebuilds_it(schedule):
     assert rebuilt.owns == schedule.owns
 
 
+@pytest.mark.table
 @every_schedule
 def test_it_is_frozen_and_can_be_copied(schedule):
     with pytest.raises(dataclasses.FrozenInstanceError):

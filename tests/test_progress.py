@@ -405,7 +405,7 @@ print(len(learn.recorder.epochs), "epochs", file=sys.stderr)
     assert said[2:] == [] or "BrokenPipeError" in err, "Python itself may complain when it closes the pipe"
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_notebook(monkeypatch):
     """The table once, as plain text; plots once; nothing else: no widgets, no warnings, no empty output."""
     nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")

@@ -124,6 +124,7 @@ def test_events_of_a_window_that_the_loader_left_open():
     assert trace == ACCUMULATE_2_ANNOUNCED_4_YIELDED_3.split()
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("event", EVENTS)
 def test_callbacks_are_called_by_band_and_then_in_list_order_and_undone_in_reverse(event):
     log = []
@@ -238,6 +239,7 @@ def by_hand(data, steps, lr=0.1, momentum=0.9):
     return bits(list(model.parameters()))
 
 
+@pytest.mark.table
 @pytest.mark.case("I9")
 @pytest.mark.parametrize(("cancel", "event"), MEANT)
 def test_a_cancelled_batch_epoch_or_fit_moves_no_weight_and_leaks_no_gradient(cancel, event):
@@ -249,6 +251,7 @@ def test_a_cancelled_batch_epoch_or_fit_moves_no_weight_and_leaks_no_gradient(ca
     assert len(learn.opt.seen) == len(learn.recorder.losses) == len(steps)
 
 
+@pytest.mark.table
 @pytest.mark.case("I9")
 @pytest.mark.parametrize(("cancel", "event"), MEANT)
 def test_a_cancel_skips_to_its_after_event(cancel, event):
@@ -265,6 +268,7 @@ def test_a_cancel_skips_to_its_after_event(cancel, event):
     assert log[-1] == "after_fit"
 
 
+@pytest.mark.table
 @pytest.mark.case("I9")
 @pytest.mark.parametrize(("cancel", "event"), MEANT)
 def test_the_schedule_counts_the_updates_that_were_done(cancel, event):
@@ -276,6 +280,7 @@ def test_the_schedule_counts_the_updates_that_were_done(cancel, event):
     assert learn.recorder.lrs.tolist() == expected
 
 
+@pytest.mark.table
 @pytest.mark.case("I9")
 @pytest.mark.parametrize(("cancel", "event"), SENSELESS)
 def test_a_cancel_that_has_no_meaning_is_an_error_that_says_where_it_has(cancel, event):
@@ -352,6 +357,7 @@ def fit_to_the_end(learn, ending, *callbacks, fit=None, **options):
     return None
 
 
+@pytest.mark.table
 @pytest.mark.case("I6")
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_after_fit_runs_for_all_whose_before_fit_ran_last_first(ending):
@@ -380,6 +386,7 @@ def test_after_fit_runs_only_for_those_that_began(error):
     assert log == ["a.before_fit", "a.after_fit"]
 
 
+@pytest.mark.table
 @pytest.mark.case("I7")
 @pytest.mark.parametrize("second", [OSError("second"), KeyboardInterrupt("second"), CancelFit("second")])
 @pytest.mark.parametrize("first", [ValueError("first"), KeyboardInterrupt("first")])
@@ -423,6 +430,7 @@ def model_with_modes():
     return model
 
 
+@pytest.mark.table
 @pytest.mark.case("I12")
 @pytest.mark.parametrize("ending", ENDINGS)
 @pytest.mark.parametrize("opt_func", [partial(spying(), momentum=0.8), spying(torch.optim.AdamW)], ids=["SGD", "AdamW"])
@@ -444,6 +452,7 @@ def test_a_fit_leaves_hypers_modes_and_gradients_as_they_were(ending, opt_func):
         assert learn.opt.param_groups[0]["weight_decay"] == 0.01
 
 
+@pytest.mark.table
 @pytest.mark.case("I6")
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_after_any_ending_a_fit_equals_that_of_a_fresh_learner_in_the_same_state(ending):
@@ -458,6 +467,7 @@ def test_after_any_ending_a_fit_equals_that_of_a_fresh_learner_in_the_same_state
     assert strip[0] == strip[1]
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("ending", ENDINGS)
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_nothing_of_a_fit_is_kept_alive(ending, accumulate):
@@ -570,6 +580,7 @@ class Broken(Exception):
         super().__init__(a)
 
 
+@pytest.mark.table
 @pytest.mark.case("I6")
 @pytest.mark.parametrize("event", EVENTS)
 def test_an_error_in_a_callback_is_the_same_object_with_a_note(event):
@@ -587,6 +598,7 @@ def test_an_error_in_a_callback_is_the_same_object_with_a_note(event):
     assert trace.log[-1] == "after_fit"
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("event", EVENTS)
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(3), GeneratorExit()])
 def test_what_is_no_error_passes_as_it_is(event, error):
@@ -876,6 +888,7 @@ class Computed(Callback):
         return ("b",)
 
 
+@pytest.mark.table
 @pytest.mark.parametrize(("callback", "owns"), [
     (Former(), ("lr", "momentum")), (Former("momentum"), ("momentum",)), (type("Sub", (Former,), {})(), Former.owns),
     (type("Sub", (Former,), {"owns": ("c",)})(), ("c",)), (Frozen(), ("a",)), (Frozen(("d",)), ("d",)),

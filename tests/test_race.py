@@ -23,6 +23,7 @@ def solvable(n=256, noise=0.0, **options):
 # ---- no trace
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("is_worn", [False, True], ids=["new", "worn"])
 @pytest.mark.parametrize("loader", WITHOUT_WORKERS)
 def test_a_race_leaves_no_trace(loader, is_worn):
@@ -45,7 +46,7 @@ def test_a_race_that_fails_leaves_no_trace(n, error):
     assert snapshot(learn) == before
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_worker_processes_end_with_the_race():
     import multiprocessing
@@ -66,6 +67,7 @@ def test_worker_processes_end_with_the_race():
 # ---- every candidate has the same start
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("loader", WITHOUT_WORKERS)
 def test_same_weights_batches_and_random_numbers(loader):
     learn = noisy_learner(loader)
@@ -78,6 +80,7 @@ def test_same_weights_batches_and_random_numbers(loader):
     assert seen[:10] == seen[10:20]  # what the start is judged by
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("lr", [0.01, slice(1e-3, 1e-2), [1e-3, 1e-2], slice(0.02)])
 @pytest.mark.parametrize("schedule", [None, OneCycle(), CosineAnnealing(warmup_frac=0)])
 def test_each_is_the_fit_that_one_would_make(lr, schedule):
@@ -94,6 +97,7 @@ def test_each_is_the_fit_that_one_would_make(lr, schedule):
     assert found.rows[0]["train_loss"] == fitted.recorder.losses[-1:].mean()
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("make", [lambda: batches(4), Unsized, lambda: DataLoader(Unsized(), batch_size=None)],
                          ids=["list", "unsized", "unsized DataLoader"])  # fmt: skip
 @pytest.mark.parametrize("steps", [1, 3, 4, 5, 8, 11])
@@ -187,6 +191,7 @@ def race_of(differences, valid=None):
     return race(learn, [0.1, 0.2], steps=steps)
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("seed", range(10))
 def test_noise_is_the_standard_error_of_the_paired_differences(seed):
     differences = 0.3 * np.random.default_rng(seed).standard_normal(160)
@@ -336,6 +341,7 @@ REFUSED = [
 ]
 
 
+@pytest.mark.table
 @pytest.mark.parametrize(("call", "error", "message"), REFUSED)
 def test_what_is_wrong_is_refused_before_any_work(call, error, message):
     learn = learner()

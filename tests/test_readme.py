@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torchvision import models
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -42,6 +41,8 @@ def missing_targets(path):
 @pytest.fixture
 def weights(tmp_path, monkeypatch):
     """Pretrained weights in torchvision's cache, made here: nothing is downloaded."""
+    from torchvision import models  # here: importing it takes seconds of every collection
+
     cache = tmp_path / "cache" / "hub" / "checkpoints"
     cache.mkdir(parents=True)
     torch.save(models.resnet18().state_dict(), cache / Path(models.ResNet18_Weights.DEFAULT.url).name)

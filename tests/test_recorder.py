@@ -286,6 +286,7 @@ def test_a_plot_is_drawn_on_the_axes_given(fitted, draw):
     assert fignums() == []
 
 
+@pytest.mark.table
 @every_plot
 @pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "inline", "QtAgg", "nbAgg"])
 def test_where_pyplot_shows_figures_it_is_asked_once(fitted, draw, backend, monkeypatch):
@@ -449,6 +450,7 @@ def test_plot_skips_what_it_is_told_to(fitted):
     assert ax.get_legend() is None
 
 
+@pytest.mark.table
 @pytest.mark.case("L5")
 @pytest.mark.parametrize("num_it", [2, 3, 8, 16])
 @pytest.mark.parametrize("skips", [(10, 5), (0, 1000), (1000, 0)])

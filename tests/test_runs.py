@@ -102,6 +102,7 @@ def test_a_run_killed_at_any_byte_can_be_read(tmp_path):
         assert run.skipped == (whole[cut - 1:cut] != b"\n" and whole[cut:cut + 1] != b"\n")
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("line", [
     "\n", "{", "[]\n", "3\n", '"x"\n', "{}\n", '{"kind": "fit"}\n', '{"kind": "fit", "fit": []}\n', "\x00\xff\n",
     '{"kind": "other", "fit": "a"}\n', '{"kind": "steps", "fit": "a"}\n', "[" * 100_000 + "\n",

@@ -105,7 +105,8 @@ LOADERS = {
 }
 WITHOUT_WORKERS = [name for name in LOADERS if "workers" not in name]
 WITH_WORKERS = [
-    pytest.param(name, marks=[pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")])
+    pytest.param(name, marks=[pytest.mark.slow if name == "2 workers, generator" else pytest.mark.nightly,
+                              pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")])
     for name in LOADERS
     if name not in WITHOUT_WORKERS
 ]
@@ -199,6 +200,7 @@ def run_to_the_end(action, error, learn):
             action(learn)
 
 
+@pytest.mark.table
 @pytest.mark.case("L2", "L10")
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("is_worn", [False, True], ids=["new", "worn"])
@@ -252,6 +254,7 @@ def results_of_a_fit(loader, is_worn, before=lambda learn: None):
     return trained(learn), rngs(), bits([learn.recorder.losses, learn.recorder.lrs, learn.recorder.moms])
 
 
+@pytest.mark.table
 @pytest.mark.case("L1")
 @pytest.mark.parametrize("is_worn", [False, True], ids=["new", "trained"])
 @pytest.mark.parametrize("found", FOUND)
@@ -303,6 +306,7 @@ def change_everything(learn):
         p.data.fill_(math.nan)
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("error", [None, ZeroDivisionError, KeyboardInterrupt, SystemExit, GeneratorExit])
 @pytest.mark.parametrize("is_worn", [False, True], ids=["new", "worn"])
 def test_a_sandbox_leaves_no_trace(is_worn, error):
@@ -524,6 +528,7 @@ def test_with_stop_div_false_only_a_loss_that_is_not_finite_stops_it(curve):
     assert len(find_in(CURVES[curve], stop_div=False).lrs) == 100
 
 
+@pytest.mark.table
 @pytest.mark.case("L5")
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("at", [0, 1, 57])

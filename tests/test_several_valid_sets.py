@@ -126,7 +126,7 @@ def test_the_names_are_known_before_the_fit():
     assert list(learn.recorder.epochs[0])[-1] == "time"
 
 
-@pytest.mark.slow  # their import
+@pytest.mark.nightly  # their import
 def test_the_names_of_a_collection_are_known_before_the_fit():
     torchmetrics = pytest.importorskip("torchmetrics")
     collection = torchmetrics.MetricCollection([torchmetrics.MeanSquaredError(), torchmetrics.MeanAbsoluteError()],

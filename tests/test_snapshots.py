@@ -65,6 +65,7 @@ def test_cycles_follow_each_other_and_end_with_the_fit(n_steps, n_cycles, cycle_
         assert len(ends) == min(n_cycles, n_steps)
 
 
+@pytest.mark.table
 @pytest.mark.parametrize(("schedule", "ends"), [
     (ConstantLR(), (99,)),
     (OneCycle(), (99,)),

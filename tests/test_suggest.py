@@ -38,6 +38,7 @@ ANSWERS = [
 ]
 
 
+@pytest.mark.table
 @pytest.mark.parametrize(("name", "part", "rule", "answer"), ANSWERS)
 def test_rule_gives_the_recorded_learning_rate(name, part, rule, answer):
     lrs, losses, num_it = curve(name)
@@ -51,6 +52,7 @@ def test_tie_table_names_recorded_curves_only():
     assert len(ANSWERS) == 155
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("name", NAMES)
 def test_usable_keeps_as_many_points_as_recorded(name):
     lrs, losses = usable(*curve(name))
@@ -58,6 +60,7 @@ def test_usable_keeps_as_many_points_as_recorded(name):
     assert np.isfinite(losses).all()
 
 
+@pytest.mark.table
 @pytest.mark.parametrize(
     ("key", "options"), [("slide_thresh_0.05", {"thresh": 0.05}), ("slide_adjust_0.5", {"adjust_value": 0.5})]
 )
@@ -134,6 +137,7 @@ def test_rules_leave_their_input_alone_and_give_a_python_float(rule):
 RAMP = np.geomspace(1e-6, 1.0, 20)
 
 
+@pytest.mark.table
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -184,6 +188,7 @@ def test_usable_trims_before_it_cuts():
     assert len(usable(RAMP[:3], losses[:3], num_it=3)[0]) == 0
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("name", NAMES)
 def test_suggestions_for_every_recorded_curve(name):
     found, reason = suggestions(*curve(name))
@@ -196,6 +201,7 @@ def test_suggestions_for_every_recorded_curve(name):
         assert {rule for rule, lr in found.items() if lr is None} == ({"slide"} if name == "short_21" else set())
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("factor", [1e-30, 1e-3, 1e3, 1e30])
 @pytest.mark.parametrize("name", ["noisy_u", "diverging_early_60_of_100_ema98", "flat_noise", "flat_noise_ema98"])
 def test_descent_does_not_depend_on_the_unit_of_the_loss(name, factor):

@@ -232,6 +232,7 @@ OPTIMIZERS = [
 ]  # fmt: skip
 
 
+@pytest.mark.table
 @pytest.mark.parametrize(("kind", "options"), OPTIMIZERS, ids=lambda value: getattr(value, "__name__", str(value)))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_expected_state_is_what_a_step_makes(kind, options, dtype):

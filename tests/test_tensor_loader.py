@@ -83,6 +83,7 @@ def test_transform_gets_the_tuple_of_a_batch():
     assert [(type(batch["x"]), batch["x"][0].tolist()) for batch in loader] == [(tuple, [0, 1, 2]), (tuple, [3])]
 
 
+@pytest.mark.table
 @pytest.mark.parametrize(("tensors", "options", "error", "message"), [
     ((), {}, TypeError, "takes tensors of shape (n, ...), got none"),
     (([1, 2],), {}, TypeError, "takes tensors of shape (n, ...), got list"),
@@ -131,6 +132,7 @@ def test_a_model_that_begins_in_place_does_not_change_the_data():
     assert torch.equal(x, before)
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.bool, torch.int64, torch.float16, torch.complex64])
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_a_batch_has_the_dtype_of_the_data(dtype, shuffle):

@@ -51,6 +51,7 @@ class Counter:
 # ---- the formula
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("n", [1, 2, 5])
 @pytest.mark.parametrize("beta", [0, 0.25, 1.0])
 @pytest.mark.parametrize("sizes", [(11,), (4, 4, 3), (1, 10)])

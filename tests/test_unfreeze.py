@@ -228,6 +228,7 @@ def test_a_fit_limited_in_time_thaws_by_the_clock():
     assert found == [2, None, 0]
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("at", range(1, 10))
 @pytest.mark.parametrize("before", [False, True])
 def test_a_resumed_fit_goes_on_as_if_nothing_had_happened(at, before):

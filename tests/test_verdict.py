@@ -28,12 +28,14 @@ def noise(scatter, seed=0):
     return scatter * np.random.default_rng(seed).standard_normal(100)
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("scatter", [0, 0.01, 0.1, 0.3])
 def test_a_textbook_curve_is_ok(scatter, seed):
     assert judged(textbook() + noise(scatter, seed)) == ("ok", "")
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize(("level", "scatter", "verdict"), [
     (2.3, 0, "flat"), (2.3, 0.02, "flat"), (2.3, 0.1, "flat"), (0.05, 0.03, "too noisy"), (1, 0.5, "too noisy"),
@@ -50,6 +52,7 @@ def test_how_often_noise_passes_for_a_descent():
     assert verdicts.count("ok") <= 4
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("unit", [1e-6, 1e6])
 @pytest.mark.parametrize("losses", [textbook(), textbook() + noise(0.1), 1 + noise(0.5), 1 + noise(0.01),
                                     textbook(1e-1, 1e9), textbook(1e-8)])  # fmt: skip

@@ -1,4 +1,5 @@
 """Architectures of torchvision: their head, their layer groups, their weights from torch's cache."""
+from operator import attrgetter
 from urllib.error import URLError
 
 import pytest
@@ -9,7 +10,19 @@ from minifast import Learner
 from minifast.vision import ImageForm, from_arrays, layer_groups, vision_learner
 from minifast.vision.architectures import image_model
 
-models = pytest.importorskip("torchvision.models")
+
+def models():
+    """torchvision.models, which is not imported while tests are collected: that would take seconds of every run."""
+    from torchvision import models
+
+    return models
+
+
+class Late(str):
+    """The name of something in torchvision.models, in a table."""
+
+    def get(self):
+        return attrgetter(self)(models())
 
 STAGES = [f"stage {i}" for i in range(1, 6)]
 # by hand, from the papers: where each family halves the picture
@@ -74,7 +87,7 @@ def blank(monkeypatch):
 def test_groups_of_each_family(blank, arch, names):
     extra = {"aux_logits": False, "init_weights": False} if arch in ("googlenet", "inception_v3") else {}
     with torch.device("cpu" if arch.startswith("regnet") else "meta"):  # it computes with values to find its widths
-        model = models.get_model(arch, num_classes=3, **extra)
+        model = models().get_model(arch, num_classes=3, **extra)
     groups = layer_groups(model)
     assert list(groups) == names
     claimed = [id(p) for group in groups.values() for p in group]
@@ -86,7 +99,7 @@ def test_groups_of_each_family(blank, arch, names):
 
 
 def test_the_groups_of_a_resnet_are_its_layers(blank):
-    model = models.resnet18(num_classes=3)
+    model = models().resnet18(num_classes=3)
     wanted = {"stem": [model.conv1, model.bn1], "stage 1": [model.layer1], "stage 2": [model.layer2],
               "stage 3": [model.layer3], "stage 4": [model.layer4], "head": [model.fc]}
     wanted = {name: [p for module in modules for p in module.parameters()] for name, modules in wanted.items()}
@@ -96,7 +109,7 @@ def test_the_groups_of_a_resnet_are_its_layers(blank):
 
 
 def test_a_transformer_is_cut_into_four_and_its_tokens_go_with_the_stem(blank):
-    model = models.vit_b_16()
+    model = models().vit_b_16()
     names = {id(p): name for name, p in model.named_parameters()}
     groups = {name: [names[id(p)] for p in group] for name, group in layer_groups(model).items()}
     assert sorted(groups["stem"]) == ["class_token", "conv_proj.bias", "conv_proj.weight", "encoder.pos_embedding"]
@@ -106,7 +119,7 @@ def test_a_transformer_is_cut_into_four_and_its_tokens_go_with_the_stem(blank):
 
 
 def test_a_stage_of_swin_begins_where_patches_are_merged(blank):
-    model = models.swin_t()
+    model = models().swin_t()
     names = {id(p): name for name, p in model.named_parameters()}
     first = [names[id(group[0])] for group in layer_groups(model).values()]
     assert first == ["features.0.0.weight", "features.1.0.norm1.weight", "features.2.reduction.weight",
@@ -196,7 +209,7 @@ def test_freeze_slice_and_fine_tune_work_at_once(arch):
 
 @pytest.mark.slow
 def test_a_head_of_ones_own():
-    learn = learner(models.shufflenet_v2_x0_5,
+    learn = learner(models().shufflenet_v2_x0_5,
                     head=lambda n, classes: nn.Sequential(nn.Linear(n, 16), nn.ReLU(), nn.Linear(16, classes)))
     assert isinstance(learn.model.fc, nn.Sequential)
     assert sorted(tuple(p.shape) for p in learn.groups[-1].params) == [(3,), (3, 16), (16,), (16, 1024)]
@@ -256,10 +269,10 @@ def test_the_seed_is_that_of_the_new_layers_too():
     ("xyzzy", 32, ValueError, r"no architecture 'xyzzy'. There are alexnet, "),
     ("fcn_resnet50", 32, ValueError, r"'fcn_resnet50' is no architecture that classifies pictures"),
     ("quantized_resnet18", 32, ValueError, r"is no architecture that classifies pictures"),
-    (models.detection.fasterrcnn_resnet50_fpn, 32, ValueError,
+    (Late("detection.fasterrcnn_resnet50_fpn"), 32, ValueError,
      r"faster_rcnn.fasterrcnn_resnet50_fpn is no function that makes a classifier"),
-    (models.quantization.resnet18, 32, ValueError, r"quantization.resnet.resnet18 is no function"),
-    (models.ResNet, 32, ValueError, r"resnet.ResNet is no function that makes a classifier"),
+    (Late("quantization.resnet18"), 32, ValueError, r"quantization.resnet.resnet18 is no function"),
+    (Late("ResNet"), 32, ValueError, r"resnet.ResNet is no function that makes a classifier"),
     (tiny(3), 32, TypeError, r"got a Sequential that is made already. Pass e.g. resnet18 without \(\)"),
     (3, 32, TypeError, r"arch must be an architecture of torchvision, its name, .* got 3 \(int\)"),
     ("alexnet", 32, ValueError, r"AlexNet cannot take images of 32 x 32 pixels with 3 channels: .*size=224"),
@@ -267,7 +280,7 @@ def test_the_seed_is_that_of_the_new_layers_too():
 ])
 def test_an_architecture_that_cannot_be(blank, arch, side, error, message):
     with pytest.raises(error, match=message):
-        learner(arch, side=side)
+        learner(arch.get() if isinstance(arch, Late) else arch, side=side)
 
 
 def test_what_else_is_refused_before_anything_is_made():
@@ -301,7 +314,7 @@ def cache(tmp_path, monkeypatch):
 def put(folder, weights, **options):
     """Random weights where torchvision would have put its own; gives the model that they are of."""
     torch.manual_seed(1)
-    model = models.shufflenet_v2_x0_5(**options)
+    model = models().shufflenet_v2_x0_5(**options)
     for name, buffer in model.named_buffers():
         if "running" in name:
             buffer.uniform_(0.5, 2)
@@ -309,14 +322,13 @@ def put(folder, weights, **options):
     return model
 
 
-WEIGHTS = models.ShuffleNet_V2_X0_5_Weights
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [{}, {"weights": WEIGHTS.IMAGENET1K_V1}, {"weights": "IMAGENET1K_V1"},
+@pytest.mark.parametrize("options", [{}, {"weights": Late("ShuffleNet_V2_X0_5_Weights.IMAGENET1K_V1")},
+                                     {"weights": "IMAGENET1K_V1"},
                                      {"weights": "ShuffleNet_V2_X0_5_Weights.DEFAULT"}])
 def test_weights_arrive_in_the_body_and_their_normalisation_is_used(cache, options):
-    source = put(cache, WEIGHTS.DEFAULT).state_dict()
+    source = put(cache, models().ShuffleNet_V2_X0_5_Weights.DEFAULT).state_dict()
+    options = {name: value.get() if isinstance(value, Late) else value for name, value in options.items()}
     learn = learner("shufflenet_v2_x0_5", pretrained=True, **options)
     state = learn.model.state_dict()
     body = [name for name in source if not name.startswith("fc.")]
@@ -332,7 +344,7 @@ def test_weights_arrive_in_the_body_and_their_normalisation_is_used(cache, optio
 
 @pytest.mark.slow
 def test_grey_pictures_see_what_they_would_see_in_rgb(cache, capsys):
-    source = put(cache, WEIGHTS.DEFAULT)
+    source = put(cache, models().ShuffleNet_V2_X0_5_Weights.DEFAULT)
     learn = vision_learner(pictures(channels=1), "shufflenet_v2_x0_5", device="cpu")
     assert capsys.readouterr().out == ("grey pictures: the first convolution has the sum of its weights over red, "
                                        "green and blue (ShuffleNet_V2_X0_5_Weights.IMAGENET1K_V1)\n")
@@ -344,7 +356,7 @@ def test_grey_pictures_see_what_they_would_see_in_rgb(cache, capsys):
 
 @pytest.mark.slow
 def test_weights_that_cannot_be_had(cache):
-    name = WEIGHTS.DEFAULT.url.rpartition("/")[2]
+    name = models().ShuffleNet_V2_X0_5_Weights.DEFAULT.url.rpartition("/")[2]
     with pytest.raises(OSError, match=r"cannot download the weights ShuffleNet_V2_X0_5_Weights.IMAGENET1K_V1 from "
                                       r"https://\S+ \(URLError: .*no internet.*Pass pretrained=False") as caught:
         learner("shufflenet_v2_x0_5", pretrained=True)
@@ -353,7 +365,7 @@ def test_weights_that_cannot_be_had(cache):
     with pytest.raises(ValueError, match=r"does not hold the weights .* \(UnpicklingError.*Delete the file") as caught:
         learner("shufflenet_v2_x0_5", pretrained=True)
     assert str(caught.value).startswith(str(cache / name))
-    put(cache, WEIGHTS.DEFAULT, num_classes=7)
+    put(cache, models().ShuffleNet_V2_X0_5_Weights.DEFAULT, num_classes=7)
     with pytest.raises(ValueError, match=r"does not hold the weights .* \(RuntimeError: .*size mismatch"):
         learner("shufflenet_v2_x0_5", pretrained=True)
 
@@ -361,18 +373,18 @@ def test_weights_that_cannot_be_had(cache):
 @pytest.mark.parametrize(("pretrained", "weights", "message"), [
     (False, "DEFAULT", r"pretrained=False and weights='DEFAULT': pass one of them"),
     (True, "IMAGENET1K_V9", r"shufflenet_v2_x0_5 has no weights 'IMAGENET1K_V9': there are .*IMAGENET1K_V1"),
-    (True, models.ResNet18_Weights.DEFAULT, r"has no weights ResNet18_Weights.IMAGENET1K_V1: there are"),
+    (True, Late("ResNet18_Weights.DEFAULT"), r"has no weights ResNet18_Weights.IMAGENET1K_V1: there are"),
     (True, 3, r"has no weights 3: there are"),
 ])
 def test_weights_that_there_are_not(cache, pretrained, weights, message):
     with pytest.raises(ValueError, match=message):
-        learner("shufflenet_v2_x0_5", pretrained, weights=weights)
+        learner("shufflenet_v2_x0_5", pretrained, weights=weights.get() if isinstance(weights, Late) else weights)
 
 
 @pytest.mark.slow
 def test_grey_pictures_and_weights_that_take_channels_apart(cache):
-    model = models.googlenet(aux_logits=True, init_weights=False)
-    torch.save(model.state_dict(), cache / models.GoogLeNet_Weights.DEFAULT.url.rpartition("/")[2])
+    model = models().googlenet(aux_logits=True, init_weights=False)
+    torch.save(model.state_dict(), cache / models().GoogLeNet_Weights.DEFAULT.url.rpartition("/")[2])
     with pytest.raises(ValueError, match=r"GoogLeNet with the weights \S+ takes three channels apart .*in colour"):
         learner("googlenet", pretrained=True, channels=1)
     assert learner("googlenet", pretrained=True, side=64).model.transform_input

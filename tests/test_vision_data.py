@@ -102,6 +102,7 @@ def animated(folder):
     return saved(frames[0], folder / "a.gif", save_all=True, append_images=frames[1:]), (255, 0, 0)
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("make", [cmyk, rgba, grey_and_alpha, palette, transparent_palette, sixteen_bits,
                                   thirty_two_bits, floats, black_and_white, animated])  # fmt: skip
 def test_every_kind_of_file_becomes_rgb_and_grey(make, tmp_path):
@@ -255,6 +256,7 @@ def test_a_share_of_each_class_is_held_back():
 TWO = np.zeros((2, 8, 8), np.uint8)
 
 
+@pytest.mark.table
 @pytest.mark.parametrize(
     ("args", "kind", "says"),
     [

@@ -331,6 +331,7 @@ def pictures_of_a_phone(root):
     return rf"{root}/cat/IMG_1\.HEIC \(and 1 more files of this class\) is HEIC, which Pillow cannot read: export it"
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("spoil", [no_folder, a_file, no_training_folder_of_that_name,
                                    no_training_folder, no_validation_folder, loose_pictures, nothing_at_all,
                                    one_class, one_folder_too_high, an_empty_class, a_class_without_pictures,
@@ -410,6 +411,7 @@ def test_a_damaged_file_that_is_met_in_training_is_named(root):
     assert "skip_broken=True leaves out the files that cannot be read" in caught.value.__notes__
 
 
+@pytest.mark.table
 @pytest.mark.parametrize(
     ("options", "kind", "says"),
     [

@@ -128,6 +128,7 @@ class Scaled(Callback):
             p.grad /= 8
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("count", COUNTS)
 @pytest.mark.parametrize("k", [1, 2, 3])
 def test_the_scale_of_the_loss_reaches_every_micro_batch(count, k):

@@ -11,6 +11,7 @@ import argparse
 import copy
 import dataclasses
 import json
+import os
 import platform
 import statistics
 import sys
@@ -28,7 +29,7 @@ from minifast.core.callback import Order
 from minifast.show.tables import table
 
 FILE = "cifar10_jpeg.npz"
-DEFAULT_DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
+DEFAULT_DATA = Path(os.environ.get("MINIFAST_DATA", "."))
 MOST_DIFFERENT = 1e-3  # how far apart the two may be after the check, as a share of how far the weights have moved
 LEARNER, PLAIN = "Learner", "plain script"
 
@@ -137,6 +138,14 @@ def shown(shares):
     return f"{statistics.mean(percent):.2f}{deviation}"
 
 
+def images_in(folder):
+    """The path of the images; without them the program ends and says so."""
+    path = folder / FILE
+    if not path.is_file():
+        sys.exit(f"{FILE} is not in {folder}: pass --data or set MINIFAST_DATA, the folder that holds it.")
+    return path
+
+
 def parse(arguments):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=DEFAULT_DATA, help=f"the folder of {FILE} (%(default)s)")
@@ -147,15 +156,10 @@ def parse(arguments):
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--half", action=argparse.BooleanOptionalAction, help="bfloat16 (default: on a GPU)")
     parser.add_argument("--compile", action="store_true", help="both through torch.compile")
-    parser.add_argument("--graph", action="store_true", help="both as a CUDA graph")
     parser.add_argument("--json", type=Path, help="write the figures to this file, too")
     options = parser.parse_args(arguments)
     options.device = torch.device(options.device)
     on_gpu = options.device.type == "cuda"
-    if options.graph and not on_gpu:
-        parser.error("--graph needs a CUDA device.")
-    if options.graph and options.compile:
-        parser.error("--graph and --compile are two ways to the same end: pass one of them.")
     if (options.epochs is not None and options.epochs < 1) or options.runs < 1:
         parser.error("--epochs and --runs must be at least 1.")
     options.size = options.size or ("full" if on_gpu else "small")
@@ -165,9 +169,7 @@ def parse(arguments):
 
 def main(arguments=None):
     options = parse(arguments)
-    path, device, recipe = options.data / FILE, options.device, SIZES[options.size]
-    if not path.is_file():
-        sys.exit(f"{FILE} is not in {options.data}: pass --data, the folder that holds CIFAR-10 as JPEGs.")
+    path, device, recipe = images_in(options.data), options.device, SIZES[options.size]
     if options.epochs:
         recipe = dataclasses.replace(recipe, epochs=options.epochs)
     torch.backends.cudnn.benchmark = True
@@ -175,14 +177,14 @@ def main(arguments=None):
     data = load(path, recipe, device)
     decoded = time.perf_counter() - began
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    flags = [name for name in ("half", "compile", "graph") if getattr(options, name)]
+    flags = [name for name in ("half", "compile") if getattr(options, name)]
     print(f"CIFAR-10 {options.size}: {recipe.n_train:,} images, {recipe.epochs} epochs of "
           f"{recipe.n_steps // recipe.epochs} updates, batch {recipe.batch_size}, widths {recipe.widths}; "
           f"{', '.join(flags) or 'float32'}; {options.runs} run(s); torch {torch.__version__}, {device}, {where}, "
           f"Python {platform.python_version()}; {decoded:.1f} s to decode")
     apart = check_same_updates(data, recipe, device, options.seed)
     print(f"after 8 updates the weights of the two are {apart:.1g} of the way apart that they have moved")
-    how = {"half": options.half, "compile": options.compile, "graph": options.graph}
+    how = {"half": options.half, "compile": options.compile}
     if options.compile or device.type == "cuda":  # who comes first would pay for both: compiling, choosing kernels
         short = dataclasses.replace(recipe, epochs=1, n_train=2 * recipe.batch_size)
         race(data.first(short.n_train), short, device, options.seed, **how)

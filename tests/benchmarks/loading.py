@@ -9,7 +9,8 @@ import torch
 from harness import Options, Table, interleave, seconds
 from torch.utils.data import DataLoader, TensorDataset
 
-from minifast import TensorLoader, overlap
+from minifast import TensorLoader
+from minifast.data import feed as module
 from minifast.data.feed import feed
 from minifast.machine.signals import DeferredInterrupt
 
@@ -44,11 +45,11 @@ def by_feed(loader):
 @contextmanager
 def no_overlap():
     """Copies on the stream that computes, as torch does them by itself."""
-    worth, overlap.WORTH = overlap.WORTH, float("inf")
+    worth, module.WORTH = module.WORTH, float("inf")
     try:
         yield
     finally:
-        overlap.WORTH = worth
+        module.WORTH = worth
 
 
 def pass_on_device(batches, device, weight, n_products):

@@ -22,7 +22,6 @@ SUITES = {
     "optimizer": "optimizer:suite",
     "in_memory": "in_memory:suite",
     "loading": "loading:suite",
-    "graph": "graph:suite",
     "lr_find": "lr_finder:suite",
     "checkpoint": "checkpoint:suite",
     "startup": "startup:suite",

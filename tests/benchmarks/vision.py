@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from cifar10 import DEFAULT_DATA, FILE, MOST_DIFFERENT, flat, now
+from cifar10 import DEFAULT_DATA, FILE, MOST_DIFFERENT, flat, images_in, now
 from results import machine, versions
 from small_resnet import SIZES, small_resnet
 from speedrun.data import load
@@ -191,9 +191,7 @@ def parse(arguments):
 
 def main(arguments=None):
     options = parse(arguments)
-    path, device, size = options.data / FILE, options.device, SIZES[options.size]
-    if not path.is_file():
-        sys.exit(f"{FILE} is not in {options.data}: pass --data, the folder that holds CIFAR-10 as JPEGs.")
+    path, device, size = images_in(options.data), options.device, SIZES[options.size]
     data = load(path, size, torch.device("cpu"))
     apart = check_same_updates(data, size, device, options.seed)
     print(f"CIFAR-10 {options.size}: {size.n_train:,} pictures, batch {size.batch_size}, a ResNet with "

@@ -216,7 +216,8 @@ def _marks(tree: ast.Module) -> Iterator[tuple[str, ast.Call]]:
 
 
 def _is_case(node: ast.AST) -> bool:
-    return isinstance(node, ast.Call) and ast.unparse(node.func) == "pytest.mark.case"
+    return (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "case"
+            and ast.unparse(node.func) == "pytest.mark.case")  # fmt: skip
 
 
 def _is_text(node: ast.AST) -> bool:

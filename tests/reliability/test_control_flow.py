@@ -56,6 +56,7 @@ class Mine(Exception):
     pass
 
 
+@pytest.mark.table
 @pytest.mark.case("I6", "I8")
 @pytest.mark.parametrize("nth", [0, 1])
 @pytest.mark.parametrize("event", EVENTS)
@@ -94,6 +95,7 @@ def test_an_error_in_a_cleanup_is_second_and_the_folder_is_free_again(tmp_path, 
     assert result(again) == whole
 
 
+@pytest.mark.table
 @pytest.mark.case("I9")
 @pytest.mark.parametrize("cancel", [CancelBatch, CancelEpoch, CancelFit])
 @pytest.mark.parametrize("event", ["before_batch", "after_pred", "after_backward", "before_step"])
@@ -201,6 +203,7 @@ LOOKS = {
 }  # fmt: skip
 
 
+@pytest.mark.table
 @pytest.mark.case("I12")
 @pytest.mark.parametrize("error", [None, Mine])
 @pytest.mark.parametrize("look", LOOKS)

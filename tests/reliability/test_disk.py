@@ -50,6 +50,7 @@ def failing(name, number):
 # ---- full
 
 
+@pytest.mark.table
 @pytest.mark.case("K2")
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
 @pytest.mark.parametrize("part", ["first byte", "second byte", "middle", "last byte"])
@@ -133,6 +134,7 @@ def test_a_real_disk_of_2_MB(small_disk):
 STEPS = ("fsync", "replace", "open", "close")
 
 
+@pytest.mark.table
 @pytest.mark.case("K7")
 @pytest.mark.parametrize("number", [errno.EIO, errno.EACCES, errno.EROFS, errno.ENOSPC])
 @pytest.mark.parametrize("step", STEPS)

@@ -32,7 +32,7 @@ def run(*arguments, **environment):
     return done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.case("E7")
 def test_a_fit_under_other_hash_seeds_time_zones_and_languages():
     """And warnings are errors."""
@@ -60,7 +60,7 @@ print(len(calls))
 """
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.case("E6")
 def test_arguments_are_refused_where_asserts_are_removed():
     assert int(run("-O", "-c", REFUSALS)) > 250

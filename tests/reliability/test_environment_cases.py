@@ -63,7 +63,7 @@ USE = """
 """
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.case("R6")
 def test_without_matplotlib_all_but_plots_works(tmp_path):
     lines = python(without("matplotlib", "ModuleNotFoundError(\"No module named 'matplotlib'\", name=name)") + USE + """
@@ -77,7 +77,7 @@ def test_without_matplotlib_all_but_plots_works(tmp_path):
     assert (tmp_path / "run" / "fit-1" / "best.ckpt").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.case("R6")
 def test_training_imports_no_matplotlib_and_plots_need_no_display(tmp_path, monkeypatch):
     for name in ("DISPLAY", "WAYLAND_DISPLAY", "MPLBACKEND"):
@@ -99,7 +99,7 @@ def test_training_imports_no_matplotlib_and_plots_need_no_display(tmp_path, monk
 UNFIT = 'RuntimeError("operator torchvision::nms does not exist")'
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.case("E1")
 def test_a_torchvision_that_does_not_fit_torch_is_named_where_it_is_needed(tmp_path):
     lines = python(without("torchvision", UNFIT) + USE + """
@@ -178,6 +178,7 @@ OBJECTS = {"all_gather_object", "gather_object", "broadcast_object_list", "scatt
 PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "Unpickler"}
 
 
+@pytest.mark.table
 @pytest.mark.case("X9")
 @pytest.mark.parametrize("file", sorted(PACKAGE.rglob("*.py")), ids=lambda file: str(file.relative_to(PACKAGE)))
 def test_no_object_is_sent_to_another_process_and_none_is_pickled(file):
@@ -297,7 +298,7 @@ WATCH = """
 """
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.case("E4")
 def test_home_and_tmpdir_are_not_used(tmp_path):
     """They cannot be written, by anybody: as if they were full. All that is written lies in the folder of the run."""
@@ -338,7 +339,7 @@ UNPRIVILEGED = """
 """
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.case("A14", "L4")
 def test_a_read_only_folder(tmp_path):
     """The finder needs none; a fit that is to be saved there is refused before it begins."""
@@ -396,7 +397,7 @@ TIGHT = """
 """
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.case("E9")
 @pytest.mark.skipif(sys.platform != "linux", reason="the memory of a process is limited and read as Linux does it")
 def test_memory_of_saving_loading_and_the_finder(tmp_path):

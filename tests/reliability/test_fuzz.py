@@ -371,7 +371,6 @@ TABLE: dict[str, dict[str, P]] = {
         "train_metrics": flag(), "callbacks": CALLBACKS,
         "device": P("cpu", (none, is_text, a(torch.device), is_count)),
         "seed": count(1, none), "compile": P(False, (is_flag, is_mapping), work=is_of_torch_compile),
-        "graph": flag(False),
         "unpack": function(minifast.split_batch), "verbose": flag(False)},
     "Learner.fit": {
         "lr": rate(), "n_cycle": count(also={"callbacks": New(ends)}), "cycle_len": count(1, none),
@@ -713,6 +712,7 @@ def owner_of(name):
     return OWNERS[name if name in OWNERS else name.partition(".")[0]]()
 
 
+@pytest.mark.table
 @each
 def test_the_table_holds_what_works(name, param, folder):
     call(owner_of(name), name, with_others(name, param, TABLE[name][param].make()))
@@ -807,7 +807,7 @@ def check(name, param, value, owner):
     return True
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.case("A1", "A2", "A3", "A4", "A5", "A6", "A7", "A9", "A10", "A11", "A12", "A13", "A15")
 @each
 def test_junk(name, param, folder):

@@ -59,7 +59,7 @@ def result(learn):
 @pytest.mark.case("I1", "I3", "S4", "S12")
 @pytest.mark.parametrize("number", SIGNALS)
 @pytest.mark.parametrize("accumulate", [1, 4])
-@pytest.mark.parametrize("nth", [0, 1, 2])
+@pytest.mark.parametrize("nth", [1, *(pytest.param(n, marks=pytest.mark.nightly) for n in (0, 2))])
 @pytest.mark.parametrize("event", [event for event in EVENTS if event not in ("before_fit", "after_fit")])
 def test_it_goes_on_where_the_signal_came(event, nth, accumulate, number, tmp_path, whole):
     steps = []
@@ -124,6 +124,7 @@ def test_it_says_where_it_was_saved_and_where_it_goes_on(tmp_path, capsys):
     assert capsys.readouterr().out.splitlines()[0] == f"{file}: resumed in epoch 1, 3 batches and 9 of 18 updates"
 
 
+@pytest.mark.table
 @pytest.mark.case("I2", "I14")
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, KeyboardInterrupt])
 @pytest.mark.parametrize("nth", range(5))

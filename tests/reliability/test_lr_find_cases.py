@@ -30,7 +30,7 @@ learn.lr_find()
 """
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.case("L3")
 def test_a_kill_leaves_no_file(tmp_path):
     folders = {name: tmp_path / name for name in ("cwd", "tmp", "home")}

@@ -105,6 +105,7 @@ class Waitless(Callback):
 # ---- a loss that is not finite
 
 
+@pytest.mark.table
 @pytest.mark.case("N1")
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
 @optimizers
@@ -615,6 +616,7 @@ def fit_with(values, *callbacks, **options):
 BAD = {"nan": NAN, "inf": INF, "-inf": -INF}
 
 
+@pytest.mark.table
 @pytest.mark.case("N5")
 @pytest.mark.parametrize("bad", BAD.values(), ids=BAD)
 @pytest.mark.parametrize(("template", "best_epoch"), [
@@ -709,7 +711,8 @@ def drawn(ax, tmp_path):
 BROKEN = {"one": {7}, "the first": {0}, "the last": {19}, "a tail": set(range(10, 20)), "all": set(range(20))}
 
 
-@pytest.mark.slow
+@pytest.mark.table
+@pytest.mark.nightly
 @pytest.mark.case("N9")
 @pytest.mark.parametrize("where", BROKEN.values(), ids=BROKEN)
 @pytest.mark.parametrize("bad", BAD.values(), ids=BAD)
@@ -742,7 +745,7 @@ def _calls(steps):
     return [step // 4 * 5 + step % 4 for step in steps]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.case("N9")
 @pytest.mark.parametrize("bad", BAD.values(), ids=BAD)
 @pytest.mark.parametrize("at", [0, 1, 30])

@@ -284,7 +284,8 @@ def outcome_of(learn, file):
     return None
 
 
-@pytest.mark.slow
+@pytest.mark.table
+@pytest.mark.nightly
 @pytest.mark.case("X3", "X11")
 @pytest.mark.parametrize("odd", [Ellipsis, *ODD], ids=lambda odd: "missing" if odd is Ellipsis else repr(odd)[:12])
 def test_a_crafted_tree_is_refused_or_harmless(path, tmp_path, odd):

@@ -45,7 +45,7 @@ def counted():
 
 
 @proc
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.case("R1")
 def test_the_memory_of_a_long_fit():
     """100,000 steps: 8 MB. 8,000 steps: as much per step, and 1 MB for the chunks in which memory is taken."""
@@ -53,7 +53,7 @@ def test_the_memory_of_a_long_fit():
 
 
 @proc
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.case("R1")
 def test_without_the_recorder_there_is_no_growth(counted):
     """100,000 steps: 1 MB. 8,000 steps: 0.3 MB, for the same reason."""
@@ -61,7 +61,7 @@ def test_without_the_recorder_there_is_no_growth(counted):
 
 
 @proc
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.case("R7")
 def test_learners_that_are_dropped_are_collected(counted):
     assert counted["learners"]["alive"] == 0
@@ -155,7 +155,7 @@ def test_out_of_memory():
 
 
 @proc
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.case("R3", "R4")
 def test_fits_with_workers_that_fail_leave_nothing_behind(counted):
     failures = counted["failures"]
@@ -183,7 +183,7 @@ def test_hooks_go_however_a_fit_ends(error):
 
 
 @proc
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.case("R8")
 def test_saving_and_loading_leaves_no_file_open(counted):
     assert counted["files"]["after"] == counted["files"]["before"]
@@ -193,7 +193,7 @@ def test_saving_and_loading_leaves_no_file_open(counted):
 # ---- figures, output
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.case("R5")
 def test_plots_leave_no_pyplot_figure_and_are_collected():
     import matplotlib.pyplot as plt

@@ -73,6 +73,7 @@ def again(fit, path, learn=None, **options):
     return learn
 
 
+@pytest.mark.table
 @pytest.mark.case("S4")
 @pytest.mark.parametrize("event", ["before_validate", "before_valid_batch", "after_valid_batch", "after_validate",
                                    "after_epoch", "before_epoch", "before_batch", "after_fit"])
@@ -119,6 +120,7 @@ def test_a_cache_that_grows(tmp_path, batch):
     assert len(learn.model.means) == 24
 
 
+@pytest.mark.table
 @pytest.mark.case("S11")
 @pytest.mark.parametrize("batch", range(1, 24, 2))
 def test_killed_inside_a_window(tmp_path, batch):
@@ -131,6 +133,7 @@ def test_killed_inside_a_window(tmp_path, batch):
     same(again(fit, tmp_path), reference)
 
 
+@pytest.mark.table
 @pytest.mark.case("I1", "S11")
 @pytest.mark.parametrize("accumulate", [1, 4])
 @pytest.mark.parametrize(("event", "n"), [
@@ -316,6 +319,7 @@ def fine_tune(learn, callbacks, resume):
     learn.fine_tune(2, 0.01, freeze_epochs=1, callbacks=callbacks, resume=resume)
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("fit", [script, fine_tune])
 @pytest.mark.parametrize("batch", [1, 4, 7, 8, 13, 18])
 def test_a_script_of_several_fits(tmp_path, fit, batch):
@@ -458,7 +462,7 @@ def test_two_fits_in_a_folder_are_refused(tmp_path):
     assert len(caught) == 1
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.case("K8")
 def test_another_process_is_refused_while_one_trains(tmp_path):
     code = textwrap.dedent(f"""

@@ -76,7 +76,7 @@ def pairs():
             yield pair
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.case("S13")
 @pytest.mark.parametrize("pair", list(pairs()), ids="-".join)
 def test_two_go_on_together(make, tmp_path, pair):

@@ -311,6 +311,7 @@ def test_exact_or_it_warns(tmp_path, name):
     assert len(silent) < 3 * PER_EPOCH - 1, "and so it is exact"
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", EXACT | DOUBTFUL)
 @pytest.mark.case("S4")
 def test_after_an_epoch(tmp_path, name):
@@ -328,7 +329,7 @@ def test_after_an_epoch(tmp_path, name):
             same(learn, reference)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", WORKERS)
 def test_exact_with_worker_processes(tmp_path, name):
     reference = uninterrupted(fit, make(WORKERS[name]))
@@ -339,7 +340,7 @@ def test_exact_with_worker_processes(tmp_path, name):
         same(learn, reference)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("when", ["within epochs", "after epochs"])
 def test_persistent_workers_are_exact_in_their_first_pass_and_warn_later(tmp_path, when):
     reference = uninterrupted(fit, make(persistent))
@@ -356,7 +357,7 @@ def test_persistent_workers_are_exact_in_their_first_pass_and_warn_later(tmp_pat
             assert "persist" in said[0] or "other batches" in said[0]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_persistent_workers_are_exact_in_every_pass_where_the_data_is_not_random(tmp_path):
     def steady():
         return DataLoader(Images(24, is_random=False), 4, shuffle=True, num_workers=2, persistent_workers=True)
@@ -369,7 +370,7 @@ def test_persistent_workers_are_exact_in_every_pass_where_the_data_is_not_random
         same(learn, reference)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_persistent_workers_of_the_validation_set_are_where_they_were(tmp_path):
     """Their first pass draws a number more than later ones, from the generator that shuffles the training data."""
     def both():
@@ -388,7 +389,7 @@ def persistent():
     return loader(shuffle=True, num_workers=2, persistent_workers=True)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("is_random", [False, True])
 @pytest.mark.parametrize("workers", [(2, 0), (0, 2)])
 def test_other_worker_processes_go_on_with_a_warning(tmp_path, is_random, workers):
@@ -403,6 +404,7 @@ def test_other_worker_processes_go_on_with_a_warning(tmp_path, is_random, worker
     assert len(said) == 1 + (is_random and workers == (0, 2))
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("name", ["with a state", "tensors", "own sampler at once", "stream", "tape",
                                   "in the main process, own generator"])
 @pytest.mark.parametrize("every_seconds", [None, 1e-9])

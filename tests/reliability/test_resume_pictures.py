@@ -46,7 +46,7 @@ def test_in_memory(tmp_path, augment):
     check(lambda: from_arrays(IMAGES, LABELS, 0.2, augment=augment, batch_size=8), tmp_path, KILLS)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_read_as_it_trains(tmp_path, num_workers):
     def make():

@@ -110,6 +110,7 @@ def test_a_file_in_the_way_is_an_error_before_the_fit(tmp_path, where):
     fit(learn, tmp_path / "other")
 
 
+@pytest.mark.table
 @pytest.mark.case("A14")
 @pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES, errno.ENOSPC, errno.EDQUOT])
 @pytest.mark.parametrize("call", ["mkdir", "open", "fsync"])
@@ -205,7 +206,7 @@ def test_two_processes_and_a_kill(tmp_path, whole):
     assert result(learn) == whole, "the lock ends with its process"
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.case("K8")
 def test_this_process_keeps_another_one_out(tmp_path, whole):
     said = []
@@ -353,6 +354,7 @@ def best_of(values, mode):
     return min(finite, key=key, default=None)
 
 
+@pytest.mark.table
 @pytest.mark.filterwarnings("ignore:given is:UserWarning")  # of what is not finite, which is meant here
 @pytest.mark.case("K11")
 @pytest.mark.parametrize("mode", ["min", "max"])
@@ -535,6 +537,7 @@ class Nests(Callback):
         return {"rows": [1, {"x": self.value}]}
 
 
+@pytest.mark.table
 @pytest.mark.case("S15")
 @pytest.mark.parametrize(("value", "message"), [
     (np.float64(0.5), r"is a numpy\.float64: use x\.item\(\)"),

@@ -286,6 +286,7 @@ def refusal(door, content, folder):
     return None
 
 
+@pytest.mark.table
 @pytest.mark.slow
 @pytest.mark.case("X1", "X2", "X3", "X5")
 @pytest.mark.parametrize("forced", [False, True], ids=["", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"])
@@ -309,6 +310,7 @@ def test_no_file_runs_code(tmp_path, monkeypatch, door, forced):
     assert not sentinel.exists()
 
 
+@pytest.mark.table
 @pytest.mark.case("X1", "X2")
 @pytest.mark.parametrize("name", PAYLOADS)
 def test_the_payloads_are_armed(tmp_path, monkeypatch, name):
@@ -336,7 +338,7 @@ def bombs():
     return {name: make() for name, (make, _) in BOMBS.items()}
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.case("X4")
 @pytest.mark.parametrize("door", DOORS)
 def test_bombs_are_refused_in_little_memory_and_time(tmp_path, bombs, door):
@@ -487,7 +489,7 @@ def damaged(whole, trial, numbers):
     return bytes(data)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.case("K4", "K5", "X11")
 def test_2000_damaged_files_are_refused_or_without_effect(tmp_path):
     save_tree(TREE, tmp_path / "tree.pt")
@@ -632,6 +634,7 @@ def test_loggers_import_packages_that_their_source_names():
     assert all(isinstance(call.args[0], ast.Constant) for call in calls)
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("source", [
     "import pickle", "from pickle import load", "from torch.serialization import pickle", "eval(x)", "exec(x)",
     "__import__(x)", "compile(x, '', 'exec')", "torch.load(x)", "torch.load(x, weights_only=False)",

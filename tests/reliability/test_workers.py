@@ -57,8 +57,10 @@ def orphans(*arguments):
 @linux
 @pytest.mark.slow
 @pytest.mark.case("R2")
-def test_no_worker_outlives_a_trainer_that_is_killed():
-    assert orphans("early=3", "late=3", f"random={150 if FULL else 20}") == {"early": 0, "late": 0, "random": 0}
+@pytest.mark.parametrize("trials", [{"early": 1, "late": 1, "random": 5}, pytest.param(
+    {"early": 3, "late": 3, "random": 150 if FULL else 20}, marks=pytest.mark.nightly)], ids=["few", "more"])
+def test_no_worker_outlives_a_trainer_that_is_killed(trials):
+    assert orphans(*(f"{when}={n}" for when, n in trials.items())) == dict.fromkeys(trials, 0)
 
 
 if FULL:  # it waits for 8 s

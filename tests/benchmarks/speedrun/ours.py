@@ -2,11 +2,12 @@
 from functools import partial
 
 import torch
-from minifast.recipe import triangle
 from torch import nn
 
 from minifast import Callback, ChannelsLast, DataLoaders, Learner, MixedPrecision, Schedule, TensorLoader, accuracy
-from minifast.data.loader import Augment, Normalize
+
+from .data import Augment, Normalize
+from .recipe import triangle
 
 
 class Lookahead(Callback):
@@ -29,7 +30,7 @@ class Lookahead(Callback):
         del self.fast, self.slow
 
 
-def make_learner(model, data, recipe, device, seed, *, half=False, compile=False, graph=False):
+def make_learner(model, data, recipe, device, seed, *, half=False, compile=False):
     """The Learner of the speed run; the layer groups are the biases, with a high rate, and the weights."""
     train_dl = TensorLoader(data.train_x, data.train_y, batch_size=recipe.batch_size, shuffle=True, drop_last=True,
                             transform=Augment(device, seed, recipe.cutout),
@@ -40,7 +41,7 @@ def make_learner(model, data, recipe, device, seed, *, half=False, compile=False
         opt_func=partial(torch.optim.SGD, momentum=recipe.momentum, nesterov=True),
         splitter={"biases": "*.bias", "weights": "*"}, lr=[recipe.lr * recipe.bias_scale, recipe.lr],
         wd=recipe.weight_decay, metrics=[accuracy], callbacks=[ChannelsLast(), *([MixedPrecision("bf16")] * half)],
-        device=device, compile=compile, graph=graph, verbose=False), test_dl
+        device=device, compile=compile, verbose=False), test_dl
 
 
 def train(learn, recipe, callbacks=()):

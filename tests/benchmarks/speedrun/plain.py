@@ -2,13 +2,13 @@
 import contextlib
 
 import torch
-from minifast.recipe import triangle
 from torch.nn import functional as F
 
-from minifast.data.loader import Augment, Normalize
+from .data import Augment, Normalize
+from .recipe import triangle
 
 
-def epochs(model, data, recipe, device, seed, *, half=False, compile=False, graph=False):
+def epochs(model, data, recipe, device, seed, *, half=False, compile=False):
     """A generator that trains `model` and comes back after each epoch."""
     model.to(device, memory_format=torch.channels_last).train()
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -22,12 +22,10 @@ def epochs(model, data, recipe, device, seed, *, half=False, compile=False, grap
     forward = torch.compile(model) if compile else model
 
     def gradient(x, y):
-        with precision(device, half, cache=not graph):
+        with precision(device, half):
             output = forward(x)
         F.cross_entropy(output.float(), y, label_smoothing=recipe.label_smoothing).backward()
 
-    if graph:
-        gradient = captured(gradient, model, opt, recipe, data, device)
     step, n, size = 0, len(data.train_x), recipe.batch_size
     for _ in range(recipe.epochs):
         order = torch.randperm(n, generator=order_generator).to(device)
@@ -38,8 +36,7 @@ def epochs(model, data, recipe, device, seed, *, half=False, compile=False, grap
             opt.param_groups[0]["lr"], opt.param_groups[1]["lr"] = lr * recipe.bias_scale, lr
             gradient(x, y)
             opt.step()
-            if not graph:  # its gradients are always in the same place, and written anew
-                opt.zero_grad()
+            opt.zero_grad()
             step += 1
             if step % recipe.lookahead_every == 0:
                 torch._foreach_lerp_(slow, fast, 1 - recipe.slowness(step - 1))
@@ -47,34 +44,8 @@ def epochs(model, data, recipe, device, seed, *, half=False, compile=False, grap
         yield
 
 
-def captured(gradient, model, opt, recipe, data, device):
-    """`gradient` as a CUDA graph: forward, loss and backward in one launch, on the batch that is copied into it."""
-    x = torch.randn(recipe.batch_size, 3, 32, 32, device=device).to(memory_format=torch.channels_last)
-    y = data.train_y[:recipe.batch_size].clone()
-    kept = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # what is done for the first time is not to be captured
-        for _ in range(3):
-            gradient(x, y)
-            opt.zero_grad()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        gradient(x, y)
-    model.load_state_dict(kept)  # the warm-up has moved the statistics of the norms
-
-    def replay(new_x, new_y):
-        x.copy_(new_x)
-        y.copy_(new_y)
-        graph.replay()
-    return replay
-
-
-def precision(device, half, cache=True):
-    if not half:
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, torch.bfloat16, cache_enabled=cache)
+def precision(device, half):
+    return torch.autocast(device.type, torch.bfloat16) if half else contextlib.nullcontext()
 
 
 @torch.no_grad()
