@@ -463,7 +463,7 @@ TABLE: dict[str, dict[str, P]] = {
                         "target": P(torch.ones(2, 1), (a(torch.Tensor),))},
     "export_info": {"path": path(New(exported))},
     "load_exported": {"path": path(New(exported), also={"model": New(lambda: nn.Linear(3, 1))}),
-                      "model": P(New(lambda: nn.Linear(3, 1)), (a(nn.Module),), says=("model",))},
+                      "model": P(New(lambda: nn.Linear(3, 1)), (a(nn.Module),), says=("model",)), "trusted": flag(False)},
     "read_run": {"path": path(New(run_file))},
     "plot_runs": {"runs": P(New(run_file), (is_path, is_iterable), raises=(OSError,)),
                   "metric": text("loss", none, says=("column",)), "ax": AX},
@@ -564,7 +564,8 @@ LEFT_OUT = {
     **dict.fromkeys(["Checkpoint.begin", "Checkpoint.finish", "Checkpoint.take_up", "FiniteLoss.check",
                      "FiniteLoss.check_gradient", "TensorLoader.iter_from"], LOOP),
     "Metrics.names": LOOP, "_Service.by_step": LOOP, "_Service.of_epoch": LOOP, "LRFinder.ramps": LOOP,
-    "Progress.say": LOOP,
+    "Progress.say": LOOP, "Learner.eval_mode": "what its methods and the studies share",
+    "Learner.eval_data": "what its methods and the studies share",
 }  # fmt: skip
 BY_STATE = "load_state_dict"  # of whatever class: takes what its state_dict gave, out of a file that was checked
 
@@ -575,7 +576,8 @@ def members():
         thing = getattr(minifast, name)
         if inspect.ismodule(thing):
             yield from ((f"{name}.{key}", member) for key, member in vars(thing).items()
-                        if inspect.isfunction(member) and member.__module__ == thing.__name__ and key[0] != "_")
+                        if inspect.isfunction(member) and member.__module__.startswith(thing.__name__)
+                        and key[0] != "_")
         elif callable(thing):
             yield name, thing
         if inspect.isclass(thing):
@@ -585,7 +587,8 @@ def members():
                 if isinstance(member, (FunctionType, MethodType)) and key not in EVENTS and not key.startswith("_"):
                     module = member.__module__.startswith("minifast")
                     if module and len(inspect.signature(member).parameters) > 1 and key != BY_STATE:
-                        yield inspect.unwrap(member).__qualname__, member
+                        owner, _, method = inspect.unwrap(member).__qualname__.partition(".")
+                        yield f"{'Learner' if owner in ('Parts', 'Trainer') else owner}.{method}", member
 
 
 def parameters(thing):
