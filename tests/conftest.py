@@ -35,7 +35,8 @@ settings.load_profile("minifast")
 def pytest_collection_modifyitems(config, items):
     """Quick tests first: what fails fails soon. Among several processes slow ones first: or one ends long after all."""
     moving = [item.nodeid for item in items if " at 0x" in item.nodeid]
-    assert not moving, f"an address in the id of a test: each process has another one. Give ids to {moving[0]}"
+    if moving and not config.getoption("rows"):
+        raise pytest.UsageError(f"an address, which each process has another of, in the id of a test: {moving[0]}")
     first = hasattr(config, "workerinput")
     items.sort(key=lambda item: any(map(item.get_closest_marker, ("slow", "nightly"))) is not first)
 
