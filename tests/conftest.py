@@ -41,6 +41,23 @@ def pytest_collection_modifyitems(config, items):
     items.sort(key=lambda item: any(map(item.get_closest_marker, ("slow", "nightly"))) is not first)
 
 
+# Their set-up takes long, and all of their tests share it.
+STAY_TOGETHER = {"tests/reliability/test_crash.py"}
+
+
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_xdist_make_scheduler(config, log):
+    """Tests go to the processes one by one, so that no process is left with a long queue."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class OneByOne(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file = nodeid.partition("::")[0]
+            return file if file in STAY_TOGETHER else nodeid
+
+    return OneByOne(config, log)
+
+
 def pytest_runtest_setup(item):
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
