@@ -11,8 +11,8 @@ USER_READY = .venv/.installed-user
 DEV_READY = .venv/.installed-dev
 PEERS_READY = .venv-peers/.installed
 OLDEST_READY = .venv-oldest/.installed
-# A process for each CPU; tests that share an expensive set-up stay together.
-PARALLEL = -n auto --maxprocesses 8 --dist loadgroup
+# A process for each CPU.
+PARALLEL = -n auto --maxprocesses 8
 ARGS =
 PYTHON ?=
 

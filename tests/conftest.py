@@ -35,9 +35,27 @@ settings.load_profile("minifast")
 def pytest_collection_modifyitems(config, items):
     """Quick tests first: what fails fails soon. Among several processes slow ones first: or one ends long after all."""
     moving = [item.nodeid for item in items if " at 0x" in item.nodeid]
-    assert not moving, f"an address in the id of a test: each process has another one. Give ids to {moving[0]}"
+    if moving and not config.getoption("rows"):
+        raise pytest.UsageError(f"an address, which each process has another of, in the id of a test: {moving[0]}")
     first = hasattr(config, "workerinput")
     items.sort(key=lambda item: any(map(item.get_closest_marker, ("slow", "nightly"))) is not first)
+
+
+# Their set-up takes long, and all of their tests share it.
+STAY_TOGETHER = {"tests/reliability/test_crash.py"}
+
+
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_xdist_make_scheduler(config, log):
+    """Tests go to the processes one by one, so that no process is left with a long queue."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class OneByOne(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file = nodeid.partition("::")[0]
+            return file if file in STAY_TOGETHER else nodeid
+
+    return OneByOne(config, log)
 
 
 def pytest_runtest_setup(item):

@@ -19,8 +19,7 @@ few, more = pytest.param(FEW, id="few"), pytest.param(MORE, id="more", marks=pyt
 amounts = pytest.mark.parametrize("part", [few, more], indirect=True, scope="module")
 amounts_of_few = pytest.mark.parametrize("part", [few], indirect=True, scope="module")
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("crash"),
-              pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="looks into /proc")]
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="looks into /proc")]
 
 
 @pytest.fixture(scope="module")
