@@ -136,9 +136,10 @@ def _work(opt: Any) -> Work | None:
 def _launch_adam(work: Work, found_inf: Tensor | None) -> None:
     steps = [[state["step"] for state in states] for _, _, _, states in work]
     together = [step for of_group in steps for step in of_group]
-    if together:
-        one: Any = _ONE if together[0].is_cpu else 1
-        torch._foreach_add_(together, one)
+    if together and together[0].is_cpu:
+        torch._foreach_add_(together, _ONE, alpha=1.0)  # without alpha torch reads the number back
+    elif together:
+        torch._foreach_add_(together, 1)
     for (group, params, grads, states), of_group in zip(work, steps, strict=True):
         amsgrad, (beta1, beta2) = group["amsgrad"], group["betas"]
         kernel = torch._fused_adamw_ if group["decoupled_weight_decay"] else torch._fused_adam_
