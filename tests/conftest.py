@@ -1,4 +1,5 @@
 """What every test may rely on: no global state left over from the test before it, and no window that opens."""
+import gc
 import os
 import random
 import signal
@@ -39,6 +40,12 @@ def pytest_collection_modifyitems(config, items):
         raise pytest.UsageError(f"an address, which each process has another of, in the id of a test: {moving[0]}")
     first = hasattr(config, "workerinput")
     items.sort(key=lambda item: any(map(item.get_closest_marker, ("slow", "nightly"))) is not first)
+
+
+def pytest_collection_finish():
+    """What is imported by now stays: `gc.collect` in a test need not look at all of it again."""
+    gc.collect()
+    gc.freeze()
 
 
 # Their set-up takes long, and all of their tests share it.

@@ -138,6 +138,14 @@ class Unwaiting(Callback):
         finite.reads_at_once = self.kept
 
 
+def tiers(rows, quick):
+    """`rows` for `pytest.mark.parametrize`: those in `quick` run each time, the others at night."""
+    import pytest
+
+    assert set(quick) <= set(rows)
+    return [row if row in quick else pytest.param(row, marks=pytest.mark.nightly) for row in rows]
+
+
 def real_data(name):
     """The path of a file of real data in the folder that MINIFAST_DATA names; without it the test is skipped."""
     import pytest

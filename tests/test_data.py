@@ -209,7 +209,7 @@ def of_workers(n, **options):
     return DataLoader(TensorDataset(*columns()), 4, num_workers=n, **options)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_persistent_workers_that_died_are_started_again():
     """As they do of Ctrl-C in a terminal, where they were not forked and so do not know to ignore it."""

@@ -153,7 +153,7 @@ def test_a_rate_that_is_too_high_is_called_that(tmp_path, capsys):
                     r".* The option is --lr\.\n$", said)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_ctrl_c_is_one_line_and_status_130(tmp_path):
     # The handler is set because a test run in the background hands down one that ignores the signal.
     code = ("import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"

@@ -575,7 +575,7 @@ finally:
 """
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_script_ends_as_others_do_that_were_interrupted():
     done = subprocess.run([sys.executable, "-W", "error", "-c", SCRIPT], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == -signal.SIGINT

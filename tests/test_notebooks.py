@@ -7,6 +7,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from helpers import tiers
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 NBS = Path(__file__).resolve().parent.parent / "nbs"
@@ -73,8 +74,7 @@ def test_there_is_something_to_run():
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # those of nbclient and zmq, in this process; the notebook's are in its outputs
-@pytest.mark.parametrize("path", [NOTEBOOKS[0], *(pytest.param(path, marks=pytest.mark.nightly)
-                                                  for path in NOTEBOOKS[1:])], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", tiers(NOTEBOOKS, quick=NOTEBOOKS[:1]), ids=lambda path: path.stem)
 def test_it_runs_silently_and_leaves_no_file(path, readers_kernel):
     files = set(NBS.rglob("*"))
     done = run(nbformat.read(path, 4), NBS)

@@ -376,7 +376,7 @@ SCRIPT = """
 """
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_piped_program_whose_reader_goes_away():
     process = subprocess.Popen([sys.executable, "-W", "error", "-c", textwrap.dedent(SCRIPT) + """
 import sys

@@ -4,6 +4,7 @@ from urllib.error import URLError
 
 import pytest
 import torch
+from helpers import tiers
 from torch import nn
 
 from minifast import Learner
@@ -83,13 +84,13 @@ def blank(monkeypatch):
 # ---- layer groups
 
 
-@pytest.mark.parametrize(("arch", "names"), GROUPS.items(), ids=list(GROUPS))
-def test_groups_of_each_family(blank, arch, names):
+@pytest.mark.parametrize("arch", tiers(GROUPS, quick=["resnet18", "regnet_x_400mf", "convnext_tiny", "vgg11_bn"]))
+def test_groups_of_each_family(blank, arch):
     extra = {"aux_logits": False, "init_weights": False} if arch in ("googlenet", "inception_v3") else {}
     with torch.device("cpu" if arch.startswith("regnet") else "meta"):  # it computes with values to find its widths
         model = models().get_model(arch, num_classes=3, **extra)
     groups = layer_groups(model)
-    assert list(groups) == names
+    assert list(groups) == GROUPS[arch]
     claimed = [id(p) for group in groups.values() for p in group]
     assert sorted(claimed) == sorted(id(p) for p in model.parameters())
     order = {id(p): i for i, p in enumerate(model.parameters())}
@@ -183,7 +184,7 @@ def test_a_model_that_takes_one_size_only_or_looks_at_values():
 # ---- head and stem
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("arch", ["resnet18", "mobilenet_v3_small", "squeezenet1_1"])
 def test_freeze_slice_and_fine_tune_work_at_once(arch):
     learn = learner(arch, seed=0, side=40)
@@ -254,7 +255,7 @@ def test_a_model_of_ones_own():
     assert caught.value.__notes__ == ["in arch, called with the number of classes, 3"]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_seed_is_that_of_the_new_layers_too():
     first, second, other = (learner("shufflenet_v2_x0_5", seed=seed).model.fc.weight for seed in (0, 0, 1))
     assert torch.equal(first, second)
@@ -322,7 +323,7 @@ def put(folder, weights, **options):
     return model
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("options", [{}, {"weights": Late("ShuffleNet_V2_X0_5_Weights.IMAGENET1K_V1")},
                                      {"weights": "IMAGENET1K_V1"},
                                      {"weights": "ShuffleNet_V2_X0_5_Weights.DEFAULT"}])

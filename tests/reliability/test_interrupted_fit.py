@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import At, bits, rngs, trained
+from helpers import At, bits, rngs, tiers, trained
 from torch import nn
 
 from minifast import EMA, Checkpoint, DataLoaders, Learner, SaveBest, TensorLoader, accuracy
@@ -59,7 +59,7 @@ def result(learn):
 @pytest.mark.case("I1", "I3", "S4", "S12")
 @pytest.mark.parametrize("number", SIGNALS)
 @pytest.mark.parametrize("accumulate", [1, 4])
-@pytest.mark.parametrize("nth", [1, *(pytest.param(n, marks=pytest.mark.nightly) for n in (0, 2))])
+@pytest.mark.parametrize("nth", tiers([0, 1, 2], quick=[1]))
 @pytest.mark.parametrize("event", [event for event in EVENTS if event not in ("before_fit", "after_fit")])
 def test_it_goes_on_where_the_signal_came(event, nth, accumulate, number, tmp_path, whole):
     steps = []

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import At, everything, throw
+from helpers import At, everything, throw, tiers
 from resuming import Kill, Killed, every_step, kill, learner, outcome, rows, same, uninterrupted
 from torch import nn
 
@@ -34,7 +34,7 @@ STEPS = 24
 
 
 @pytest.mark.case("S1", "S13")
-@pytest.mark.parametrize("name", FITS)
+@pytest.mark.parametrize("name", tiers(FITS, quick=["one_cycle", "cosine"]))
 def test_from_every_step_it_ends_with_the_same_bits(tmp_path, name):
     fit = FITS[name]
     reference = uninterrupted(fit, learner())

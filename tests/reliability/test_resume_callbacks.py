@@ -3,7 +3,7 @@ import itertools
 
 import pytest
 import torch
-from helpers import bits, rngs, trained
+from helpers import bits, rngs, tiers, trained
 from resuming import Kill, Killed, every_step
 from test_contract import MAKE, NAMES, PATH, learner, timeless
 
@@ -64,7 +64,8 @@ def check_every_way(make, names, tmp_path):
 
 
 @pytest.mark.case("S12", "S13", "N4")
-@pytest.mark.parametrize("name", ALONE)
+@pytest.mark.parametrize("name", tiers(ALONE, quick=[
+    "EMA", "SWA", "MixedPrecision", "Unfreeze", "SaveBest", "EarlyStopping", "ReduceLROnPlateau", "OneCycle"]))
 def test_it_goes_on(make, tmp_path, name):
     check_every_way(make, [name], tmp_path)
 

@@ -5,7 +5,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from helpers import everything
+from helpers import everything, tiers
 from resuming import Images, data, every_step, learner, noise, outcome, same, tensors, uninterrupted
 from torch.utils.data import (
     BatchSampler,
@@ -286,7 +286,9 @@ def checkpoints(tmp_path, learn, **options):
 SOME = (1, 3, 5, 6, 7, 11, 12, 17)  # steps: early and late in an epoch, its last batch
 
 
-@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize("name", tiers(EXACT, quick=[
+    "tensors, transform with a generator", "data set in memory, of dicts", "list", "in the main process, own generator",
+    "data set with generators", "weighted", "own batch sampler", "stream", "ragged", "with a state"]))
 def test_exact(tmp_path, name):
     reference = uninterrupted(fit, make(EXACT[name]))
     files = checkpoints(tmp_path, make(EXACT[name]))

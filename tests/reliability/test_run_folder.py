@@ -186,7 +186,7 @@ def start(script, *args):
                             env=os.environ | {"PYTHONPATH": path})  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.case("K8")
 def test_two_processes_and_a_kill(tmp_path, whole):
     first = start(FIRST, tmp_path)

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import tiers
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TRIALS = int(os.environ.get("MINIFAST_SIGNAL_TRIALS", "150"))  # 0 failures in n bound the rate by 3 / n
@@ -90,8 +91,7 @@ STATUS = {signal.SIGINT: -signal.SIGINT, signal.SIGTERM: 143}  # a shell shows 1
 
 @both
 @pytest.mark.case("I1", "I3")
-@pytest.mark.parametrize("where", [pytest.param(name, marks=pytest.mark.nightly) if name != "training" else name
-                                   for name in PROGRAMS])
+@pytest.mark.parametrize("where", tiers(PROGRAMS, quick=["training"]))
 def test_a_program_finishes_what_it_does_and_ends_with_the_status_of_the_signal(where, number, tmp_path):
     done = run("-c", BEGIN + PROGRAMS[where], number.name, str(tmp_path / "file"))
     assert done.returncode == STATUS[number], done.stderr
@@ -181,12 +181,11 @@ def trials(number, n, seed, burst=1):
     return result
 
 
-amounts = pytest.mark.parametrize("n", [FEW, pytest.param(TRIALS, marks=pytest.mark.nightly)], ids=["few", "more"])
-
-
-@both
-@amounts
 @pytest.mark.case("I1", "I3", "I5")
+@pytest.mark.parametrize(("number", "n"), [
+    pytest.param(signal.SIGINT, FEW, id="few"),
+    *(pytest.param(number, TRIALS, id=number.name, marks=pytest.mark.nightly)
+      for number in (signal.SIGINT, signal.SIGTERM))])
 def test_at_any_instant_the_state_is_one_that_an_uninterrupted_run_passes_through(number, n):
     result = trials(number, n, seed=number)
     assert result["wrong"] == []

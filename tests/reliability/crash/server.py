@@ -5,6 +5,7 @@ This process must have one thread, or what is forked from it can hang.
 import contextlib
 import ctypes
 import faulthandler
+import gc
 import json
 import logging
 import os
@@ -202,4 +203,5 @@ def warm_up(scripts):
         for i, script in enumerate([script for script in scripts if script.kind != 2] or [SCRIPTS["DataLoader"]]):
             for _ in range(2):  # once to its end, once passed over; no worker processes here
                 digest(*script.run(Path(folder, str(i))), Path(folder, str(i)))
+    gc.freeze()  # else the collector of each fork copies all of this process's memory
     assert len(os.listdir("/proc/self/task")) == 1, "a process to fork from has one thread"
