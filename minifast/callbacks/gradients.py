@@ -42,7 +42,9 @@ class GradientNorm(Callback):
         self._params = [p for group in state.opt.param_groups for p in group["params"]]
 
     def before_step(self, state: State) -> None:
-        self._norm = nn.utils.get_total_norm(self._grads())
+        # torch 2.10 takes no norm of a sparse tensor
+        self._norm = nn.utils.get_total_norm([grad.coalesce().values() if grad.is_sparse else grad
+                                              for grad in self._grads()])
 
     def after_step(self, state: State) -> None:
         state.record.log("grad_norm", self._norm)
