@@ -260,6 +260,7 @@ def test_a_learning_rate_in_a_tensor_is_left_to_torch():
     assert all(plain.opt.state[p]["step"] == 1 for p in plain.model.parameters())
 
 
+@pytest.mark.filterwarnings("ignore:.*acc_events")  # of torch 2.10
 def test_a_profiler_sees_the_optimizer_by_name():
     learn = make()
     with torch.profiler.profile() as profiler:
