@@ -106,7 +106,9 @@ def test_a_torchvision_that_does_not_fit_torch_is_named_where_it_is_needed(tmp_p
     import numpy as np
     from minifast.vision import from_arrays
     data = np.zeros((9, 65, 65, 3), dtype=np.uint8), range(9)
-    for use in (lambda: from_arrays(*data, None), lambda: MixUp()._transforms(), lambda: CutMix()._transforms()):
+    from types import SimpleNamespace
+    state = SimpleNamespace(loss_func=None)
+    for use in (lambda: from_arrays(*data, None), lambda: MixUp().before_fit(state), lambda: CutMix().before_fit(state)):
         try:
             use()
         except ImportError as error:
