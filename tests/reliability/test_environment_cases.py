@@ -108,7 +108,8 @@ def test_a_torchvision_that_does_not_fit_torch_is_named_where_it_is_needed(tmp_p
     data = np.zeros((9, 65, 65, 3), dtype=np.uint8), range(9)
     from types import SimpleNamespace
     state = SimpleNamespace(loss_func=None)
-    for use in (lambda: from_arrays(*data, None), lambda: MixUp().before_fit(state), lambda: CutMix().before_fit(state)):
+    for use in (lambda: from_arrays(*data, None), lambda: MixUp().before_fit(state),
+                lambda: CutMix().before_fit(state)):
         try:
             use()
         except ImportError as error:
